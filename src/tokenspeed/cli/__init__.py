@@ -1,0 +1,1 @@
+"""Owns argument parsing and supervision of processes; never computes."""

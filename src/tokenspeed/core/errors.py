@@ -1,0 +1,100 @@
+"""The exception tree of the package.
+
+    TokenSpeedError
+    ├── ConfigError            a flag or a field of the configuration is wrong
+    │   └── InsufficientMemory the model and its cache do not fit
+    ├── ModelError             a model cannot be had or read
+    │   ├── ModelNotFound      no such path, manifest or hub id
+    │   ├── CorruptCheckpoint  truncated or damaged file, wrong hash, missing tensor
+    │   └── UnsupportedModel   architecture or quantisation that no code here handles
+    ├── KernelError            no kernel fits, or a forced one cannot run
+    ├── RequestError           the request is wrong; the engine goes on
+    │   ├── InvalidParameter   a sampling parameter outside its range
+    │   ├── ContextOverflow    the prompt leaves no room in the context
+    │   └── Overloaded         refused for load; says when to come back
+    └── EngineError            the engine failed
+        └── EngineDead         the engine process is gone
+
+An error says what was wanted, what came, what the choices are, and the flag that fixes it.
+"""
+
+__all__ = [
+    "ConfigError",
+    "ContextOverflow",
+    "CorruptCheckpoint",
+    "EngineDead",
+    "EngineError",
+    "InsufficientMemory",
+    "InvalidParameter",
+    "KernelError",
+    "ModelError",
+    "ModelNotFound",
+    "Overloaded",
+    "RequestError",
+    "TokenSpeedError",
+    "UnsupportedModel",
+]
+
+
+class TokenSpeedError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class ConfigError(TokenSpeedError):
+    """A flag or a field of the configuration is wrong."""
+
+
+class InsufficientMemory(ConfigError):
+    """The model and its cache do not fit in the memory at hand."""
+
+
+class ModelError(TokenSpeedError):
+    """A model cannot be had or read."""
+
+
+class ModelNotFound(ModelError):
+    """No such path, manifest or hub id."""
+
+
+class CorruptCheckpoint(ModelError):
+    """A truncated or damaged file, a wrong hash, a missing or misshapen tensor."""
+
+
+class UnsupportedModel(ModelError):
+    """An architecture or a quantisation that no code here handles."""
+
+
+class KernelError(TokenSpeedError):
+    """No kernel fits the request, or a forced one cannot run here."""
+
+
+class RequestError(TokenSpeedError):
+    """The request is wrong; the engine goes on."""
+
+
+class InvalidParameter(RequestError):
+    """A sampling parameter outside its range."""
+
+
+class ContextOverflow(RequestError):
+    """The prompt leaves no room in the model's context."""
+
+
+class Overloaded(RequestError):
+    """Refused for load.
+
+    Attributes:
+        retry_after_s: seconds after which a retry is likely to be taken.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(TokenSpeedError):
+    """The engine failed while it served."""
+
+
+class EngineDead(EngineError):
+    """The engine process is gone."""

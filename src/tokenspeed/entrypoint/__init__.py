@@ -1,0 +1,1 @@
+"""Owns the gRPC servicer and the launch of the gateway; never imports torch."""

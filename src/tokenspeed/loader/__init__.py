@@ -1,0 +1,1 @@
+"""Owns finding, verifying and reading weights and tokenizers; never holds a model."""

@@ -1,0 +1,1 @@
+"""Model definitions: the equations, their boundaries and their weight names."""
