@@ -1,6 +1,7 @@
 """The rows of a step as attention sees them: which tokens are whose, and where their KV lies.
 
-Legend: T tokens, R rows, X slots of the page table, P pages of a slot, N cached positions of a row.
+Legend: T tokens, R rows, L tokens of a row, X slots of the page table, P pages of a slot,
+N positions a row has once the step is done.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class PagedRow:
         start, end: the row's tokens in the flat batch.
         context_len: positions before the row's first token.
         pages_P: int32, the pages that hold positions 0 up to the row's last token.
-        allowed_QN: bool, which positions each of the row's tokens sees; None for a row of one
+        allowed_LN: bool, which positions each of the row's tokens sees; None for a row of one
             token, which sees all.
     """
 
@@ -30,7 +31,7 @@ class PagedRow:
     end: int
     context_len: int
     pages_P: torch.Tensor
-    allowed_QN: torch.Tensor | None
+    allowed_LN: torch.Tensor | None
 
 
 # Not slotted: `by_row` is kept in the instance so that all layers of a step share it.
@@ -72,7 +73,7 @@ class PagedRows:
                     end=end,
                     context_len=context_len,
                     pages_P=pages_P,
-                    allowed_QN=_causal(context_len, length, pages_P.device),
+                    allowed_LN=_causal(context_len, length, pages_P.device),
                 )
             )
         return tuple(rows)
@@ -81,6 +82,6 @@ class PagedRows:
 def _causal(context_len: int, length: int, device: torch.device) -> torch.Tensor | None:
     if length - context_len == 1:
         return None
-    queries_Q1 = torch.arange(context_len, length, device=device)[:, None]
+    queries_L1 = torch.arange(context_len, length, device=device)[:, None]
     keys_1N = torch.arange(length, device=device)[None, :]
-    return keys_1N <= queries_Q1
+    return keys_1N <= queries_L1

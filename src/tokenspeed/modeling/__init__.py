@@ -1,1 +1,1 @@
-"""Owns placements, layers and models as equations over ops; never names a collective or a file format."""
+"""Owns placements, layers and models as equations over ops; never names a collective or a file."""

@@ -1,0 +1,13 @@
+"""Owns the declarations of ops, one package a family; never computes anything itself."""
+
+from tokenspeed.kernels.ops import (
+    activation,
+    attention,
+    embedding,
+    gemm,
+    kvcache,
+    norm,
+    rope,
+)
+
+__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope"]

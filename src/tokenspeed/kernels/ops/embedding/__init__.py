@@ -1,0 +1,16 @@
+"""Owns the declarations of table lookups; never computes one.
+
+Legend: T tokens, V vocabulary, M model features.
+"""
+
+import torch
+
+from tokenspeed.kernels.registry import declare_op
+
+__all__ = ["lookup"]
+
+
+@declare_op("embedding.lookup")
+def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor) -> torch.Tensor:
+    """x_TM = table_VM[token_ids_T]; ids are int64 and within the vocabulary."""
+    return lookup.best(table_VM)(token_ids_T, table_VM)

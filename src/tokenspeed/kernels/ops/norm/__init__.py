@@ -1,0 +1,27 @@
+"""Owns the declarations of normalisations; never computes one.
+
+Legend: T tokens, M model features.
+"""
+
+import torch
+
+from tokenspeed.kernels.registry import declare_op
+
+__all__ = ["add_rms_norm", "rms_norm"]
+
+
+@declare_op("norm.rms_norm")
+def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight per token (Zhang and Sennrich 2019).
+
+    The mean is float32; x is rounded to its own type before the product with the weight.
+    """
+    return rms_norm.best(x_TM)(x_TM, weight_M, epsilon)
+
+
+@declare_op("norm.add_rms_norm")
+def add_rms_norm(
+    x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum = x + residual, rounded to their type; gives (rms_norm(sum), sum)."""
+    return add_rms_norm.best(x_TM)(x_TM, residual_TM, weight_M, epsilon)

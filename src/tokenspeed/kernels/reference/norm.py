@@ -1,0 +1,27 @@
+"""Normalisations.
+
+Legend: T tokens, M model features.
+"""
+
+import torch
+
+from tokenspeed.kernels.registry import ANY, Priority, kernel
+
+__all__ = ["add_rms_norm", "rms_norm"]
+
+
+@kernel("norm.rms_norm", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The formula, in float32."""
+    wide_TM = x_TM.float()
+    scale_T1 = torch.rsqrt(wide_TM.square().mean(-1, keepdim=True) + epsilon)
+    return (wide_TM * scale_T1).to(x_TM.dtype) * weight_M
+
+
+@kernel("norm.add_rms_norm", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+def add_rms_norm(
+    x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, then its norm."""
+    sum_TM = x_TM + residual_TM
+    return rms_norm(sum_TM, weight_M, epsilon), sum_TM

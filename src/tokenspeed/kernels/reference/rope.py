@@ -1,0 +1,28 @@
+"""Rotary position embeddings.
+
+Legend: T tokens, H heads, D elements of a head, E = D / 2.
+"""
+
+import torch
+
+from tokenspeed.kernels.registry import ANY, Priority, kernel
+
+__all__ = ["rotate"]
+
+
+@kernel(
+    "rope.rotate",
+    solution="reference",
+    formats=ANY,
+    traits={"head_dim": ANY},
+    priority=Priority.REFERENCE,
+)
+def rotate(x_THD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:
+    """A rotation of the plane for each pair (i, i + E)."""
+    first_THE, second_THE = x_THD.float().chunk(2, dim=-1)
+    cos_T1E, sin_T1E = cos_TE[:, None], sin_TE[:, None]
+    turned = (
+        first_THE * cos_T1E - second_THE * sin_T1E,
+        second_THE * cos_T1E + first_THE * sin_T1E,
+    )
+    return torch.cat(turned, dim=-1).to(x_THD.dtype)

@@ -1,0 +1,205 @@
+"""Choosing a kernel: capability, format, traits, override, priority, in this order."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+
+from tokenspeed.core.errors import KernelError
+from tokenspeed.kernels.capability import Platform
+from tokenspeed.kernels.registry import (
+    ANY,
+    Kernel,
+    Op,
+    Registry,
+    TraitValue,
+)
+from tokenspeed.kernels.registry import registry as default_registry
+
+__all__ = ["Explanation", "KernelSelector", "Verdict", "explain"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of one candidate.
+
+    Attributes:
+        kernel: the candidate.
+        lost_at: "capability", "format", "traits", "override" or "priority"; None for the winner.
+        reason: a sentence.
+    """
+
+    kernel: Kernel
+    lost_at: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why a kernel was chosen for a request.
+
+    Attributes:
+        request: the request in words.
+        winner: None if no candidate can run.
+        verdicts: every candidate, in order of preference.
+    """
+
+    request: str
+    winner: Kernel | None
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {verdict.kernel.solution}:{verdict.kernel.name}: {verdict.reason}"
+            for verdict in self.verdicts
+        ]
+        return "\n".join([self.request, *(lines or ["  no kernel is registered"])])
+
+
+class KernelSelector:
+    """Chooses kernels for one model on one device, once, when the model is built.
+
+    Args:
+        device: where the model runs.
+        dtype: its activations' element type, and the format of a request that names none.
+        overrides: op name to the solution that must be used.
+        registry: where kernels are looked up; the package's own unless a test brings another.
+        platform: what the device offers; found out unless a test brings another.
+
+    Raises:
+        KernelError: an override names no op.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        overrides: Mapping[str, str] | None = None,
+        registry: Registry | None = None,
+        platform: Platform | None = None,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._registry = registry or default_registry
+        self._platform = platform or Platform.of(device)
+        self._overrides = dict(overrides or {})
+        for name in self._overrides:
+            self._registry.op(name)
+
+    def select(
+        self,
+        op: Op[P, R],
+        *,
+        format_name: str | None = None,
+        traits: Mapping[str, TraitValue] | None = None,
+    ) -> Callable[P, R]:
+        """The kernel to call.
+
+        Args:
+            op: what to compute.
+            format_name: element type or packed format of the op's main operand (weights of a gemm,
+                KV of an attention); None for the selector's dtype.
+            traits: values of the op's traits that the caller states.
+
+        Raises:
+            KernelError: nothing fits, or the forced solution cannot run; names every reason.
+        """
+        explanation = self.explain(op.name, format_name=format_name, traits=traits)
+        if explanation.winner is None:
+            forced = self._overrides.get(op.name)
+            wanted = f"{forced!r} was forced for {op.name}" if forced else f"{op.name} is needed"
+            raise KernelError(f"{wanted}, but no such kernel can run. {explanation}")
+        return cast("Callable[P, R]", explanation.winner.call)
+
+    def explain(
+        self,
+        op: str,
+        *,
+        format_name: str | None = None,
+        traits: Mapping[str, TraitValue] | None = None,
+    ) -> Explanation:
+        """Every candidate for a request, with the reason it won or lost.
+
+        Raises:
+            KernelError: no such op, or a trait it does not have.
+        """
+        declared = self._registry.op(op)
+        stated = dict(traits or {})
+        unknown = sorted(set(stated) - declared.traits)
+        if unknown:
+            raise KernelError(
+                f"{op} has no trait {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(declared.traits)) or 'none'}"
+            )
+        format_name = format_name or str(self.dtype).removeprefix("torch.")
+        winner: Kernel | None = None
+        verdicts = []
+        for kernel in self._registry.candidates(op):
+            lost_at, reason = self._first_objection(kernel, format_name, stated)
+            if lost_at is None and winner is not None:
+                lost_at = "priority"
+                reason = (
+                    f"can run, but {winner.solution}:{winner.name} of band {winner.priority.name} "
+                    f"comes before band {kernel.priority.name}"
+                )
+            elif lost_at is None:
+                winner = kernel
+            verdicts.append(Verdict(kernel=kernel, lost_at=lost_at, reason=reason))
+        words = "".join(f", {name}={value!r}" for name, value in sorted(stated.items()))
+        return Explanation(
+            request=f"{op} on {self._platform.device}, format={format_name}{words}:",
+            winner=winner,
+            verdicts=tuple(verdicts),
+        )
+
+    def _first_objection(
+        self, kernel: Kernel, format_name: str, traits: Mapping[str, TraitValue]
+    ) -> tuple[str | None, str]:
+        unmet = kernel.requires.unmet_by(self._platform)
+        if unmet:
+            return "capability", unmet
+        if kernel.formats is not ANY and format_name not in kernel.formats:
+            return "format", f"reads {', '.join(sorted(kernel.formats))}, not {format_name}"
+        unfit = _unfit_trait(kernel, traits)
+        if unfit:
+            return "traits", unfit
+        forced = self._overrides.get(kernel.op)
+        if forced is not None and kernel.solution != forced:
+            return "override", f"{forced!r} was forced"
+        return None, "chosen: it was forced" if forced else "chosen"
+
+
+def _unfit_trait(kernel: Kernel, traits: Mapping[str, TraitValue]) -> str | None:
+    for name, value in sorted(traits.items()):
+        if name not in kernel.traits:
+            return f"does not declare {name}"
+        admitted = kernel.traits[name]
+        if admitted is not ANY and value not in admitted:
+            return f"handles {name} of {sorted(admitted)!r}, not {value!r}"
+    for name, admitted in sorted(kernel.traits.items()):
+        if admitted is not ANY and name not in traits:
+            return f"depends on {name}, which the request does not state"
+    return None
+
+
+def explain(
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    overrides: Mapping[str, str] | None = None,
+    format_name: str | None = None,
+    traits: Mapping[str, TraitValue] | None = None,
+) -> Explanation:
+    """`KernelSelector.explain` for those who have no selector.
+
+    Raises:
+        KernelError: no such op, or a trait it does not have.
+    """
+    selector = KernelSelector(device=device, dtype=dtype, overrides=overrides)
+    return selector.explain(op, format_name=format_name, traits=traits)
