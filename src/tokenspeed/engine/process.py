@@ -1,0 +1,124 @@
+"""Starts an engine process and watches over it. Imports no torch."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import EngineDead
+from tokenspeed.engine.client import EngineClient, ProgressCallback
+
+__all__ = ["EngineProcess"]
+
+STOP_TIMEOUT_S = 10.0
+
+
+class EngineProcess:
+    """One engine process, its socket folder and its client. Made by `start`.
+
+    Attributes:
+        client: speaks to the engine.
+        exited: done when the process has ended; its result says how, for people.
+    """
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, client: EngineClient, folder: Path
+    ) -> None:
+        self.client = client
+        self._process = process
+        self._folder = folder
+        self.exited: asyncio.Task[str] = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, *, on_progress: ProgressCallback | None = None
+    ) -> "EngineProcess":
+        """Start an engine and wait until it takes requests.
+
+        Raises:
+            EngineDead: the process ended without a word.
+            TokenSpeedError: the engine's own reason not to start.
+        """
+        # mkdtemp's folder is the user's alone (0700), so nobody else reaches the socket.
+        folder = Path(tempfile.mkdtemp(prefix="tokenspeed-", dir=runtime_dir()))
+        socket_path = folder / "engine.sock"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tokenspeed.engine",
+            "--socket",
+            str(socket_path),
+            "--config-json",
+            msgspec.json.encode(config).decode(),
+        )
+        connecting = asyncio.create_task(
+            EngineClient.connect(socket_path, on_progress=on_progress)
+        )
+        dying = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({connecting, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if not connecting.done():
+                # The last words of a dying engine are on their way.
+                await asyncio.wait({connecting}, timeout=1.0)
+            if not connecting.done():
+                raise EngineDead(f"the engine process ended as it started: {_how(process)}")
+            client = connecting.result()
+        except BaseException:
+            connecting.cancel()
+            dying.cancel()
+            await asyncio.gather(connecting, dying, return_exceptions=True)
+            await _end(process)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        dying.cancel()
+        return cls(process, client, folder)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    async def stop(self) -> None:
+        """End the process: asked first, then terminated, then killed."""
+        if not self.exited.done():
+            with contextlib.suppress(Exception):
+                await self.client.shut_down()
+            await asyncio.wait({self.exited}, timeout=STOP_TIMEOUT_S)
+        await _end(self._process)
+        await self.exited
+        await self.client.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _watch(self) -> str:
+        await self._process.wait()
+        # What it still said before it ended should be heard first.
+        await asyncio.sleep(0.05)
+        reason = f"the engine process {self._process.pid} ended: {_how(self._process)}"
+        self.client.fail(reason)
+        return reason
+
+
+def _how(process: asyncio.subprocess.Process) -> str:
+    code = process.returncode
+    if code is None:
+        return "unknown"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    for end in (process.terminate, process.kill):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            end()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), timeout=STOP_TIMEOUT_S)

@@ -1,0 +1,281 @@
+"""The engine's side of the socket."""
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import zmq
+
+from tokenspeed import loader
+from tokenspeed.control import CacheEvents
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import RequestError, TokenSpeedError
+from tokenspeed.engine.build import Engine, build_engine
+from tokenspeed.engine.wire import (
+    Abort,
+    Begun,
+    CacheEventBatch,
+    Call,
+    EngineStats,
+    Failed,
+    FromEngine,
+    LoadProgress,
+    Ready,
+    Refused,
+    Reply,
+    Shutdown,
+    Submit,
+    decode_to_engine,
+    encode,
+    endpoint,
+)
+
+__all__ = ["serve"]
+
+# How long an idle engine waits before it looks whether its parent still lives.
+IDLE_POLL_MS = 500
+# Load progress is for people's eyes.
+PROGRESS_INTERVAL_S = 0.1
+CLEARED = CacheEvents(
+    kinds=np.array([2], dtype=np.int32),
+    hashes=np.zeros(1, dtype=np.int64),
+    parents=np.zeros(1, dtype=np.int64),
+    has_parent=np.zeros(1, dtype=np.bool_),
+    tokens=np.empty(0, dtype=np.int32),
+)
+
+
+def serve(config: EngineConfig, socket_path: Path, *, parent_pid: int) -> int:
+    """Load a model and serve it. Returns the process's exit code.
+
+    Args:
+        config: the engine's configuration.
+        socket_path: Unix-domain socket to bind; its folder must be the user's alone.
+        parent_pid: the engine ends when its parent is no longer this process.
+    """
+    # The terminal sends Ctrl-C to every process of the group; ending is the parent's to order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _bound(socket_path) as socket:
+        peer = _Peer(socket, parent_pid)
+        try:
+            peer.send(Begun(pid=os.getpid()))
+            engine = build_engine(config, progress=_PeerProgress(peer))
+            with closing(engine.core):
+                peer.send(Ready(engine.info))
+                _Server(engine, peer).run()
+        except _ParentGone:
+            return 1
+        except Exception as error:
+            if not isinstance(error, TokenSpeedError):
+                traceback.print_exc()
+            peer.send(Failed(type(error).__name__, str(error)))
+            return 1
+    return 0
+
+
+class _ParentGone(Exception):  # noqa: N818
+    """The process that started this one has ended."""
+
+
+class _Peer:
+    """The client at the other end of the socket, as long as the parent process lives."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", parent_pid: int) -> None:
+        self._socket = socket
+        self._parent_pid = parent_pid
+
+    def send(self, message: FromEngine) -> None:
+        """Send a message; waits while no client is connected."""
+        while not self._socket.poll(IDLE_POLL_MS, zmq.POLLOUT):
+            self.check_parent()
+        self._socket.send(encode(message))
+
+    def wait(self) -> None:
+        """Wait until a message is there."""
+        while not self._socket.poll(IDLE_POLL_MS):
+            self.check_parent()
+
+    def receive(self) -> list[bytes]:
+        """Every message that is there."""
+        messages: list[bytes] = []
+        with suppress(zmq.Again):
+            while True:
+                messages.append(self._socket.recv(zmq.NOBLOCK))
+        return messages
+
+    def check_parent(self) -> None:
+        """Raise _ParentGone when the parent has ended."""
+        if os.getppid() != self._parent_pid:
+            raise _ParentGone
+
+
+class _Server:
+    """Turns messages into calls of the core, and what the core gives into messages."""
+
+    def __init__(self, engine: Engine, peer: _Peer) -> None:
+        self._engine = engine
+        self._core = engine.core
+        self._peer = peer
+        self._running = True
+        self._started_s = time.monotonic()
+        self._rate = _Rate()
+        self._cache_sequence = 0
+
+    def run(self) -> None:
+        """Step until told to stop."""
+        while self._running:
+            self._intake()
+            outputs = self._core.step()
+            if outputs is not None:
+                self._rate.add(len(outputs.tokens) // 4)
+                self._peer.send(outputs)
+            self._publish_cache_events()
+
+    def _intake(self) -> None:
+        """Take every message that waits; with nothing to do, wait for one."""
+        if not self._core.busy:
+            self._peer.wait()
+        self._peer.check_parent()
+        for data in self._peer.receive():
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        match decode_to_engine(data):
+            case Submit() as message:
+                try:
+                    self._core.submit(message)
+                except RequestError as error:
+                    refused = Refused(message.request, type(error).__name__, str(error))
+                    self._peer.send(refused)
+            case Abort(request):
+                self._core.abort(request)
+            case Call() as call:
+                self._peer.send(self._answer(call))
+            case Shutdown():
+                self._running = False
+
+    def _answer(self, call: Call) -> Reply:
+        runner, control, arguments = self._engine.runner, self._core.control, call.arguments
+        value: EngineStats | bool | str | None = None
+        try:
+            match call.method:
+                case "stats":
+                    value = self._stats()
+                case "flush_cache":
+                    value = not self._core.busy and control.flush_cache()
+                case "start_profile":
+                    folder, steps = arguments["output_dir"], arguments["steps"]
+                    assert folder is None or isinstance(folder, str)
+                    assert steps is None or isinstance(steps, int)
+                    value = str(runner.start_profile(None if folder is None else Path(folder), steps))
+                case "stop_profile":
+                    value = str(runner.stop_profile())
+                case "subscribe_cache":
+                    self._subscribe_cache(on=bool(arguments["on"]))
+                case unknown:
+                    raise AssertionError(f"no method {unknown!r}")
+        except TokenSpeedError as error:
+            return Reply(call.number, None, type(error).__name__, str(error))
+        return Reply(call.number, value)
+
+    def _stats(self) -> EngineStats:
+        stats = self._core.control.stats()
+        return EngineStats(
+            **{name: getattr(stats, name) for name in type(stats).__dataclass_fields__},
+            uptime_s=time.monotonic() - self._started_s,
+            output_tokens_per_s=self._rate.per_s(),
+        )
+
+    def _subscribe_cache(self, *, on: bool) -> None:
+        """Begin the events anew: everything is cleared, then what the cache holds is stored."""
+        self._publish_cache_events()
+        self._core.control.record_cache_events(False)
+        if on:
+            self._send_cache_batch(CLEARED)
+            self._core.control.record_cache_events(True)
+            self._publish_cache_events()
+
+    def _publish_cache_events(self) -> None:
+        events = self._core.control.take_cache_events()
+        if events is not None:
+            self._send_cache_batch(events)
+
+    def _send_cache_batch(self, events: CacheEvents) -> None:
+        self._cache_sequence += 1
+        self._peer.send(
+            CacheEventBatch(
+                sequence=self._cache_sequence,
+                kinds=events.kinds.tobytes(),
+                hashes=events.hashes.tobytes(),
+                parents=events.parents.tobytes(),
+                has_parent=events.has_parent.tobytes(),
+                tokens=events.tokens.tobytes(),
+            )
+        )
+
+
+class _Rate:
+    """Tokens a second over the last seconds, in O(1) memory."""
+
+    WINDOW_S = 5.0
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+        self._count = 0
+        self._last_per_s = 0.0
+
+    def add(self, count: int) -> None:
+        self._turn()
+        self._count += count
+
+    def per_s(self) -> float:
+        self._turn()
+        elapsed_s = time.monotonic() - self._since_s
+        share = elapsed_s / self.WINDOW_S
+        return self._count / self.WINDOW_S + self._last_per_s * (1.0 - share)
+
+    def _turn(self) -> None:
+        """Begin a new window when the present one is over."""
+        elapsed_s = time.monotonic() - self._since_s
+        if elapsed_s >= self.WINDOW_S:
+            whole = elapsed_s < 2 * self.WINDOW_S
+            self._last_per_s = self._count / self.WINDOW_S if whole else 0.0
+            self._count = 0
+            self._since_s += elapsed_s - elapsed_s % self.WINDOW_S
+
+
+class _PeerProgress(loader.Progress):
+    """Sends the progress of a load to the client, a few times a second."""
+
+    def __init__(self, peer: _Peer) -> None:
+        self._peer = peer
+        self._sent_s = 0.0
+
+    def update(self, stage: str, done: int, total: int | None, unit: str) -> None:
+        """Take a stage's progress."""
+        now_s = time.monotonic()
+        if done == total or now_s - self._sent_s >= PROGRESS_INTERVAL_S:
+            self._sent_s = now_s
+            self._peer.send(LoadProgress(stage, done, total, unit))
+
+
+@contextmanager
+def _bound(socket_path: Path) -> Iterator["zmq.Socket[bytes]"]:
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    # The last words of a failing engine should arrive.
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.bind(endpoint(socket_path))
+    try:
+        yield socket
+    finally:
+        socket.close()
+        context.term()
+

@@ -1,0 +1,89 @@
+"""How much memory the KV pool gets."""
+
+import os
+from pathlib import Path
+
+from tokenspeed.core.config import EngineConfig, KVSpec
+from tokenspeed.core.errors import InsufficientMemory
+
+__all__ = ["available_memory_size_bytes", "format_size", "pages_that_fit"]
+
+# Left to activations, the allocator and everything else the process holds.
+RESERVE_SIZE_BYTES = 256 << 20
+# Of what remains beside the weights, so that the machine's other work keeps room.
+POOL_FRACTION = 0.5
+# More pool than this many full contexts serves no one on one machine by default.
+POOL_CONTEXTS_MAX = 32
+
+
+def format_size(size_bytes: int) -> str:
+    """A size for people: `1.5 GiB`."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def available_memory_size_bytes() -> int:
+    """Memory a new process may take: the machine's available memory within its cgroup's limit."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def pages_that_fit(
+    config: EngineConfig,
+    specs: tuple[KVSpec, ...],
+    *,
+    weights_size_bytes: int,
+    context_max: int,
+    available_size_bytes: int,
+) -> int:
+    """Pages of the KV pool.
+
+    Args:
+        config: gives the page size, and the pool's size where the user set it.
+        specs: what a token costs in each cache group.
+        weights_size_bytes: what the weights will take.
+        context_max: tokens of the longest request; the pool must hold one such.
+        available_size_bytes: memory at hand before the weights are loaded.
+
+    Raises:
+        InsufficientMemory: the weights, or one whole context beside them, do not fit; says how
+            much is needed and which flag shrinks it.
+    """
+    page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
+    context_pages = -(-context_max // config.page_size)
+    context_size_bytes = context_pages * page_size_bytes
+    room = available_size_bytes - weights_size_bytes - RESERVE_SIZE_BYTES
+    asked = config.kv_cache_size_bytes
+    if asked is None:
+        wanted = min(int(room * POOL_FRACTION), context_size_bytes * POOL_CONTEXTS_MAX)
+        # One whole context may take more than the usual share.
+        wanted = max(wanted, context_size_bytes)
+    else:
+        wanted = asked
+    if wanted > room:
+        raise InsufficientMemory(
+            f"this needs {format_size(weights_size_bytes)} for weights, {format_size(wanted)} for "
+            f"the KV cache and {format_size(RESERVE_SIZE_BYTES)} beside them, but "
+            f"{format_size(available_size_bytes)} of memory is available. Lower "
+            f"{'--max-context' if asked is None else '--kv-cache-memory'}, or choose a smaller "
+            "model or --dtype bfloat16."
+        )
+    if wanted < context_size_bytes:
+        fitting = wanted // page_size_bytes * config.page_size
+        raise InsufficientMemory(
+            f"a context of {context_max} tokens needs {format_size(context_size_bytes)} of KV "
+            f"cache, but --kv-cache-memory gives {format_size(wanted)}, which holds {fitting} "
+            f"tokens. Raise --kv-cache-memory, or lower --max-context to {fitting} or less."
+        )
+    return wanted // page_size_bytes

@@ -1,0 +1,236 @@
+"""The messages between a client and an engine process: msgpack over a Unix-domain ZeroMQ pair.
+
+Token arrays travel as raw little-endian bytes in columns, one message a step, so that the engine
+makes no Python object per request.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from tokenspeed.core.sampling import SamplingParams
+
+__all__ = [
+    "Abort",
+    "Begun",
+    "CacheEventBatch",
+    "Call",
+    "EngineInfo",
+    "EngineStats",
+    "Failed",
+    "FromEngine",
+    "LoadProgress",
+    "LogprobColumns",
+    "Ready",
+    "Refused",
+    "Reply",
+    "Shutdown",
+    "StepOutputs",
+    "Submit",
+    "ToEngine",
+    "decode_from_engine",
+    "decode_to_engine",
+    "encode",
+    "endpoint",
+]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may know of the engine it talks to; constant from its start to its end."""
+
+    model_name: str
+    architecture: str
+    model_type: str
+    model_path: str
+    tokenizer_dir: str
+    quantisation: str
+    dtype: str
+    vocab_size: int
+    context_max: int
+    eos_token_ids: list[int]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    default_sampling: dict[str, float | int]
+    pages: int
+    page_size: int
+    slots_max: int
+    step_tokens_max: int
+    overlap_depth: int
+    weights_size_bytes: int
+    kv_size_bytes: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of the engine: the scheduler's, and time."""
+
+    running: int
+    waiting: int
+    waiting_uncached_tokens: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    pages_active: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    retractions: int
+    evictions: int
+    uptime_s: float
+    output_tokens_per_s: float
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
+    """Run a request. `prompt` holds int32 token ids; `seed` is the request's own."""
+
+    request: int
+    prompt: bytes
+    params: SamplingParams
+    max_new_tokens: int
+    seed: int | None
+    salt: int
+    priority: int
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
+    """End a request; unknown ones are ignored, for it may have finished meanwhile."""
+
+    request: int
+
+
+class Call(msgspec.Struct, frozen=True, tag="call", array_like=True):
+    """Ask for something that is answered by one `Reply` with the same number."""
+
+    number: int
+    method: str
+    arguments: dict[str, str | int | bool | None]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
+    """End the engine process."""
+
+
+class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
+    """The engine process lives; a model is about to be loaded."""
+
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
+    """How far a stage of the start has come, in units of the stage (bytes, tensors, packages)."""
+
+    stage: str
+    done: int
+    total: int | None
+    unit: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    """The engine takes requests."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
+    """The engine ends. `kind` names the class of the error in `tokenspeed.core.errors`."""
+
+    kind: str
+    message: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
+    """A request was wrong in a way only the engine could see."""
+
+    request: int
+    kind: str
+    message: str
+
+
+class LogprobColumns(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of some tokens of a `StepOutputs`.
+
+    Attributes:
+        entries: int32 [L], ascending: which token of the message.
+        chosen: float32 [L].
+        top_token_ids, top_values: int32 and float32 [L, width].
+        top_counts: int32 [L], how many of `width` the request asked for.
+    """
+
+    entries: bytes
+    chosen: bytes
+    top_token_ids: bytes
+    top_values: bytes
+    top_counts: bytes
+    width: int
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    """What a step gave its requests.
+
+    Attributes:
+        requests, tokens, cached_counts: int64, int32, int32 [K], one entry a token.
+        finished, reasons: int64, int32 [F], requests that ended and `FinishReason`s.
+    """
+
+    requests: bytes
+    tokens: bytes
+    cached_counts: bytes
+    finished: bytes
+    reasons: bytes
+    logprobs: LogprobColumns | None
+
+
+class CacheEventBatch(msgspec.Struct, frozen=True, tag="cache", array_like=True):
+    """Changes of the prefix cache.
+
+    Attributes:
+        sequence: 1 for the first batch, counting up.
+        kinds: int32 [K]: 0 a page was stored, 1 removed, 2 everything was cleared.
+        hashes, parents: int64 [K]; `has_parent` bool [K].
+        tokens: int32 [stored pages * page_size], of the stored pages in order.
+    """
+
+    sequence: int
+    kinds: bytes
+    hashes: bytes
+    parents: bytes
+    has_parent: bytes
+    tokens: bytes
+
+
+class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
+    """The answer to a `Call`: `value`, or the kind and text of an error."""
+
+    number: int
+    value: EngineStats | bool | str | None
+    error_kind: str | None = None
+    error_message: str | None = None
+
+
+ToEngine = Submit | Abort | Call | Shutdown
+FromEngine = (
+    Begun | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine, strict=True)
+_from_engine = msgspec.msgpack.Decoder(FromEngine, strict=True)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """The bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """A message that a client sent. Raises msgspec.DecodeError on anything else."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """A message that an engine sent. Raises msgspec.DecodeError on anything else."""
+    return _from_engine.decode(data)
+
+
+def endpoint(socket_path: Path) -> str:
+    """The ZeroMQ address of a Unix-domain socket."""
+    return f"ipc://{socket_path}"
