@@ -47,7 +47,7 @@ class KVPool:
         except (RuntimeError, MemoryError) as error:
             raise InsufficientMemory(
                 f"a KV pool of {pages} pages needs {self.size_bytes:,} bytes on {device}, "
-                "which it does not have. Lower --kv-cache-size-bytes."
+                "which it does not have. Lower --kv-cache-memory."
             ) from error
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,18 +61,23 @@ class KVPool:
 
 
 class KVPools:
-    """The pools of a model, one per cache group, in the order of `Model.kv_specs()`."""
+    """The pools of a model, one per cache group, in the order of `Model.kv_specs()`.
 
-    def __init__(self, pools: Sequence[KVPool]) -> None:
-        self.pools = tuple(pools)
+    Args:
+        specs: what each group keeps of a token.
+        pages: pages of each group.
+        page_size: token positions of a page.
+        device: where the tensors live.
 
-    @classmethod
-    def allocate(
-        cls, specs: Sequence[KVSpec], *, pages: int, page_size: int, device: torch.device
-    ) -> "KVPools":
-        """A pool of `pages` pages for each spec."""
-        return cls(
-            [KVPool(spec, pages=pages, page_size=page_size, device=device) for spec in specs]
+    Raises:
+        InsufficientMemory: the device cannot hold them.
+    """
+
+    def __init__(
+        self, specs: Sequence[KVSpec], *, pages: int, page_size: int, device: torch.device
+    ) -> None:
+        self.pools = tuple(
+            KVPool(spec, pages=pages, page_size=page_size, device=device) for spec in specs
         )
 
     def layer(self, group: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +101,7 @@ def pages_in_budget(specs: Sequence[KVSpec], *, page_size: int, budget_size_byte
     if pages < 1:
         raise InsufficientMemory(
             f"one KV page of {page_size} tokens needs {page_size_bytes:,} bytes, but the KV cache "
-            f"was given {budget_size_bytes:,}. Raise --kv-cache-size-bytes or lower --page-size."
+            f"was given {budget_size_bytes:,}. Raise --kv-cache-memory or lower --page-size."
         )
     return pages
 

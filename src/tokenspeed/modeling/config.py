@@ -1,0 +1,166 @@
+"""What a model is: sizes and constants, read from a Hugging Face `config.json`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.modeling.models.registry import require_architecture
+
+__all__ = ["ModelConfig", "RopeConfig"]
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the geometric row of wavelengths.
+        type: "default"; "linear" divides every position by `factor`; "llama3" slows long
+            wavelengths by `factor` and leaves short ones (Llama 3.1).
+        factor: see type.
+        low_frequency_factor, high_frequency_factor: llama3's band between both treatments, in
+            turns made over the original context.
+        original_context: positions the model was first trained on; llama3 only.
+    """
+
+    theta: float
+    type: str = "default"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes and constants of a decoder.
+
+    Attributes:
+        architecture: Hugging Face's name of the class.
+        vocab_size, hidden_size, intermediate_size, head_dim: in elements.
+        layers, heads, kv_heads: counts.
+        norm_epsilon: of every RMS norm.
+        rope: rotary embedding.
+        context_max: positions the model is made for.
+        tie_embeddings: whether the head reads the embedding's table.
+        attention_bias, mlp_bias: whether those projections add one.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    head_dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    norm_epsilon: float
+    rope: RopeConfig
+    context_max: int
+    tie_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read the dictionary of a `config.json`, of transformers 4 or 5.
+
+        Raises:
+            UnsupportedModel: an architecture or an option that no model here computes.
+            CorruptCheckpoint: a field is missing or senseless.
+        """
+        names = config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise CorruptCheckpoint(f"config.json names no architecture: {names!r}")
+        architecture = require_architecture(names[0])
+        _refuse(config, architecture)
+        hidden_size = _count(config, "hidden_size")
+        heads = _count(config, "num_attention_heads")
+        kv_heads = _count(config, "num_key_value_heads", default=heads)
+        head_dim = _count(config, "head_dim", default=hidden_size // heads)
+        if heads % kv_heads:
+            raise CorruptCheckpoint(
+                f"config.json has {heads} attention heads, which is no multiple of its "
+                f"{kv_heads} key-value heads"
+            )
+        if head_dim % 2:
+            raise CorruptCheckpoint(f"config.json has an odd head_dim, {head_dim}")
+        return cls(
+            architecture=architecture,
+            vocab_size=_count(config, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_count(config, "intermediate_size"),
+            head_dim=head_dim,
+            layers=_count(config, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=kv_heads,
+            norm_epsilon=_number(config, "rms_norm_eps", default=1e-6),
+            rope=_rope(config),
+            context_max=_count(config, "max_position_embeddings"),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+        )
+
+
+def _refuse(config: Mapping[str, Any], architecture: str) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModel(f"{architecture} with hidden_act {activation!r}; silu is supported")
+    if config.get("use_sliding_window"):
+        raise UnsupportedModel(
+            f"{architecture} with use_sliding_window; full attention is supported"
+        )
+    if config.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModel(f"{architecture} with partial_rotary_factor; 1 is supported")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise UnsupportedModel(
+            f"a checkpoint quantised by {method!r}; supported are float32, float16 and bfloat16 "
+            "safetensors, and GGUF files"
+        )
+
+
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+    # transformers 5 keeps theta and scaling together in rope_parameters.
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CorruptCheckpoint(f"config.json: rope_scaling must be a table, but is {scaling!r}")
+    theta = _number({**config, **scaling}, "rope_theta", default=10000.0)
+    type_ = scaling.get("rope_type", scaling.get("type", "default"))
+    if type_ == "default":
+        return RopeConfig(theta=theta)
+    if type_ == "linear":
+        return RopeConfig(theta=theta, type="linear", factor=_number(scaling, "factor"))
+    if type_ == "llama3":
+        return RopeConfig(
+            theta=theta,
+            type="llama3",
+            factor=_number(scaling, "factor"),
+            low_frequency_factor=_number(scaling, "low_freq_factor"),
+            high_frequency_factor=_number(scaling, "high_freq_factor"),
+            original_context=_count(scaling, "original_max_position_embeddings"),
+        )
+    raise UnsupportedModel(f"rope scaling of type {type_!r}; supported are {', '.join(ROPE_TYPES)}")
+
+
+def _count(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CorruptCheckpoint(f"config.json: {key} must be a positive integer, but is {value!r}")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+    value: Any = config.get(key)
+    value = default if value is None else value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise CorruptCheckpoint(f"config.json: {key} must be a positive number, but is {value!r}")
+    return float(value)

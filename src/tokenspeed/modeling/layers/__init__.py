@@ -1,0 +1,21 @@
+"""Owns the layers that models are put together from; never knows a model's name."""
+
+from tokenspeed.modeling.layers.attention import Attention
+from tokenspeed.modeling.layers.embedding import Embedding, LMHead
+from tokenspeed.modeling.layers.linear import ColumnLinear, Linear, RowLinear
+from tokenspeed.modeling.layers.mlp import GatedMLP
+from tokenspeed.modeling.layers.norm import RMSNorm
+from tokenspeed.modeling.layers.rotary import Angles, RotaryEmbedding
+
+__all__ = [
+    "Angles",
+    "Attention",
+    "ColumnLinear",
+    "Embedding",
+    "GatedMLP",
+    "LMHead",
+    "Linear",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "RowLinear",
+]

@@ -1,0 +1,77 @@
+"""Self-attention over paged KV.
+
+Legend: T tokens, M model features, Q query heads, H KV heads, D elements of a head, P pages,
+C positions of a page.
+"""
+
+import torch
+
+from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
+from tokenspeed.modeling.layers.rotary import Angles
+from tokenspeed.modeling.module import Module
+from tokenspeed.modeling.placement import Partial, Replicate, boundary
+
+__all__ = ["Attention"]
+
+
+@boundary(x_TM=Replicate("tp"), out=Partial("tp"))
+class Attention(Module):
+    """Multi-head attention with rotary positions and grouped KV heads.
+
+    Args:
+        hidden_size: M.
+        heads: Q.
+        kv_heads: H.
+        head_dim: D.
+        qkv_bias: whether the query, key and value projections add one.
+        output_bias: whether the output projection adds one.
+        kernels: chooses the ops.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        output_bias: bool,
+        kernels: KernelSelector,
+    ) -> None:
+        self._heads = heads
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+        self.qkv = ColumnLinear(
+            hidden_size,
+            (heads + 2 * kv_heads) * head_dim,
+            kernels=kernels,
+            bias=qkv_bias,
+            parts={"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim},
+        )
+        self.output = RowLinear(heads * head_dim, hidden_size, kernels=kernels, bias=output_bias)
+        traits = {"head_dim": head_dim}
+        self._rotate = kernels.select(ops.rope.rotate, traits=traits)
+        self._append = kernels.select(ops.kvcache.append)
+        self._attend = kernels.select(ops.attention.paged_mha, traits=traits)
+
+    def forward(
+        self,
+        x_TM: torch.Tensor,
+        angles: Angles,
+        rows: PagedRows,
+        kv: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """out_TM; writes the tokens' K and V to kv = (k_PCHD, v_PCHD) on the way."""
+        qkv_TXD = self.qkv(x_TM).unflatten(-1, (-1, self._head_dim))
+        # Queries and keys lie next to each other, so one rotation serves both.
+        qk_TXD = self._rotate(qkv_TXD[:, : -self._kv_heads], *angles)
+        q_TQD, k_THD = qk_TXD[:, : self._heads], qk_TXD[:, self._heads :]
+        v_THD = qkv_TXD[:, -self._kv_heads :]
+        self._append(k_THD, v_THD, *kv, rows.kv_slots_T)
+        out_TQD = self._attend(q_TQD, *kv, rows, self._scale)
+        out_TM: torch.Tensor = self.output(out_TQD.flatten(1))
+        return out_TM

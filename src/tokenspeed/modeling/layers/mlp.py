@@ -1,0 +1,43 @@
+"""The gated feed-forward network.
+
+Legend: T tokens, M model features, F features of the network.
+"""
+
+import torch
+
+from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
+from tokenspeed.modeling.module import Module
+from tokenspeed.modeling.placement import Partial, Replicate, boundary
+
+__all__ = ["GatedMLP"]
+
+
+@boundary(x_TM=Replicate("tp"), out=Partial("tp"))
+class GatedMLP(Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020).
+
+    Args:
+        hidden_size: M.
+        intermediate_size: F.
+        bias: whether the three projections add one.
+        kernels: chooses the ops.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, intermediate_size: int, bias: bool, kernels: KernelSelector
+    ) -> None:
+        self.gate_up = ColumnLinear(
+            hidden_size,
+            2 * intermediate_size,
+            kernels=kernels,
+            bias=bias,
+            parts={"gate": intermediate_size, "up": intermediate_size},
+        )
+        self.down = RowLinear(intermediate_size, hidden_size, kernels=kernels, bias=bias)
+        self._silu_and_mul = kernels.select(ops.activation.silu_and_mul)
+
+    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """out_TM."""
+        out_TM: torch.Tensor = self.down(self._silu_and_mul(self.gate_up(x_TM)))
+        return out_TM

@@ -1,0 +1,59 @@
+"""Angles of the rotary position embedding, computed once per step for all layers.
+
+Legend: T tokens, E pairs of elements of a head.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tokenspeed.modeling.config import RopeConfig
+from tokenspeed.modeling.module import Module
+
+__all__ = ["Angles", "RotaryEmbedding"]
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of every token's angles, float32."""
+
+    cos_TE: torch.Tensor
+    sin_TE: torch.Tensor
+
+
+class RotaryEmbedding(Module):
+    """Angle e of position p is p times frequency e (RoFormer, Su et al. 2021, section 3.2).
+
+    Frequencies and products are float32, as where these models were trained.
+
+    Args:
+        rope: base and scaling of the frequencies.
+        head_dim: 2 E.
+    """
+
+    def __init__(self, rope: RopeConfig, *, head_dim: int) -> None:
+        self._frequencies_E = _frequencies(rope, head_dim)
+
+    def forward(self, positions_T: torch.Tensor) -> Angles:
+        """Angles of int64 positions."""
+        angles_TE = positions_T[:, None].float() * self._frequencies_E
+        return Angles(angles_TE.cos(), angles_TE.sin())
+
+
+def _frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    exponents_E = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies_E = 1.0 / rope.theta**exponents_E
+    if rope.type == "linear":
+        return frequencies_E / rope.factor
+    if rope.type == "llama3":
+        return _llama3(frequencies_E, rope)
+    return frequencies_E
+
+
+def _llama3(frequencies_E: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    # Turns a pair makes over the original context. Few turns: never seen whole in training, so
+    # slowed by the factor. Many: kept. Between them, a straight line from one to the other.
+    turns_E = rope.original_context * frequencies_E / (2 * math.pi)
+    low, high = rope.low_frequency_factor, rope.high_frequency_factor
+    kept_E = ((turns_E - low) / (high - low)).clamp(0.0, 1.0)
+    return kept_E * frequencies_E + (1 - kept_E) * frequencies_E / rope.factor

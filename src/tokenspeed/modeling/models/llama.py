@@ -1,0 +1,138 @@
+"""Llama (Touvron et al. 2023; Llama 3, 2024), and what is built like it.
+
+Legend: T tokens, S sampled tokens, V vocabulary, M model features.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from tokenspeed.kernels import KernelSelector
+from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.modeling.batch import ForwardBatch, KVStorage
+from tokenspeed.modeling.config import ModelConfig
+from tokenspeed.modeling.layers import (
+    Angles,
+    Attention,
+    Embedding,
+    GatedMLP,
+    LMHead,
+    RMSNorm,
+    RotaryEmbedding,
+)
+from tokenspeed.modeling.model import Model
+from tokenspeed.modeling.module import Module
+from tokenspeed.modeling.placement import Partial, Replicate, Shard, boundary
+
+__all__ = ["Llama", "LlamaBlock"]
+
+
+@boundary(
+    x_TM=Partial("tp"),
+    residual_TM=Replicate("tp"),
+    outs=(Partial("tp"), Replicate("tp")),
+)
+class LlamaBlock(Module):
+    """Attention, then MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, kernels: KernelSelector, *, qkv_bias: bool, output_bias: bool
+    ) -> None:
+        self.attention_norm = RMSNorm(
+            config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels
+        )
+        self.attention = Attention(
+            hidden_size=config.hidden_size,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            kernels=kernels,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
+        self.mlp = GatedMLP(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            bias=config.mlp_bias,
+            kernels=kernels,
+        )
+
+    def forward(
+        self,
+        x_TM: torch.Tensor,
+        residual_TM: torch.Tensor | None,
+        angles: Angles,
+        rows: PagedRows,
+        kv: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the block adds, and the stream it is to be added to."""
+        x_TM, residual_TM = self.attention_norm(x_TM, residual_TM)
+        x_TM = self.attention(x_TM, angles, rows, kv)
+        x_TM, residual_TM = self.mlp_norm(x_TM, residual_TM)
+        return self.mlp(x_TM), residual_TM
+
+
+@boundary(out=Shard("tp", "vocabulary"))
+class Llama(Model):
+    """Embedding, blocks, norm, head."""
+
+    weight_names: ClassVar[Mapping[str, str]] = {
+        "model.embed_tokens.weight": "embedding.table",
+        "model.layers.*.input_layernorm.weight": "blocks.*.attention_norm.weight",
+        "model.layers.*.self_attn.q_proj.weight": "blocks.*.attention.qkv.weight:q",
+        "model.layers.*.self_attn.k_proj.weight": "blocks.*.attention.qkv.weight:k",
+        "model.layers.*.self_attn.v_proj.weight": "blocks.*.attention.qkv.weight:v",
+        "model.layers.*.self_attn.o_proj.weight": "blocks.*.attention.output.weight",
+        "model.layers.*.self_attn.q_proj.bias": "blocks.*.attention.qkv.bias:q",
+        "model.layers.*.self_attn.k_proj.bias": "blocks.*.attention.qkv.bias:k",
+        "model.layers.*.self_attn.v_proj.bias": "blocks.*.attention.qkv.bias:v",
+        "model.layers.*.self_attn.o_proj.bias": "blocks.*.attention.output.bias",
+        "model.layers.*.post_attention_layernorm.weight": "blocks.*.mlp_norm.weight",
+        "model.layers.*.mlp.gate_proj.weight": "blocks.*.mlp.gate_up.weight:gate",
+        "model.layers.*.mlp.up_proj.weight": "blocks.*.mlp.gate_up.weight:up",
+        "model.layers.*.mlp.down_proj.weight": "blocks.*.mlp.down.weight",
+        "model.layers.*.mlp.gate_proj.bias": "blocks.*.mlp.gate_up.bias:gate",
+        "model.layers.*.mlp.up_proj.bias": "blocks.*.mlp.gate_up.bias:up",
+        "model.layers.*.mlp.down_proj.bias": "blocks.*.mlp.down.bias",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "head.table",
+    }
+    ignored_names = frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq"})
+
+    def __init__(self, config: ModelConfig, kernels: KernelSelector) -> None:
+        super().__init__(config, kernels)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, kernels=kernels)
+        self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim)
+        self.blocks = tuple(self.block(config, kernels) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
+        self.head = LMHead(
+            config.vocab_size,
+            config.hidden_size,
+            kernels=kernels,
+            tied=self.embedding if config.tie_embeddings else None,
+        )
+
+    def block(self, config: ModelConfig, kernels: KernelSelector) -> LlamaBlock:
+        """One of the model's blocks."""
+        return LlamaBlock(
+            config,
+            kernels,
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_bias,
+        )
+
+    def forward(self, batch: ForwardBatch, kv: KVStorage) -> torch.Tensor:
+        """logits_SV of the sampled tokens, float32."""
+        (rows,) = batch.groups
+        angles = self.rotary(batch.positions_T)
+        x_TM: torch.Tensor = self.embedding(batch.token_ids_T)
+        residual_TM: torch.Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            x_TM, residual_TM = block(x_TM, residual_TM, angles, rows, kv.layer(0, index))
+        assert residual_TM is not None
+        sampled_S = batch.sample_token_indices_S
+        x_SM, _ = self.norm(x_TM[sampled_S], residual_TM[sampled_S])
+        logits_SV: torch.Tensor = self.head(x_SM)
+        return logits_SV

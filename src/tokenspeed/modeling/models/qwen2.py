@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with a bias on queries, keys and values."""
+
+from tokenspeed.kernels import KernelSelector
+from tokenspeed.modeling.config import ModelConfig
+from tokenspeed.modeling.models.llama import Llama, LlamaBlock
+from tokenspeed.modeling.placement import Shard, boundary
+
+__all__ = ["Qwen2"]
+
+
+@boundary(out=Shard("tp", "vocabulary"))
+class Qwen2(Llama):
+    """Embedding, blocks, norm, head."""
+
+    def block(self, config: ModelConfig, kernels: KernelSelector) -> LlamaBlock:
+        """One of the model's blocks."""
+        return LlamaBlock(config, kernels, qkv_bias=True, output_bias=False)

@@ -1,0 +1,94 @@
+"""Filling a model's weights from the tensors of a checkpoint."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from tokenspeed.core.errors import CorruptCheckpoint
+from tokenspeed.modeling.module import Weight
+
+__all__ = ["fill_weights"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NAMES_SHOWN = 8
+
+
+def fill_weights(
+    weights: Mapping[str, Weight],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    names: Mapping[str, str],
+    ignored: frozenset[str],
+) -> None:
+    """Copy each tensor to its place, converting its element type.
+
+    Args:
+        weights: the model's, by our names. Of the names of a shared weight the first counts;
+            a checkpoint may bring the others too, as a copy.
+        tensors: (checkpoint name, tensor) pairs.
+        names: checkpoint name to `our name` or `our name:part`; `*` stands for a number.
+        ignored: checkpoint names to pass over, with `*` for numbers.
+
+    Raises:
+        CorruptCheckpoint: after all were seen, if any was missing, unexpected, repeated or
+            misshapen.
+    """
+    wanted = {}
+    copies: set[str] = set()
+    seen: set[int] = set()
+    for name, weight in weights.items():
+        keys = {f"{name}:{part}" if part else name: (weight, part) for part in weight.parts}
+        if id(weight) in seen:
+            copies.update(keys)
+        else:
+            seen.add(id(weight))
+            wanted.update(keys)
+    missing = dict.fromkeys(wanted)
+    unexpected = []
+    misshapen = []
+    for name, tensor in tensors:
+        pattern = _NUMBER.sub("*", name)
+        if pattern in ignored:
+            continue
+        ours = _with_numbers(names.get(pattern, ""), _NUMBER.findall(name))
+        if ours in copies:
+            continue
+        if ours not in missing:
+            unexpected.append(name)
+            continue
+        del missing[ours]
+        weight, part = wanted[ours]
+        target = weight.part(part)
+        if target.shape != tensor.shape:
+            misshapen.append(f"{name} is {list(tensor.shape)}, not {list(target.shape)}")
+            continue
+        target.copy_(tensor)
+    theirs = {ours: pattern for pattern, ours in names.items()}
+    problems = {
+        "missing": [_checkpoint_name(ours, theirs) for ours in missing],
+        "unexpected or repeated": unexpected,
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        raise CorruptCheckpoint(
+            "the checkpoint does not fit its architecture: "
+            + "; ".join(f"{what}: {_listed(items)}" for what, items in problems.items() if items)
+        )
+
+
+def _with_numbers(pattern: str, numbers: list[str]) -> str:
+    for number in numbers:
+        pattern = pattern.replace("*", number, 1)
+    return pattern
+
+
+def _checkpoint_name(ours: str, theirs: Mapping[str, str]) -> str:
+    pattern = theirs.get(_NUMBER.sub("*", ours))
+    return _with_numbers(pattern, _NUMBER.findall(ours)) if pattern else ours
+
+
+def _listed(items: list[str]) -> str:
+    shown = ", ".join(items[:_NAMES_SHOWN])
+    more = len(items) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
