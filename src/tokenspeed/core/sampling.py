@@ -104,9 +104,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         )
 
 
-def _check(
-    what: str, value: float, low: float, high: float, *, low_open: bool = False
-) -> None:
+def _check(what: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     fits = math.isfinite(value) and value <= high and (value > low if low_open else value >= low)
     if not fits:
         bracket = "(" if low_open else "["

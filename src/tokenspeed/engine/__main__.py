@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 
 from tokenspeed.core.config import EngineConfig
+from tokenspeed.engine.core import Engine
+from tokenspeed.loader import Progress
 
 
 def main() -> int:
@@ -16,12 +18,17 @@ def main() -> int:
     parser.add_argument("--socket", type=Path, required=True, help="path of the socket to bind")
     parser.add_argument("--config-json", required=True, help="an EngineConfig as JSON")
     arguments = parser.parse_args()
+    parent_pid = os.getppid()
     config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
 
     # Imported late: the torch behind it takes seconds, and wrong arguments should not.
+    from tokenspeed.engine.build import build_engine  # noqa: PLC0415
     from tokenspeed.engine.server import serve  # noqa: PLC0415
 
-    return serve(config, arguments.socket, parent_pid=os.getppid())
+    def build(progress: Progress) -> Engine:
+        return build_engine(config, progress=progress)
+
+    return serve(build, arguments.socket, parent_pid=parent_pid)
 
 
 if __name__ == "__main__":

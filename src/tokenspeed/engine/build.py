@@ -1,7 +1,5 @@
 """Puts an engine together: files, model, pool, planes."""
 
-from dataclasses import dataclass
-
 import torch
 
 from tokenspeed import loader
@@ -9,23 +7,14 @@ from tokenspeed.cache import KVPools
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.engine.core import EngineCore
+from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner, resolve_dtype
 from tokenspeed.kernels import KernelSelector, load_plugins
 from tokenspeed.modeling import ModelConfig, build_model
 
-__all__ = ["Engine", "build_engine"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    """A loaded engine and what may be known of it."""
-
-    core: EngineCore
-    runner: Runner
-    info: EngineInfo
+__all__ = ["build_engine"]
 
 
 def build_engine(config: EngineConfig, *, progress: loader.Progress | None = None) -> Engine:
@@ -104,9 +93,8 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         overlap_depth=overlap_depth,
         weights_size_bytes=weights_size_bytes,
         kv_size_bytes=pages * config.page_size * sum(s.token_size_bytes for s in specs),
-
     )
-    return Engine(core=core, runner=runner, info=info)
+    return Engine(core=core, info=info)
 
 
 def _context_max(config: EngineConfig, model: ModelConfig) -> int:

@@ -3,12 +3,12 @@
 import secrets
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from tokenspeed.control import Scheduler
-from tokenspeed.core.errors import RequestError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import (
     Int32Array,
@@ -17,9 +17,9 @@ from tokenspeed.core.step import (
     StepPlan,
     StepResult,
 )
-from tokenspeed.engine.wire import LogprobColumns, StepOutputs, Submit
+from tokenspeed.engine.wire import EngineInfo, LogprobColumns, StepOutputs, Submit
 
-__all__ = ["EngineCore", "LaunchedStep", "StepRunner"]
+__all__ = ["Engine", "EngineCore", "LaunchedStep", "StepRunner"]
 
 
 class LaunchedStep(Protocol):
@@ -46,6 +46,12 @@ class StepRunner(Protocol):
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a forward pass."""
+
+    def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
+        """Record the following forward passes; the path of the trace to be."""
+
+    def stop_profile(self) -> Path:
+        """End the recording and write the trace; its path."""
 
     def close(self) -> None:
         """Free what the runner holds."""
@@ -172,9 +178,12 @@ class EngineCore:
         )
 
 
-def submit_error(error: RequestError) -> tuple[str, str]:
-    """The kind and text under which an error travels."""
-    return type(error).__name__, str(error)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """An engine that is ready to step, and what clients may know of it."""
+
+    core: EngineCore
+    info: EngineInfo
 
 
 def _columns(outcome: StepOutcome, logprobs: SampledLogprobs) -> LogprobColumns:

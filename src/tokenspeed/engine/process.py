@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -47,7 +46,7 @@ class EngineProcess:
             TokenSpeedError: the engine's own reason not to start.
         """
         # mkdtemp's folder is the user's alone (0700), so nobody else reaches the socket.
-        folder = Path(tempfile.mkdtemp(prefix="tokenspeed-", dir=runtime_dir()))
+        folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))
         socket_path = folder / "engine.sock"
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -58,9 +57,7 @@ class EngineProcess:
             "--config-json",
             msgspec.json.encode(config).decode(),
         )
-        connecting = asyncio.create_task(
-            EngineClient.connect(socket_path, on_progress=on_progress)
-        )
+        connecting = asyncio.create_task(EngineClient.connect(socket_path, on_progress=on_progress))
         dying = asyncio.create_task(process.wait())
         try:
             await asyncio.wait({connecting, dying}, return_when=asyncio.FIRST_COMPLETED)

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -13,9 +13,8 @@ import zmq
 
 from tokenspeed import loader
 from tokenspeed.control import CacheEvents
-from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import RequestError, TokenSpeedError
-from tokenspeed.engine.build import Engine, build_engine
+from tokenspeed.engine.core import Engine
 from tokenspeed.engine.wire import (
     Abort,
     Begun,
@@ -37,6 +36,8 @@ from tokenspeed.engine.wire import (
 
 __all__ = ["serve"]
 
+EngineBuilder = Callable[[loader.Progress], Engine]
+
 # How long an idle engine waits before it looks whether its parent still lives.
 IDLE_POLL_MS = 500
 # Load progress is for people's eyes.
@@ -50,11 +51,11 @@ CLEARED = CacheEvents(
 )
 
 
-def serve(config: EngineConfig, socket_path: Path, *, parent_pid: int) -> int:
-    """Load a model and serve it. Returns the process's exit code.
+def serve(build: EngineBuilder, socket_path: Path, *, parent_pid: int) -> int:
+    """Build an engine and serve it. Returns the process's exit code.
 
     Args:
-        config: the engine's configuration.
+        build: makes the engine, and tells of its progress.
         socket_path: Unix-domain socket to bind; its folder must be the user's alone.
         parent_pid: the engine ends when its parent is no longer this process.
     """
@@ -64,7 +65,7 @@ def serve(config: EngineConfig, socket_path: Path, *, parent_pid: int) -> int:
         peer = _Peer(socket, parent_pid)
         try:
             peer.send(Begun(pid=os.getpid()))
-            engine = build_engine(config, progress=_PeerProgress(peer))
+            engine = build(_PeerProgress(peer))
             with closing(engine.core):
                 peer.send(Ready(engine.info))
                 _Server(engine, peer).run()
@@ -78,7 +79,7 @@ def serve(config: EngineConfig, socket_path: Path, *, parent_pid: int) -> int:
     return 0
 
 
-class _ParentGone(Exception):  # noqa: N818
+class _ParentGone(Exception):
     """The process that started this one has ended."""
 
 
@@ -118,7 +119,6 @@ class _Server:
     """Turns messages into calls of the core, and what the core gives into messages."""
 
     def __init__(self, engine: Engine, peer: _Peer) -> None:
-        self._engine = engine
         self._core = engine.core
         self._peer = peer
         self._running = True
@@ -160,7 +160,7 @@ class _Server:
                 self._running = False
 
     def _answer(self, call: Call) -> Reply:
-        runner, control, arguments = self._engine.runner, self._core.control, call.arguments
+        runner, control, arguments = self._core.runner, self._core.control, call.arguments
         value: EngineStats | bool | str | None = None
         try:
             match call.method:
@@ -172,7 +172,9 @@ class _Server:
                     folder, steps = arguments["output_dir"], arguments["steps"]
                     assert folder is None or isinstance(folder, str)
                     assert steps is None or isinstance(steps, int)
-                    value = str(runner.start_profile(None if folder is None else Path(folder), steps))
+                    value = str(
+                        runner.start_profile(None if folder is None else Path(folder), steps)
+                    )
                 case "stop_profile":
                     value = str(runner.stop_profile())
                 case "subscribe_cache":
@@ -278,4 +280,3 @@ def _bound(socket_path: Path) -> Iterator["zmq.Socket[bytes]"]:
     finally:
         socket.close()
         context.term()
-

@@ -114,7 +114,6 @@ class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
     """The engine process lives; a model is about to be loaded."""
 
 
-
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     """How far a stage of the start has come, in units of the stage (bytes, tensors, packages)."""
 
@@ -207,9 +206,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
 
 
 ToEngine = Submit | Abort | Call | Shutdown
-FromEngine = (
-    Begun | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
-)
+FromEngine = Begun | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine, strict=True)

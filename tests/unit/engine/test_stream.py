@@ -1,0 +1,170 @@
+"""Streams and text, without an engine."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from tokenspeed.core.errors import EngineDead
+from tokenspeed.core.step import FinishReason
+from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
+from tokenspeed.engine.wire import LogprobColumns, StepOutputs
+
+
+class Letters:
+    """A detokenizer of a vocabulary of code points."""
+
+    def push(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+class Aborts:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def stream_with(*stops: str) -> tuple[TokenStream, Aborts]:
+    aborts = Aborts()
+    strings = StopStrings(stops, Letters()) if stops else None
+    return TokenStream(prompt_tokens=1, stop_strings=strings, abort=aborts), aborts
+
+
+def step(
+    tokens: list[tuple[int, int]],
+    finished: list[tuple[int, FinishReason]] | None = None,
+    logprobs: LogprobColumns | None = None,
+) -> StepOutputs:
+    ended = finished or []
+    return StepOutputs(
+        np.array([r for r, _ in tokens], dtype=np.int64).tobytes(),
+        np.array([t for _, t in tokens], dtype=np.int32).tobytes(),
+        np.array([7 for _ in tokens], dtype=np.int32).tobytes(),
+        np.array([r for r, _ in ended], dtype=np.int64).tobytes(),
+        np.array([r for _, r in ended], dtype=np.int32).tobytes(),
+        logprobs,
+    )
+
+
+def test_tokens_that_wait_are_merged_into_one_delta() -> None:
+    stream, _ = stream_with()
+    for token in (1, 2, 3):
+        stream.push(token, 0)
+    delta = stream.take()
+    assert delta is not None
+    assert delta.token_ids == [1, 2, 3]
+    assert stream.take() is None
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_a_stop_string_is_found_across_tokens_and_ends_the_request_once(cut: int) -> None:
+    text = "ab<END>cd"
+    stream, aborts = stream_with("<END>", "zzzzzzzz")
+    for character in text[: 2 + cut]:
+        stream.push(ord(character), 0)
+    early = stream.take()
+    assert early is not None
+    for character in text[2 + cut :]:
+        stream.push(ord(character), 0)
+    late = stream.take()
+    ids = early.token_ids + (late.token_ids if late else [])
+    end = late or early
+    assert Letters().push(ids) == "ab<END>"
+    assert end.finish_reason is FinishReason.STOP
+    assert end.stop_string == "<END>"
+    assert aborts.count == 1
+
+
+def test_the_earliest_stop_string_wins() -> None:
+    stream, _ = stream_with("cd", "bc")
+    for character in "abcd":
+        stream.push(ord(character), 0)
+    delta = stream.take()
+    assert delta is not None
+    assert delta.stop_string == "bc"
+
+
+def test_a_stop_tokens_own_text_is_no_stop_string() -> None:
+    stream, _ = stream_with("x")
+    stream.push(ord("x"), 0, is_stop=True)
+    stream.push_end(FinishReason.STOP, stop_token_id=ord("x"))
+    delta = stream.take()
+    assert delta is not None
+    assert delta.stop_string is None
+    assert delta.stop_token_id == ord("x")
+
+
+def test_iteration_ends_after_the_delta_with_a_finish_reason() -> None:
+    async def run() -> list[list[int]]:
+        stream, _ = stream_with()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(stream.push, 5, 0)
+        loop.call_soon(stream.push_end, FinishReason.LENGTH)
+        return [delta.token_ids async for delta in stream]
+
+    assert asyncio.run(run()) == [[5]]
+
+
+def test_a_failed_stream_gives_what_arrived_and_then_raises() -> None:
+    async def run() -> list[int]:
+        stream, _ = stream_with()
+        stream.push(5, 0)
+        stream.fail(EngineDead("gone"))
+        seen = []
+        with pytest.raises(EngineDead):
+            async for delta in stream:
+                seen += delta.token_ids
+        return seen
+
+    assert asyncio.run(run()) == [5]
+
+
+def test_abort_ends_the_stream_and_tells_the_engine_once() -> None:
+    stream, aborts = stream_with()
+    stream.abort()
+    stream.abort()
+    stream.push(1, 0)
+    delta = stream.take()
+    assert delta is not None
+    assert (delta.token_ids, delta.finish_reason) == ([], FinishReason.ABORT)
+    assert aborts.count == 1
+
+
+def test_a_step_reaches_the_streams_it_names() -> None:
+    table = StreamTable()
+    streams = {request: stream_with()[0] for request in (1, 2, 3)}
+    for request, stream in streams.items():
+        table.add(request, stream)
+    table.take(step([(1, 10), (3, 30)], [(3, FinishReason.STOP)]))
+    table.take(step([(1, 11), (9, 90)], [(2, FinishReason.ABORT), (9, FinishReason.LENGTH)]))
+    deltas = {request: stream.take() for request, stream in streams.items()}
+    assert [d.token_ids if d else None for d in deltas.values()] == [[10, 11], [], [30]]
+    assert deltas[3] is not None
+    assert deltas[3].stop_token_id == 30
+    assert deltas[3].cached_tokens == 7
+    assert len(table) == 1
+
+
+def test_logprobs_go_to_their_tokens() -> None:
+    table = StreamTable()
+    streams = {request: stream_with()[0] for request in (1, 2)}
+    for request, stream in streams.items():
+        table.add(request, stream)
+    columns = LogprobColumns(
+        entries=np.array([1], dtype=np.int32).tobytes(),
+        chosen=np.array([-0.5], dtype=np.float32).tobytes(),
+        top_token_ids=np.array([[4, 5]], dtype=np.int32).tobytes(),
+        top_values=np.array([[-0.5, -2.0]], dtype=np.float32).tobytes(),
+        top_counts=np.array([1], dtype=np.int32).tobytes(),
+        width=2,
+    )
+    table.take(step([(1, 3), (2, 4)], None, columns))
+    first, second = streams[1].take(), streams[2].take()
+    assert first is not None
+    assert second is not None
+    assert first.logprobs is None
+    assert second.logprobs is not None
+    assert second.logprobs[0].logprob == -0.5
+    assert second.logprobs[0].top_token_ids == [4]
