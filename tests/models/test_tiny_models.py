@@ -1,0 +1,106 @@
+"""Logits of tiny random checkpoints equal those of `transformers`, however the work is cut."""
+
+import json
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.tiny import CONFIGS, Tiny, build, read_tensors, write_tiny
+from tests.support.forward import Driver
+from tokenspeed.modeling import Model
+
+TOLERANCE = 1e-4
+TOKENS = 75
+
+Loaded = tuple[Model, Tiny]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+    @cache
+    def load_one(name: str) -> Loaded:
+        path: Path = tmp_path_factory.mktemp(name)
+        tiny = write_tiny(name, path)
+        model = build(json.loads((path / "config.json").read_text()))
+        model.load_weights(read_tensors(path).items())
+        return model, tiny
+
+    return load_one
+
+
+def prompt(count: int, *, seed: int) -> list[int]:
+    choose = random.Random(seed)
+    return [choose.randrange(199) for _ in range(count)]
+
+
+def expected(tiny: Tiny, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = tiny.theirs(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.dtype == torch.float32
+    assert ours.shape == theirs.shape
+    difference = ours - theirs
+    assert difference.norm() <= TOLERANCE * theirs.norm()
+    assert difference.abs().max() <= TOLERANCE * theirs.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64, TOKENS])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_transformers_for_any_chunking(
+    load: Callable[[str], Loaded], name: str, chunk: int
+) -> None:
+    model, tiny = load(name)
+    tokens = prompt(TOKENS, seed=1)
+    assert_close(Driver(model).prefill(tokens, chunk=chunk), expected(tiny, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-llama3", "qwen2"])
+def test_a_mixed_batch_gives_each_row_its_own_logits(
+    load: Callable[[str], Loaded], name: str
+) -> None:
+    model, tiny = load(name)
+    driver = Driver(model)
+    texts = [prompt(count, seed=count) for count in (40, 17, 63, 33)]
+    theirs = [expected(tiny, text) for text in texts]
+    requests = [driver.request() for _ in texts]
+    # Rows decode, go on with a chunk that starts inside a page, and start, in one step each.
+    cuts = [(30, 9, 1), (16, 1, 0), (5, 16, 42), (0, 31, 2)]
+    done = [0] * len(texts)
+    for step in range(3):
+        running = [index for index in range(len(texts)) if cuts[index][step]]
+        rows = [
+            (requests[index], texts[index][done[index] : done[index] + cuts[index][step]])
+            for index in running
+        ]
+        logits = driver.step(rows)
+        for index in running:
+            done[index] += cuts[index][step]
+        assert_close(logits, torch.stack([theirs[i][done[i] - 1] for i in running]))
+
+
+def test_pages_of_one_request_may_be_read_by_another(load: Callable[[str], Loaded]) -> None:
+    model, tiny = load("qwen2")
+    driver = Driver(model)
+    shared, first, second = prompt(32, seed=3), prompt(9, seed=4), prompt(11, seed=5)
+    one, other = driver.request(), driver.request()
+    driver.step([(one, shared)])
+    other.pages = list(one.pages)
+    other.length = len(shared)
+    logits = driver.step([(one, first), (other, second)])
+    theirs = [expected(tiny, shared + rest)[-1] for rest in (first, second)]
+    assert_close(logits, torch.stack(theirs))
+
+
+def test_greedy_tokens_equal_those_of_transformers(load: Callable[[str], Loaded]) -> None:
+    model, tiny = load("llama-tied")
+    tokens = prompt(20, seed=6)
+    for token in Driver(model).greedy(tokens, 20):
+        assert token == int(expected(tiny, tokens)[-1].argmax())
+        tokens.append(token)

@@ -1,0 +1,93 @@
+"""Tiny random checkpoints, written by `transformers` itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from tokenspeed.kernels import KernelSelector
+from tokenspeed.modeling import Model, ModelConfig, build_model
+
+__all__ = ["CONFIGS", "Tiny", "build", "write_tiny"]
+
+_SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 72,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(
+        **_SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
+    "llama-mha": LlamaConfig(**{**_SIZES, "num_key_value_heads": 6}, tie_word_embeddings=True),
+    "llama-linear": LlamaConfig(
+        **_SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+    "llama-llama3": LlamaConfig(
+        **_SIZES,
+        rope_scaling={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen2": Qwen2Config(
+        **{**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 1},
+        tie_word_embeddings=False,
+    ),
+    "qwen2-tied": Qwen2Config(**_SIZES, tie_word_embeddings=True),
+}
+"""Configurations by name; between them every option the models know."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint on disk and the model that wrote it."""
+
+    path: Path
+    theirs: Any
+
+
+def write_tiny(name: str, path: Path, *, seed: int = 0) -> Tiny:
+    """Write a checkpoint of random weights, biases and norms included."""
+    torch.manual_seed(seed)
+    theirs = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, value in theirs.named_parameters():
+            if value.dim() == 1:
+                value.copy_(torch.randn_like(value) * 0.2 + (0.0 if "bias" in key else 1.0))
+    theirs.save_pretrained(path)
+    return Tiny(path=path, theirs=theirs)
+
+
+def build(
+    hf_config: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    overrides: dict[str, str] | None = None,
+) -> Model:
+    """A model on the CPU, with its weights yet to load."""
+    device = torch.device("cpu")
+    kernels = KernelSelector(device=device, dtype=dtype, overrides=overrides)
+    return build_model(ModelConfig.from_hf(hf_config), dtype=dtype, device=device, kernels=kernels)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of one file."""
+    return load_file(path / "model.safetensors")
