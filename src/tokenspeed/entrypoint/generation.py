@@ -1,0 +1,202 @@
+"""One Generate call: its engine requests, and the messages made of what they yield."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
+
+from tokenspeed.core.errors import EngineError, InvalidParameter
+from tokenspeed.core.step import FinishReason
+from tokenspeed.entrypoint.sampling import (
+    check_supported,
+    samples_of,
+    sampling_params_of,
+    seeded,
+)
+
+if TYPE_CHECKING:
+    from tokenspeed.engine.client import EngineClient
+    from tokenspeed.engine.stream import TokenDelta, TokenLogprob, TokenStream
+
+__all__ = ["Generation", "GenerationTable"]
+
+_FINISH_WORDS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+}
+
+
+class Generation:
+    """The engine requests of one `GenerateRequest`, one per sample.
+
+    Raises:
+        RequestError: the request is wrong; nothing runs in the engine then.
+        EngineDead: there is no engine.
+    """
+
+    def __init__(self, request: Any, client: "EngineClient") -> None:
+        check_supported(request)
+        params = sampling_params_of(
+            request,
+            defaults=client.info.default_sampling,
+            context_max=client.info.context_max,
+        )
+        samples = samples_of(request)
+        prompt = list(request.tokenized.input_ids)
+        self.request_id: str = request.request_id
+        self._streamed = bool(request.stream)
+        self._keeps_stop_token = bool(request.sampling_params.no_stop_trim)
+        self._streams: list[TokenStream] = []
+        try:
+            for index in range(samples):
+                own = (
+                    params
+                    if index == 0
+                    else msgspec.structs.replace(params, seed=seeded(params.seed, index))
+                )
+                self._streams.append(client.generate(prompt, own))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """End every sample that still runs; those streams end with the reason "abort"."""
+        for stream in self._streams:
+            stream.abort()
+
+    async def relay(self, context: Any) -> None:
+        """Write every message of the call, then return.
+
+        However it ends, no engine request outlives it.
+
+        Raises:
+            EngineDead: the engine died meanwhile.
+            InvalidParameter: the prompt can never fit the KV cache.
+        """
+        try:
+            if len(self._streams) == 1:
+                await self._relay_sample(0, context.write)
+                return
+            # A gRPC call takes one write at a time; the samples take turns.
+            turn = asyncio.Lock()
+
+            async def write(message: Any) -> None:
+                async with turn:
+                    await context.write(message)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for index in range(len(self._streams)):
+                        group.create_task(self._relay_sample(index, write))
+            except* Exception as failures:
+                raise _first(failures) from None
+        finally:
+            self.abort()
+
+    async def _relay_sample(self, index: int, write: Any) -> None:
+        stream = self._streams[index]
+        prompt_tokens = stream.prompt_tokens
+        output_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        completion_tokens = 0
+        async for delta in stream:
+            completion_tokens += len(delta.token_ids)
+            ids = self._visible(delta)
+            output_ids += ids
+            if delta.logprobs is not None:
+                logprobs += delta.logprobs[: len(ids)]
+            if ids and self._streamed:
+                chunk = pb.GenerateStreamChunk(
+                    token_ids=ids,
+                    prompt_tokens=prompt_tokens,
+                    completion_tokens=completion_tokens,
+                    cached_tokens=delta.cached_tokens,
+                    index=index,
+                )
+                if delta.logprobs is not None:
+                    _fill_logprobs(chunk.output_logprobs, ids, delta.logprobs)
+                await write(pb.GenerateResponse(request_id=self.request_id, chunk=chunk))
+            if delta.finish_reason is None:
+                continue
+            if delta.finish_reason == FinishReason.REJECTED:
+                raise InvalidParameter(
+                    f"the request of {prompt_tokens} prompt tokens can never fit the KV cache. "
+                    "Shorten it, or serve with a larger --kv-cache-memory."
+                )
+            complete = pb.GenerateComplete(
+                output_ids=output_ids,
+                finish_reason=_FINISH_WORDS[delta.finish_reason],
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                cached_tokens=delta.cached_tokens,
+                index=index,
+            )
+            if delta.stop_string is not None:
+                complete.finish_reason = "stop"
+                complete.matched_stop_str = delta.stop_string
+            elif delta.stop_token_id is not None:
+                complete.matched_token_id = delta.stop_token_id
+            if logprobs:
+                _fill_logprobs(complete.output_logprobs, output_ids, logprobs)
+            await write(pb.GenerateResponse(request_id=self.request_id, complete=complete))
+            return
+        raise EngineError("the engine ended a request without saying why")
+
+    def _visible(self, delta: "TokenDelta") -> list[int]:
+        """The tokens a client is to see: a stop token is the last one, and no part of the text."""
+        ids = delta.token_ids
+        if delta.stop_token_id is None or self._keeps_stop_token or not ids:
+            return ids
+        return ids[:-1] if ids[-1] == delta.stop_token_id else ids
+
+
+class GenerationTable:
+    """The calls in flight, by the id the gateway gave them, so that an Abort finds its call."""
+
+    def __init__(self) -> None:
+        self._live: dict[str, Generation] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def check_free(self, request_id: str) -> None:
+        """Raises InvalidParameter when a call with this id is in flight: an Abort of one would
+        end the other."""
+        if request_id in self._live:
+            raise InvalidParameter(f"a request with the id {request_id!r} is in flight already")
+
+    @contextlib.contextmanager
+    def listed(self, generation: Generation) -> Iterator[None]:
+        """Keep a call findable while it runs."""
+        if not generation.request_id:
+            yield
+            return
+        self._live[generation.request_id] = generation
+        try:
+            yield
+        finally:
+            del self._live[generation.request_id]
+
+    def abort(self, request_id: str) -> bool:
+        """End a call; False when there is none with this id, as when it has just finished."""
+        generation = self._live.get(request_id)
+        if generation is None:
+            return False
+        generation.abort()
+        return True
+
+
+def _fill_logprobs(target: Any, ids: list[int], logprobs: "list[TokenLogprob]") -> None:
+    target.token_ids.extend(ids)
+    for entry in logprobs[: len(ids)]:
+        target.token_logprobs.append(entry.logprob)
+        target.top_logprobs.add(values=entry.top_logprobs, token_ids=entry.top_token_ids)
+
+
+def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
