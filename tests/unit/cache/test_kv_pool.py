@@ -1,0 +1,47 @@
+"""KV storage: shapes, sizes, and pages for a budget."""
+
+import resource
+
+import pytest
+import torch
+
+from tokenspeed.cache import KVPool, KVPools, pages_in_budget
+from tokenspeed.core.config import KVSpec
+from tokenspeed.core.errors import InsufficientMemory
+
+CPU = torch.device("cpu")
+WIDE = KVSpec(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")
+NARROW = KVSpec(layers=1, kv_heads=1, head_dim=4, dtype="float32")
+
+
+def test_each_layer_has_its_own_k_and_v_of_the_specs_shape() -> None:
+    pools = KVPools([WIDE, NARROW], pages=5, page_size=16, device=CPU)
+    tensors = [tensor for layer in range(3) for tensor in pools.layer(0, layer)]
+    assert {tensor.shape for tensor in tensors} == {(5, 16, 2, 8)}
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert len({tensor.data_ptr() for tensor in tensors}) == 6
+    assert pools.layer(1, 0)[0].shape == (5, 16, 1, 4)
+    held = sum(tensor.nbytes for tensor in [*tensors, *pools.layer(1, 0)])
+    assert pools.size_bytes == held
+
+
+def test_a_pool_costs_no_memory_until_it_is_written() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pool = KVPool(WIDE, pages=100_000, page_size=32, device=CPU)
+    assert pool.size_bytes == 614_400_000
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib * 1024 < pool.size_bytes / 10
+
+
+def test_a_pool_that_cannot_be_had_says_what_it_needed() -> None:
+    with pytest.raises(InsufficientMemory, match=r"bytes on cpu.*--kv-cache-memory"):
+        KVPool(WIDE, pages=2**45, page_size=32, device=CPU)
+
+
+def test_a_budget_is_divided_among_all_groups() -> None:
+    page = 16 * (WIDE.token_size_bytes + NARROW.token_size_bytes)
+    specs = [WIDE, NARROW]
+    assert pages_in_budget(specs, page_size=16, budget_size_bytes=7 * page) == 7
+    assert pages_in_budget(specs, page_size=16, budget_size_bytes=8 * page - 1) == 7
+    with pytest.raises(InsufficientMemory, match=f"{page:,} bytes"):
+        pages_in_budget(specs, page_size=16, budget_size_bytes=page - 1)
