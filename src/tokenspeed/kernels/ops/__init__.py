@@ -8,6 +8,7 @@ from tokenspeed.kernels.ops import (
     kvcache,
     norm,
     rope,
+    sampling,
 )
 
-__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope"]
+__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope", "sampling"]

@@ -12,6 +12,7 @@ from tokenspeed.kernels.reference import (
     kvcache,
     norm,
     rope,
+    sampling,
 )
 
-__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope"]
+__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope", "sampling"]

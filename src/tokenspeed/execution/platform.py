@@ -1,0 +1,48 @@
+"""What the forward runs with: an element type and a number of threads."""
+
+import os
+
+import torch
+
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.kernels import Platform
+
+__all__ = ["resolve_dtype", "set_threads"]
+
+# Instructions that multiply bfloat16; without them float32 is both faster and more exact.
+BFLOAT16_FEATURES = frozenset({"avx512_bf16", "amx_bf16"})
+
+_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The element type of weights, activations and KV.
+
+    Args:
+        name: "float32", "bfloat16", or "auto": bfloat16 on GPUs and on CPUs that multiply it,
+            float32 elsewhere.
+        device: where the model will run.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name == "auto":
+        native = device.type != "cpu" or BFLOAT16_FEATURES & Platform.of(device).features
+        return torch.bfloat16 if native else torch.float32
+    if name not in _BY_NAME:
+        raise ConfigError(f"--dtype must be auto, {' or '.join(_BY_NAME)}, but is {name!r}")
+    return _BY_NAME[name]
+
+
+def set_threads(threads: int | None) -> int:
+    """Set the CPU threads of the process's forwards, and return their number.
+
+    Args:
+        threads: None for one per CPU the process may run on.
+    """
+    if threads is None:
+        # Only Linux tells which CPUs a process is confined to.
+        confined = getattr(os, "sched_getaffinity", None)
+        threads = len(confined(0)) if confined is not None else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads

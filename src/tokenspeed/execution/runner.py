@@ -1,0 +1,248 @@
+"""The runner: a plan in, one forward pass, sampled tokens out.
+
+Legend: T tokens, R rows, S sampled rows, X slots, D decode rows, V vocabulary.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from tokenspeed.cache import KVPools
+from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import Int32Array, StepPlan, StepResult
+from tokenspeed.execution.buffers import InputBuffer, PageTable
+from tokenspeed.execution.platform import set_threads
+from tokenspeed.execution.profile import ForwardProfiler
+from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
+from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.modeling import ForwardBatch, Model
+
+__all__ = ["LaunchedStep", "Runner"]
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+class LaunchedStep:
+    """A forward pass under way."""
+
+    def __init__(self, future: Future[StepResult]) -> None:
+        self._future = future
+
+    def result(self) -> StepResult:
+        """Wait for the sampled tokens; raises what the forward raised."""
+        return self._future.result()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Binding:
+    """A request that takes a slot with the next launch."""
+
+    slot: int
+    params: SamplingParams
+    seed: int
+    prompt_count: int
+    tokens: Int32Array | None
+    stop_token_ids: Int32Array
+
+
+class Runner:
+    """Runs plans in the order of their launch, and holds the last sampled token of every slot.
+
+    With an overlap depth of 0 a launch runs the forward and returns after it; above that a thread
+    of its own runs it, while the caller plans the next step.
+
+    Args:
+        model: loaded, on `device`.
+        pools: the KV storage that plans name pages of.
+        config: the greatest sizes of a plan, and the overlap depth.
+        device: where the model runs.
+        threads: CPU threads of the forward, set for the whole process; None for all it may use.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pools: KVPools,
+        config: SchedulerConfig,
+        *,
+        device: torch.device,
+        threads: int | None,
+    ) -> None:
+        self._model = model
+        self._pools = pools
+        self._config = config
+        self._device = device
+        set_threads(threads)
+        self._sampler = Sampler(
+            slots_max=config.slots_max,
+            vocabulary=model.config.vocab_size,
+            kernels=model.kernels,
+        )
+        self._token_ids = InputBuffer(config.step_tokens_max, device=device)
+        self._positions = InputBuffer(config.step_tokens_max, device=device)
+        self._sampled = InputBuffer(config.slots_max, device=device)
+        self._sampled_slots = InputBuffer(config.slots_max, device=device)
+        self._decode_slots = InputBuffer(config.slots_max, device=device)
+        self._last_token_X = torch.zeros(config.slots_max, dtype=torch.int64, device=device)
+        groups = range(len(pools.pools))
+        self._kv_slots = [InputBuffer(config.step_tokens_max, device=device) for _ in groups]
+        self._tables = [
+            PageTable(
+                slots_max=config.slots_max,
+                pages_max=-(-config.context_max // config.page_size),
+                device=device,
+            )
+            for _ in groups
+        ]
+        self._bindings: list[_Binding] = []
+        self._profiler = ForwardProfiler()
+        self._thread = (
+            ThreadPoolExecutor(1, "forward", initializer=set_threads, initargs=(threads,))
+            if config.overlap_depth
+            else None
+        )
+
+    def bind(
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        prompt_count: int,
+        tokens: Int32Array | None,
+        stop_token_ids: Int32Array,
+    ) -> None:
+        """Give a slot to a request, from the next launch on.
+
+        Args:
+            slot: one of the next plan's `bound_slots`.
+            params: how the request's tokens are sampled.
+            seed: 64-bit seed of its draws.
+            prompt_count: tokens of its prompt.
+            tokens: prompt and output so far, where `params.needs_history`.
+            stop_token_ids: tokens that end it, the model's own among them.
+        """
+        # A launched step may still sample for the slot's last owner.
+        self._bindings.append(
+            _Binding(
+                slot=slot,
+                params=params,
+                seed=seed,
+                prompt_count=prompt_count,
+                tokens=tokens,
+                stop_token_ids=stop_token_ids,
+            )
+        )
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a forward pass; the plan's arrays must not change until its result is there."""
+        bindings, self._bindings = self._bindings, []
+        return LaunchedStep(self._submit(self._run, plan, bindings))
+
+    def warm_up(self) -> None:
+        """Run a tiny prefill and a decode, so that the first request finds everything ready.
+
+        To be called before any other plan: it writes to the pools' first page.
+        """
+        self.bind(
+            0,
+            WARM_UP_PARAMS,
+            seed=0,
+            prompt_count=1,
+            tokens=np.zeros(1, dtype=np.int32),
+            stop_token_ids=np.zeros(0, dtype=np.int32),
+        )
+        for plan in warm_up_plans(self._config, groups=len(self._tables)):
+            self.launch(plan).result()
+
+    def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
+        """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
+
+        Raises:
+            RequestError: a trace is being recorded, or an argument is wrong.
+        """
+        return self._submit(self._profiler.start, output_dir, steps).result()
+
+    def stop_profile(self) -> Path:
+        """Write the trace and return where it is.
+
+        Raises:
+            RequestError: none was started, or it cannot be written.
+        """
+        return self._submit(self._profiler.stop).result()
+
+    def close(self) -> None:
+        """Wait for what was launched, and end the runner's thread."""
+        self._submit(self._profiler.close).result()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _submit(
+        self, call: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[Result]:
+        if self._thread is not None:
+            return self._thread.submit(call, *args, **kwargs)
+        future: Future[Result] = Future()
+        try:
+            future.set_result(call(*args, **kwargs))
+        except Exception as error:
+            # It surfaces where the result is asked for, as it does with a thread.
+            future.set_exception(error)
+        return future
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan, bindings: list[_Binding]) -> StepResult:
+        for binding in bindings:
+            self._sampler.bind(
+                binding.slot,
+                binding.params,
+                seed=binding.seed,
+                prompt_count=binding.prompt_count,
+                tokens=binding.tokens,
+                stop_token_ids=binding.stop_token_ids,
+            )
+        slots_S = plan.row_slots[plan.sample_rows]
+        with self._profiler.step():
+            logits_SV = self._model.forward(self._batch(plan), self._pools)
+            tokens_S, logprobs = self._sampler.sample(logits_SV, slots_S, plan.sample_positions)
+            self._last_token_X[self._sampled_slots.fill(slots_S)] = tokens_S
+            tokens = tokens_S.cpu().numpy().astype(np.int32)
+        return StepResult(tokens=tokens, logprobs=logprobs)
+
+    def _batch(self, plan: StepPlan) -> ForwardBatch:
+        """The plan's values in the static buffers, with what only this side knows."""
+        starts, ends = plan.query_starts[:-1], plan.query_starts[1:]
+        # Token t of row r stands at context_lens[r] + t - query_starts[r].
+        positions_T = np.arange(len(plan.token_ids)) + np.repeat(
+            plan.context_lens - starts, ends - starts
+        )
+        token_ids_T = self._token_ids.fill(plan.token_ids)
+        decode_slots_D = self._decode_slots.fill(plan.row_slots[: plan.decode_count])
+        token_ids_T[: plan.decode_count] = self._last_token_X[decode_slots_D]
+        groups = []
+        for group, table, kv_slots in zip(plan.groups, self._tables, self._kv_slots, strict=True):
+            table.apply(group)
+            groups.append(
+                PagedRows(
+                    query_starts=plan.query_starts,
+                    context_lens=plan.context_lens,
+                    row_slots=plan.row_slots,
+                    page_table_XP=table.pages_XP,
+                    kv_slots_T=kv_slots.fill(group.kv_slots),
+                    page_size=self._config.page_size,
+                )
+            )
+        return ForwardBatch(
+            token_ids_T=token_ids_T,
+            positions_T=self._positions.fill(positions_T),
+            groups=tuple(groups),
+            sample_token_indices_S=self._sampled.fill(ends[plan.sample_rows] - 1),
+        )

@@ -1,0 +1,257 @@
+"""The sampler: from logits to tokens, each row by its own request's parameters.
+
+Order of operations, per row:
+
+    1. log-probabilities, where asked for, from the logits as they came
+    2. grammar bitmask
+    3. stop tokens excluded while fewer than `min_new_tokens` were sampled
+    4. logit bias
+    5. repetition, then presence and frequency penalties
+    6. temperature 0: the likeliest token, and done
+    7. temperature, min-p, top-k, top-p
+    8. a draw from what is left, by a uniform number that depends on seed and position alone
+
+A row in which 2 and 3 leave no token possible gets the likeliest token of the logits as they came.
+
+Legend: S sampled rows, V vocabulary, X slots, W 32-bit words of V bits, K likeliest tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import Int32Array, SampledLogprobs
+from tokenspeed.execution.history import TokenHistory
+from tokenspeed.execution.philox import uniforms
+from tokenspeed.kernels import KernelSelector
+from tokenspeed.kernels.ops import sampling as ops
+
+__all__ = ["Sampler"]
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bias:
+    """Token ids and what is added to their logits."""
+
+    ids: torch.Tensor
+    values: torch.Tensor
+
+
+class Sampler:
+    """Samples the rows of a step; holds the parameters of every slot.
+
+    Args:
+        slots_max: X.
+        vocabulary: V, which every row of logits has.
+        kernels: chooses the sampling kernels, and names the device of the logits.
+    """
+
+    def __init__(self, *, slots_max: int, vocabulary: int, kernels: KernelSelector) -> None:
+        self._vocabulary = vocabulary
+        self._device = kernels.device
+        self._argmax = kernels.select(ops.argmax, format_name="float32")
+        self._draw = kernels.select(ops.draw, format_name="float32")
+        self._logprobs = kernels.select(ops.logprobs, format_name="float32")
+        self._penalise = kernels.select(ops.penalise, format_name="float32")
+        self._apply_bitmask = kernels.select(ops.apply_bitmask, format_name="float32")
+        self._temperature_X = np.zeros(slots_max, dtype=np.float64)
+        self._top_k_X = np.full(slots_max, vocabulary, dtype=np.int64)
+        self._top_p_X = np.ones(slots_max, dtype=np.float64)
+        self._min_p_X = np.zeros(slots_max, dtype=np.float64)
+        self._seed_X = np.zeros(slots_max, dtype=np.uint64)
+        self._min_new_X = np.zeros(slots_max, dtype=np.int64)
+        self._edited_X = np.zeros(slots_max, dtype=np.bool_)
+        self._reports_X = np.zeros(slots_max, dtype=np.bool_)
+        self._top_logprobs_X = np.zeros(slots_max, dtype=np.int32)
+        # Only slots whose requests need them have an entry.
+        self._stops: dict[int, torch.Tensor] = {}
+        self._bias: dict[int, _Bias] = {}
+        self._history: dict[int, TokenHistory] = {}
+
+    def bind(
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        prompt_count: int,
+        tokens: Int32Array | None,
+        stop_token_ids: Int32Array,
+    ) -> None:
+        """Give a slot to a request; the one that had it is forgotten.
+
+        Args:
+            slot: below `slots_max`.
+            params: the ids of its logit bias are below V.
+            seed: 64-bit seed of the request's draws.
+            prompt_count: tokens of the prompt.
+            tokens: prompt and output so far; needed only where `params.needs_history`.
+            stop_token_ids: what `min_new_tokens` excludes; ids that no row has are passed over.
+        """
+        self._temperature_X[slot] = params.temperature
+        self._top_k_X[slot] = min(params.top_k or self._vocabulary, self._vocabulary)
+        self._top_p_X[slot] = params.top_p
+        self._min_p_X[slot] = params.min_p
+        self._seed_X[slot] = seed
+        self._min_new_X[slot] = params.min_new_tokens
+        self._edited_X[slot] = params.needs_history or bool(params.logit_bias)
+        self._reports_X[slot] = params.logprobs is not None
+        self._top_logprobs_X[slot] = min(params.logprobs or 0, self._vocabulary)
+        for table in (self._stops, self._bias, self._history):
+            table.pop(slot, None)
+        if params.min_new_tokens:
+            known = stop_token_ids[stop_token_ids < self._vocabulary]
+            self._stops[slot] = self._tensor(known.astype(np.int64))
+        if params.logit_bias:
+            ids = np.array(list(params.logit_bias.keys()), dtype=np.int64)
+            assert ids.max() < self._vocabulary, "the engine admits no bias outside the vocabulary"
+            values = np.array(list(params.logit_bias.values()), dtype=np.float32)
+            self._bias[slot] = _Bias(self._tensor(ids), self._tensor(values))
+        if params.needs_history:
+            assert tokens is not None, "a request with penalties comes with its tokens"
+            self._history[slot] = TokenHistory(
+                tokens,
+                prompt_count=prompt_count,
+                vocabulary=self._vocabulary,
+                params=params,
+                device=self._device,
+            )
+
+    def sample(
+        self,
+        logits_SV: torch.Tensor,
+        slots_S: Int32Array,
+        positions_S: Int32Array,
+        bitmask_SW: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, SampledLogprobs | None]:
+        """A token for each row.
+
+        Args:
+            logits_SV: float32, contiguous; the sampler may change them.
+            slots_S: the slot of each row's request.
+            positions_S: index of the output token to be sampled, 0 for the first.
+            bitmask_SW: int32; bit v % 32 of word v // 32 set where token v is allowed. None
+                allows all.
+
+        Returns:
+            int64 tokens [S] on the logits' device, and what was asked for of log-probabilities.
+        """
+        excluding_S = positions_S < self._min_new_X[slots_S]
+        edited_S = self._edited_X[slots_S] | excluding_S | (bitmask_SW is not None)
+        original: dict[int, torch.Tensor] = {}
+        for row in np.flatnonzero(edited_S).tolist():
+            original[row] = logits_SV[row : row + 1].clone()
+            bitmask_1W = None if bitmask_SW is None else bitmask_SW[row : row + 1]
+            stops = self._stops[int(slots_S[row])] if excluding_S[row] else None
+            self._edit(logits_SV[row : row + 1], int(slots_S[row]), bitmask_1W, stops)
+            if _impossible(logits_SV[row]):
+                logits_SV[row].copy_(original[row][0])
+        tokens_S = self._choose(logits_SV, slots_S, positions_S)
+        for row, slot in enumerate(slots_S.tolist()):
+            if slot in self._history:
+                self._history[slot].push(int(tokens_S[row]))
+        return tokens_S, self._report(logits_SV, original, slots_S, tokens_S)
+
+    def _edit(
+        self,
+        logits_1V: torch.Tensor,
+        slot: int,
+        bitmask_1W: torch.Tensor | None,
+        stops: torch.Tensor | None,
+    ) -> None:
+        """Steps 2 to 5, in place."""
+        logits_V = logits_1V[0]
+        if bitmask_1W is not None:
+            self._apply_bitmask(logits_1V, bitmask_1W)
+        if stops is not None:
+            logits_V.index_fill_(0, stops, -torch.inf)
+        if slot in self._bias:
+            bias = self._bias[slot]
+            logits_V.index_add_(0, bias.ids, bias.values)
+        if slot in self._history:
+            history = self._history[slot]
+            params = history.params
+            self._penalise(
+                logits_V,
+                *history.seen(),
+                repetition=params.repetition_penalty,
+                presence=params.presence_penalty,
+                frequency=params.frequency_penalty,
+            )
+
+    def _choose(
+        self, logits_SV: torch.Tensor, slots_S: Int32Array, positions_S: Int32Array
+    ) -> torch.Tensor:
+        """Steps 6 to 8. Rows that lie together and are alike go to one kernel call."""
+        drawn_S = self._temperature_X[slots_S] > 0.0
+        if not drawn_S.any():
+            return self._argmax(logits_SV)
+        tokens_S = torch.empty(len(slots_S), dtype=torch.int64, device=logits_SV.device)
+        uniforms_S = uniforms(self._seed_X[slots_S], positions_S)
+        for start, end in _runs(drawn_S):
+            rows = slice(start, end)
+            slots = slots_S[rows]
+            if not drawn_S[start]:
+                tokens_S[rows] = self._argmax(logits_SV[rows])
+                continue
+            tokens_S[rows] = self._draw(
+                logits_SV[rows],
+                torch.from_numpy(uniforms_S[rows]),
+                temperatures_S=torch.from_numpy(self._temperature_X[slots]),
+                top_ks_S=torch.from_numpy(self._top_k_X[slots]),
+                top_ps_S=torch.from_numpy(self._top_p_X[slots]),
+                min_ps_S=torch.from_numpy(self._min_p_X[slots]),
+            )
+        return tokens_S
+
+    def _report(
+        self,
+        logits_SV: torch.Tensor,
+        original: dict[int, torch.Tensor],
+        slots_S: Int32Array,
+        tokens_S: torch.Tensor,
+    ) -> SampledLogprobs | None:
+        """Step 1, done last because it needs the token."""
+        rows = np.flatnonzero(self._reports_X[slots_S])
+        if not len(rows):
+            return None
+        counts = self._top_logprobs_X[slots_S[rows]]
+        width = int(counts.max())
+        chosen = np.empty(len(rows), dtype=np.float32)
+        top_token_ids = np.zeros((len(rows), width), dtype=np.int32)
+        top_values = np.zeros((len(rows), width), dtype=np.float32)
+        for entry, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
+            logits_1V = original.get(row, logits_SV[row : row + 1])
+            value, ids, values = self._logprobs(logits_1V, tokens_S[row : row + 1], count)
+            chosen[entry] = value[0].item()
+            top_token_ids[entry, :count] = ids[0].cpu().numpy()
+            top_values[entry, :count] = values[0].cpu().numpy()
+        return SampledLogprobs(
+            sample_indices=rows.astype(np.int32),
+            chosen=chosen,
+            top_token_ids=top_token_ids,
+            top_values=top_values,
+            top_counts=counts,
+        )
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _impossible(logits_V: torch.Tensor) -> bool:
+    """Whether no token can be sampled."""
+    peak = logits_V.max()
+    # NaN hides the others, and does not count.
+    return bool(peak.isnan().logical_and(~(logits_V > -torch.inf).any()) | (peak == -torch.inf))
+
+
+def _runs(flags: BoolArray) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of equal flags."""
+    edges = np.flatnonzero(flags[1:] != flags[:-1]) + 1
+    yield from zip([0, *edges.tolist()], [*edges.tolist(), len(flags)], strict=True)
