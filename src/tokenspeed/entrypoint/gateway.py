@@ -1,0 +1,281 @@
+"""The SMG gateway as a child process: its command line, its start and its end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+import re
+import socket
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenspeed.core.errors import ConfigError, EngineError
+from tokenspeed.entrypoint.parsers import Parsers
+
+__all__ = [
+    "Gateway",
+    "GatewayConfig",
+    "check_address",
+    "gateway_arguments",
+    "is_loopback",
+    "unused_port",
+]
+
+LOG_LINES_MAX = 400
+_CAUSE_LINES = 12
+_KILL_AFTER_S = 10.0
+_POLL_INTERVAL_S = 0.05
+_REQUEST_TIMEOUT_S = 7200
+_PAYLOAD_SIZE_MAX_BYTES = 32 * 1024 * 1024
+_COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """What one gateway is launched with.
+
+    Attributes:
+        host, port: where clients connect.
+        worker_port: port of the servicer on 127.0.0.1.
+        prometheus_port: port of the gateway's own metrics on 127.0.0.1.
+        tokenizer_dir: folder of the tokenizer the gateway encodes with.
+        parsers: which parsers read tool calls and reasoning.
+        api_key: what clients must send as a bearer token; None lets everyone in.
+        log_level: "debug", "info", "warn" or "error".
+        shutdown_timeout_s: how long running requests may take to end when the gateway stops.
+    """
+
+    host: str
+    port: int
+    worker_port: int
+    prometheus_port: int
+    tokenizer_dir: Path
+    parsers: Parsers
+    api_key: str | None = None
+    log_level: str = "warn"
+    shutdown_timeout_s: int = 10
+
+    def __post_init__(self) -> None:
+        check_exposure(self.host, self.api_key)
+
+
+def gateway_arguments(config: GatewayConfig) -> list[str]:
+    """The arguments of `smg` for a gateway with one worker."""
+    arguments = [
+        "launch",
+        *("--host", config.host),
+        *("--port", str(config.port)),
+        *("--prometheus-host", "127.0.0.1"),
+        *("--prometheus-port", str(config.prometheus_port)),
+        *("--worker-urls", f"grpc://127.0.0.1:{config.worker_port}"),
+        *("--worker-startup-check-interval", "1"),
+        # With one worker there is nothing to balance; prefixes match in the engine.
+        *("--policy", "passthrough"),
+        *("--tokenizer-path", str(config.tokenizer_dir)),
+        *("--tool-call-parser", config.parsers.tool_call),
+        *("--reasoning-parser", config.parsers.reasoning),
+        # A failed request is the client's to repeat, and one worker that failed ten times is
+        # still the only one: neither retries nor circuit breakers help anybody here.
+        "--disable-retries",
+        "--disable-circuit-breaker",
+        "--disable-worker-overload-protection",
+        *("--health-check-interval-secs", "2"),
+        *("--health-check-timeout-secs", "10"),
+        *("--health-success-threshold", "1"),
+        # A long step of a small machine is no wedged worker.
+        *("--worker-wedge-secs", "120"),
+        *("--worker-stale-secs", "0"),
+        *("--request-timeout-secs", str(_REQUEST_TIMEOUT_S)),
+        *("--max-payload-size", str(_PAYLOAD_SIZE_MAX_BYTES)),
+        *("--shutdown-grace-period-secs", str(config.shutdown_timeout_s)),
+        *("--log-level", config.log_level),
+    ]
+    if config.api_key is not None:
+        arguments += ["--api-key", config.api_key]
+    return arguments
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name counts by what it resolves to."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"--host {host} is no address of this machine: {error}") from None
+    addresses = [str(address[0]).split("%")[0] for *_, address in found]
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Raises ConfigError when others could reach the server without a key."""
+    if api_key is not None and not api_key:
+        raise ConfigError("--api-key is empty; give a key, or leave the flag out on loopback")
+    if api_key is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines: give an --api-key too, "
+            "or serve on --host 127.0.0.1"
+        )
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ConfigError when the address cannot be served, as when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OverflowError:
+            raise ConfigError(f"--port must be in [1, 65535], but is {port}") from None
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve on {host}:{port}: {error.strerror}. "
+                "Choose another --port, or end what listens there."
+            ) from None
+
+
+def unused_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Gateway:
+    """A running gateway process. Made by `launch`.
+
+    Attributes:
+        exited: done when the process has ended; its result is the exit code.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, config: GatewayConfig) -> None:
+        self._process = process
+        self._config = config
+        self._log: deque[str] = deque(maxlen=LOG_LINES_MAX)
+        self._reader = asyncio.create_task(self._read())
+        self.exited: asyncio.Task[int] = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def launch(cls, config: GatewayConfig) -> "Gateway":
+        """Start the process; it is ready when `wait_ready` returns."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tokenspeed.entrypoint.gateway_child",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            # Ctrl-C goes to the foreground group; stopping the gateway is the supervisor's to do.
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        order = {"parent_pid": os.getpid(), "arguments": gateway_arguments(config)}
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(json.dumps(order).encode())
+            await process.stdin.drain()
+            process.stdin.close()
+        return cls(process, config)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def url(self) -> str:
+        """Where clients of this machine reach it."""
+        host = _reachable(self._config.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._config.port}"
+
+    async def wait_ready(self, *, model_name: str, timeout_s: float) -> None:
+        """Return once a first request will be served: worker healthy and tokenizer loaded.
+
+        Raises:
+            EngineError: the gateway ended, or was not ready in time; with its last log lines.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.exited.done():
+                    if await self._is_ready(model_name):
+                        return
+                    await asyncio.sleep(_POLL_INTERVAL_S)
+        raise EngineError(self.cause())
+
+    async def stop(self) -> None:
+        """End the process: running requests get the configured time, then it is killed."""
+        if not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            await asyncio.wait(
+                {self.exited}, timeout=self._config.shutdown_timeout_s + _KILL_AFTER_S
+            )
+        if not self.exited.done():
+            self.kill()
+        await self.exited
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def cause(self) -> str:
+        """Why the gateway is not serving: its exit code and the last it said."""
+        code = self._process.returncode
+        state = "is not ready" if code is None else f"ended with exit code {code}"
+        lines = [f"  {line}" for line in list(self._log)[-_CAUSE_LINES:]]
+        return "\n".join([f"the gateway {state}; its last words:", *lines])
+
+    async def _is_ready(self, model_name: str) -> bool:
+        if (await self._get("/readiness"))[0] != 200:
+            return False
+        # The gateway calls itself ready a moment before it has read the tokenizer.
+        status, body = await self._get("/v1/tokenizers")
+        return status == 200 and any(
+            entry["name"] == model_name for entry in json.loads(body)["tokenizers"]
+        )
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a GET; status 0 while nobody answers."""
+        host = _reachable(self._config.host)
+        key = self._config.api_key
+        lines = [f"GET {path} HTTP/1.0", "Host: localhost"]
+        if key is not None:
+            lines.append(f"Authorization: Bearer {key}")
+        try:
+            reader, writer = await asyncio.open_connection(host, self._config.port)
+            try:
+                writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+                answer = await reader.read()
+            finally:
+                writer.close()
+        except OSError:
+            return 0, b""
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return int(head.split()[1]) if head else 0, body
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            text = _COLOUR.sub(b"", line).decode(errors="replace").rstrip()
+            self._log.append(text)
+            if self._config.log_level == "debug":
+                print(f"gateway: {text}", file=sys.stderr)  # noqa: T201
+
+    async def _watch(self) -> int:
+        code = await self._process.wait()
+        await self._reader
+        return code
+
+
+def _reachable(host: str) -> str:
+    """An address to connect to: that of loopback where the gateway listens on every one."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"

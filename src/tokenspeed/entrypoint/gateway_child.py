@@ -1,0 +1,38 @@
+"""The gateway's process: takes its command line from stdin and never outlives its parent.
+
+Command lines are visible to every user of the machine; an API key is not for them.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+
+__all__ = ["die_with_parent", "main"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # The parent may have ended before the call.
+    if os.getppid() != parent_pid:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Read {"parent_pid": ..., "arguments": [...]} from stdin, then be `smg ARGUMENTS`."""
+    order = json.load(sys.stdin)
+    if sys.platform == "linux":
+        die_with_parent(order["parent_pid"])
+    from smg.cli import main as smg  # noqa: PLC0415  # a second of imports, after the guard
+
+    smg(order["arguments"])
+
+
+if __name__ == "__main__":
+    main()
