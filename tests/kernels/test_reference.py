@@ -66,7 +66,7 @@ def test_linear(tokens: int, inputs: int, outputs: int, bias: bool, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SIZES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [*SIZES, (3, 1024, 5001)])
 def test_logits_are_float32_and_as_exact(
     tokens: int, inputs: int, outputs: int, dtype: torch.dtype
 ) -> None:
