@@ -1,0 +1,50 @@
+"""The C++ control plane as nanobind exposes it; `tokenspeed.control` is its typed face."""
+
+import numpy as np
+import numpy.typing as npt
+
+class Scheduler:
+    def __init__(
+        self,
+        *,
+        pages: int,
+        page_size: int,
+        slots_max: int,
+        step_tokens_max: int,
+        context_max: int,
+        overlap_depth: int,
+        prefix_cache: bool,
+    ) -> None: ...
+    def submit(
+        self,
+        request: int,
+        prompt: npt.NDArray[np.int32],
+        max_new_tokens: int,
+        min_new_tokens: int,
+        stop_token_ids: npt.NDArray[np.int32],
+        salt: int,
+        priority: int,
+    ) -> None: ...
+    def abort(self, request: int) -> None: ...
+    def plan(
+        self,
+    ) -> (
+        tuple[int, int, int, int, int, int, int, npt.NDArray[np.int32], npt.NDArray[np.int64]]
+        | None
+    ): ...
+    def commit(self, step: int, tokens: npt.NDArray[np.int32]) -> None: ...
+    def take_outcome(
+        self,
+    ) -> tuple[int, int, npt.NDArray[np.int32], npt.NDArray[np.int64]]: ...
+    def tokens(self, request: int) -> npt.NDArray[np.int32]: ...
+    def stats(
+        self,
+    ) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]: ...
+    def flush_cache(self) -> bool: ...
+    def record_cache_events(self, on: bool) -> None: ...
+    def take_cache_events(
+        self,
+    ) -> (
+        tuple[int, npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.bool_]] | None
+    ): ...
+    def audit(self) -> None: ...
