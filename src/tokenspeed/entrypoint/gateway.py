@@ -8,7 +8,9 @@ import os
 import re
 import socket
 import sys
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ __all__ = [
     "Gateway",
     "GatewayConfig",
     "check_address",
+    "check_exposure",
     "gateway_arguments",
     "is_loopback",
     "unused_port",
@@ -26,7 +29,8 @@ __all__ = [
 
 LOG_LINES_MAX = 400
 _CAUSE_LINES = 12
-_KILL_AFTER_S = 10.0
+# The last answers of the engine are on their way through the gateway for this long at most.
+_LAST_WORDS_S = 0.5
 _POLL_INTERVAL_S = 0.05
 _REQUEST_TIMEOUT_S = 7200
 _PAYLOAD_SIZE_MAX_BYTES = 32 * 1024 * 1024
@@ -204,22 +208,32 @@ class Gateway:
                     await asyncio.sleep(_POLL_INTERVAL_S)
         raise EngineError(self.cause())
 
-    async def stop(self) -> None:
-        """End the process: running requests get the configured time, then it is killed."""
-        if not self.exited.done():
-            with contextlib.suppress(ProcessLookupError):
+    async def stop(self, *, is_idle: Callable[[], bool]) -> None:
+        """End the process: running requests get the configured time, then it is killed.
+
+        Args:
+            is_idle: whether no request runs. The gateway itself lingers for seconds when it is
+                terminated, so that it is killed as soon as nobody waits for it.
+        """
+        with contextlib.suppress(ProcessLookupError, asyncio.TimeoutError):
+            if not self.exited.done():
                 self._process.terminate()
-            await asyncio.wait(
-                {self.exited}, timeout=self._config.shutdown_timeout_s + _KILL_AFTER_S
-            )
-        if not self.exited.done():
-            self.kill()
+            async with asyncio.timeout(self._config.shutdown_timeout_s):
+                idle_since_s = time.monotonic()
+                while not self.exited.done():
+                    await asyncio.sleep(_POLL_INTERVAL_S)
+                    if not is_idle():
+                        idle_since_s = time.monotonic()
+                    elif time.monotonic() - idle_since_s > _LAST_WORDS_S:
+                        break
+        self.kill()
         await self.exited
 
     def kill(self) -> None:
         """End the process at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     def cause(self) -> str:
         """Why the gateway is not serving: its exit code and the last it said."""

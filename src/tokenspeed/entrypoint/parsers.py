@@ -4,7 +4,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["REASONING_PARSERS", "TOOL_CALL_PARSERS", "Parsers", "choose_parsers", "read_template"]
+__all__ = [
+    "PASSTHROUGH",
+    "REASONING_PARSERS",
+    "TOOL_CALL_PARSERS",
+    "Parsers",
+    "choose_parsers",
+    "read_template",
+]
 
 PASSTHROUGH = "passthrough"
 

@@ -60,6 +60,11 @@ class Servicer:
         self._client = None
         self._absence = reason
 
+    @property
+    def running(self) -> int:
+        """How many Generate calls are in flight."""
+        return len(self._generations)
+
     def _live(self) -> "EngineClient":
         if self._client is None:
             raise EngineDead(self._absence)

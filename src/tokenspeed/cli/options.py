@@ -1,0 +1,183 @@
+"""The flags that `serve`, `chat` and `generate` share, and the configuration made of them."""
+
+import enum
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import ConfigError
+
+__all__ = ["DEFAULT_MODEL", "LogLevel", "LogLevelOption", "parse_size", "takes_engine_flags"]
+
+DEFAULT_MODEL = "smollm2-135m"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+class LogLevel(enum.StrEnum):
+    """How much is written to stderr."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Device(enum.StrEnum):
+    """Where the model runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(enum.StrEnum):
+    """Element type of weights, activations and KV."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+LogLevelOption = Annotated[
+    LogLevel,
+    typer.Option(help="How much to write to stderr; debug shows the traceback of an error."),
+]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `2GiB`, `512MiB`, `1.5G` or `1000000`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(
+            f"--kv-cache-memory {text!r} is no size; write a number and a unit, such as 512MiB "
+            "or 2GiB"
+        )
+    number, unit = match.groups()
+    return int(float(number) * _UNITS[unit.upper().removesuffix("B")])
+
+
+def parse_kernels(choices: list[str]) -> dict[str, str]:
+    """Kernel choices `OP=SOLUTION` by op.
+
+    Raises:
+        ConfigError: one is of another form, or an op is named twice.
+    """
+    kernels: dict[str, str] = {}
+    for choice in choices:
+        op, equals, solution = choice.partition("=")
+        if not (op and equals and solution):
+            raise ConfigError(
+                f"--kernel {choice!r} must be OP=SOLUTION, such as attention.mha=reference; "
+                "`tokenspeed kernels list` names both"
+            )
+        if op in kernels:
+            raise ConfigError(f"--kernel names {op} twice")
+        kernels[op] = solution
+    return kernels
+
+
+def _engine_flags(
+    *,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name the API knows the model by [default: the model's own].")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.CPU,
+    dtype: Annotated[
+        DType, typer.Option(help="Element type of weights, activations and KV.")
+    ] = DType.AUTO,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of one request and its answer [default: the model's]."),
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 64,
+    max_step_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of one step; less means shorter stalls.")
+    ] = 512,
+    page_size: Annotated[int, typer.Option(min=1, help="Token positions of one KV page.")] = 32,
+    kv_cache_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of the KV cache, as 2GiB [default: what fits]."),
+    ] = None,
+    overlap_depth: Annotated[
+        int | None,
+        typer.Option(min=0, max=1, help="Steps planned ahead [default: by device]."),
+    ] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse KV of shared prefixes.")
+    ] = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the model [default: all there are].")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OP=SOLUTION",
+            help="Force a kernel for an op, once per op; see `tokenspeed kernels list`.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Base of the seeds of requests without one [default: random]."),
+    ] = None,
+) -> dict[str, Any]:
+    """The fields of an `EngineConfig`, all but the model."""
+    return {
+        "served_model_name": served_model_name,
+        "device": device.value,
+        "dtype": dtype.value,
+        "max_context": max_context,
+        "max_running": max_running,
+        "max_step_tokens": max_step_tokens,
+        "page_size": page_size,
+        "kv_cache_size_bytes": None if kv_cache_memory is None else parse_size(kv_cache_memory),
+        "overlap_depth": overlap_depth,
+        "prefix_cache": prefix_cache,
+        "threads": threads,
+        "kernels": parse_kernels(kernel or []),
+        "seed": seed,
+    }
+
+
+def takes_engine_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the engine's flags.
+
+    The command takes `engine`, a function from a model's name to its `EngineConfig`, in place of
+    them. Wrong values raise ConfigError when that function is called, so that the command can
+    report them as it reports every error.
+    """
+    own = inspect.signature(command, eval_str=True)
+    flags = inspect.signature(_engine_flags, eval_str=True)
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        chosen = {name: values.pop(name) for name in flags.parameters}
+
+        def engine(model: str) -> EngineConfig:
+            return EngineConfig(model=model, **_engine_flags(**chosen))
+
+        command(engine=engine, **values)
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in own.parameters.items()
+        if name != "engine"
+    ]
+    parameters += flags.parameters.values()
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+    return wrapper

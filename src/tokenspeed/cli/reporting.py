@@ -1,0 +1,42 @@
+"""How commands end: one clear line for an error of ours, and an exit code."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from tokenspeed.cli.options import LogLevel
+from tokenspeed.core.errors import TokenSpeedError
+
+__all__ = ["fail", "reported"]
+
+INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def reported(log_level: LogLevel = LogLevel.INFO) -> Iterator[None]:
+    """Turn a TokenSpeedError into a line on stderr and exit code 1, Ctrl-C into 130.
+
+    With the log level "debug" the error's traceback is shown instead.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        yield
+    except TokenSpeedError as error:
+        if log_level is LogLevel.DEBUG:
+            raise
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def fail(message: str) -> None:
+    """Print an error and end the command with exit code 1."""
+    typer.echo(f"tokenspeed: error: {message}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,72 @@
+"""`tokenspeed serve`: the engine behind an OpenAI- and Anthropic-compatible API."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from tokenspeed.cli.options import DEFAULT_MODEL, LogLevel, LogLevelOption, takes_engine_flags
+from tokenspeed.cli.reporting import reported
+from tokenspeed.core.config import EngineConfig
+
+__all__ = ["serve"]
+
+
+@takes_engine_flags
+def serve(
+    *,
+    engine: Callable[[str], EngineConfig],
+    model: Annotated[
+        str, typer.Argument(help="Catalogue name, pypi:NAME, hub id ORG/NAME, or a path.")
+    ] = DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; beyond loopback only with --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TOKENSPEED_API_KEY",
+            help="Key that clients must send as `Authorization: Bearer KEY`.",
+        ),
+    ] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="Reads tool calls [default: by the chat template].")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="Reads reasoning [default: by the chat template].")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start the engine again when it dies.")
+    ] = False,
+    curl: Annotated[
+        bool | None,
+        typer.Option(
+            "--curl/--no-curl", help="Print a curl to try when ready [default: on a terminal]."
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        int, typer.Option(min=0, max=3600, help="Seconds that running requests may take to end.")
+    ] = 10,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Serve a model over HTTP until Ctrl-C."""
+    with reported(log_level):
+        # Imported late: gRPC and the gateway's messages take a while, and `--help` should not.
+        from tokenspeed.cli.supervisor import ServeOptions, supervise  # noqa: PLC0415
+
+        options = ServeOptions(
+            engine=engine(model),
+            host=host,
+            port=port,
+            api_key=api_key,
+            tool_call_parser=tool_call_parser,
+            reasoning_parser=reasoning_parser,
+            restart=restart,
+            curl=curl,
+            shutdown_timeout_s=shutdown_timeout,
+            log_level=log_level.value,
+        )
+        code = supervise(options)
+        if code:
+            raise typer.Exit(code)
