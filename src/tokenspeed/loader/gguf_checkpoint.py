@@ -1,0 +1,118 @@
+"""Reads the weights of a GGUF file as those of the Hugging Face model it was made from."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.loader.dequantise import read_tensor
+from tokenspeed.loader.gguf_file import GGUFFile
+from tokenspeed.loader.gguf_model import ROPE_FACTORS, hf_config, hf_name
+from tokenspeed.loader.progress import Progress
+
+__all__ = ["GGUFCheckpoint"]
+
+# ggml's numbers for mixtures of types, for the ones whose types are handled.
+_MIXTURES: Mapping[int, str] = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    8: "Q5_0",
+    9: "Q5_1",
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    16: "Q5_K_S",
+    17: "Q5_K_M",
+    18: "Q6_K",
+    32: "BF16",
+}
+
+
+class GGUFCheckpoint:
+    """A `Checkpoint` in a GGUF file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CorruptCheckpoint: damaged or truncated.
+        UnsupportedModel: an architecture, a tensor or a type that is not handled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._gguf = GGUFFile.open(path)
+        self.hf_config: dict[str, Any] = hf_config(self._gguf)
+        self.sampling_defaults: Mapping[str, float] = {}
+        self._names = {
+            name: _known_name(self._gguf, name)
+            for name in self._gguf.tensors
+            if name != ROPE_FACTORS
+        }
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights in the file."""
+        return sum(self._gguf.tensors[name].size_bytes for name in self._names)
+
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors `tensors` gives."""
+        return len(self._names)
+
+    @property
+    def quantisation(self) -> str:
+        """ggml's name of the file's mixture of types, or else its commonest type."""
+        mixture = self._gguf.get("general.file_type", int, -1)
+        if mixture in _MIXTURES:
+            return _MIXTURES[mixture]
+        elements: Counter[str] = Counter()
+        for tensor in self._gguf.tensors.values():
+            elements[tensor.quant.name] += tensor.elements
+        return elements.most_common(1)[0][0]
+
+    def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor once as float32, by its Hugging Face name; see `Checkpoint`."""
+        total, done = self.size_bytes, 0
+        permuted = self.hf_config["model_type"] == "llama"
+        heads = {
+            "q_proj": self.hf_config["num_attention_heads"],
+            "k_proj": self.hf_config["num_key_value_heads"],
+        }
+        with self._gguf.path.open("rb", buffering=0) as file:
+            for name, known_name in self._names.items():
+                tensor = self._gguf.tensors[name]
+                value = read_tensor(file, tensor)
+                module = known_name.split(".")[-2]
+                if permuted and module in heads:
+                    value = _halves_apart(value, heads[module], known_name)
+                done += tensor.size_bytes
+                if progress is not None:
+                    progress.update("Loading weights", done, total, "bytes")
+                yield known_name, value
+
+
+def _known_name(gguf: GGUFFile, name: str) -> str:
+    known_name = hf_name(name)
+    if known_name is None:
+        raise UnsupportedModel(
+            f"{gguf.path} has the tensor {name!r}, which no model of its architecture here uses"
+        )
+    return known_name
+
+
+def _halves_apart(value: Tensor, heads: int, name: str) -> Tensor:
+    """Undo the order of rows that ggml's `llama` gives to Q and K.
+
+    Rotary embedding turns pairs of a head's rows. ggml keeps the two of a pair side by side,
+    Hugging Face half a head apart.
+    """
+    rows = value.shape[0]
+    if rows % (2 * heads):
+        raise CorruptCheckpoint(f"{name} has {rows} rows, which {heads} heads cannot share")
+    pairs = value.view(heads, rows // heads // 2, 2, *value.shape[1:])
+    return pairs.transpose(1, 2).reshape(value.shape)

@@ -1,0 +1,159 @@
+"""Reads the weights of a Hugging Face directory: one safetensors file, or several with an index."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.loader.files import read_json_object
+from tokenspeed.loader.progress import Progress
+
+__all__ = ["SafetensorsCheckpoint"]
+
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class SafetensorsCheckpoint:
+    """A `Checkpoint` in a Hugging Face directory.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, damaged or truncated, or the index names a tensor
+            that its file lacks.
+        UnsupportedModel: quantised, pickled, or elements of a type that is not handled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.hf_config: dict[str, Any] = read_json_object(path / "config.json")
+        if (scheme := self.hf_config.get("quantization_config")) is not None:
+            method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+            raise UnsupportedModel(
+                f"{path} is quantised with {method!r}; safetensors can be read in "
+                f"{', '.join(_DTYPES)}, quantised weights only from GGUF files"
+            )
+        self.sampling_defaults: Mapping[str, float] = _sampling_defaults(path)
+        self._shards = self._inspect(self._files())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights on disk."""
+        return sum(size for shard in self._shards.values() for _, size in shard.values())
+
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors `tensors` gives."""
+        return sum(map(len, self._shards.values()))
+
+    @property
+    def quantisation(self) -> str:
+        """The commonest element type."""
+        sizes: Counter[str] = Counter()
+        for shard in self._shards.values():
+            for dtype, size_bytes in shard.values():
+                sizes[dtype] += size_bytes
+        return sizes.most_common(1)[0][0]
+
+    def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor once, in the type it is stored in; see `Checkpoint`."""
+        total, done = self.size_bytes, 0
+        for file, shard in self._shards.items():
+            with _opened(self._path / file) as weights:
+                for name, (_, size_bytes) in shard.items():
+                    done += size_bytes
+                    if progress is not None:
+                        progress.update("Loading weights", done, total, "bytes")
+                    yield name, weights.get_tensor(name)
+
+    def _files(self) -> dict[str, set[str] | None]:
+        """Files of weights, and which tensors the index expects in each."""
+        if (self._path / _INDEX).exists():
+            weight_map = read_json_object(self._path / _INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CorruptCheckpoint(f"{self._path / _INDEX} has no weight_map")
+            files: dict[str, set[str] | None] = {}
+            for tensor, file in sorted(weight_map.items(), key=str):
+                # An index that points out of its folder is not one that a model came with.
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise CorruptCheckpoint(f"{self._path / _INDEX} names the file {file!r}")
+                expected = files.setdefault(file, set())
+                assert expected is not None
+                expected.add(tensor)
+            return files
+        if (self._path / _SINGLE).exists():
+            return {_SINGLE: None}
+        pickled = [
+            file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self._path.glob(kind)
+        ]
+        if pickled:
+            raise UnsupportedModel(
+                f"{self._path} holds pickled weights ({', '.join(sorted(pickled)[:3])}), which can "
+                "run code when they are read; convert them to safetensors"
+            )
+        raise CorruptCheckpoint(f"{self._path} has neither {_SINGLE} nor {_INDEX}")
+
+    def _inspect(self, files: dict[str, set[str] | None]) -> dict[str, dict[str, tuple[str, int]]]:
+        """Element type and bytes of each tensor, by file."""
+        missing = [file for file in files if not (self._path / file).is_file()]
+        if missing:
+            raise CorruptCheckpoint(
+                f"{self._path} lacks {len(missing)} of its {len(files)} files of weights: "
+                f"{', '.join(missing[:5])}"
+            )
+        shards = {}
+        for file, expected in files.items():
+            with _opened(self._path / file) as weights:
+                found = set(weights.keys())
+                if expected is not None and expected - found:
+                    raise CorruptCheckpoint(
+                        f"{self._path / file} lacks {len(expected - found)} tensors that the "
+                        f"index places there, such as {min(expected - found)}"
+                    )
+                names = sorted(found if expected is None else expected)
+                shards[file] = {name: self._tensor(weights, file, name) for name in names}
+        return shards
+
+    def _tensor(self, weights: Any, file: str, name: str) -> tuple[str, int]:
+        part = weights.get_slice(name)
+        dtype = part.get_dtype()
+        if dtype not in _DTYPES:
+            raise UnsupportedModel(
+                f"tensor {name!r} of {self._path / file} has the type {dtype}; the supported types "
+                f"are {', '.join(_DTYPES)}"
+            )
+        size_bytes: int = _DTYPES[dtype]
+        for dim in part.get_shape():
+            size_bytes *= dim
+        return dtype, size_bytes
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CorruptCheckpoint(f"{path} is damaged or truncated: {error}") from error
+
+
+def _sampling_defaults(path: Path) -> dict[str, float]:
+    if not (path / "generation_config.json").exists():
+        return {}
+    config = read_json_object(path / "generation_config.json")
+    # Without do_sample the model's makers decode greedily, whatever else is written there.
+    if config.get("do_sample") is not True:
+        return {}
+    return {
+        name: value
+        for name in _SAMPLING
+        if isinstance(value := config.get(name), int | float)
+        and type(value) is not bool
+        # A top_k of 0 means all tokens there, as its absence does here.
+        and not (name == "top_k" and value == 0)
+    }

@@ -1,0 +1,167 @@
+"""A model's tokenizer, read from Hugging Face files; imports no torch."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tokenspeed.core.errors import CorruptCheckpoint, InvalidParameter
+from tokenspeed.loader.chat_template import ChatTemplate
+from tokenspeed.loader.detokenizer import IncrementalDetokenizer, TokenBytes
+from tokenspeed.loader.files import read_json_object
+
+__all__ = ["Tokenizer"]
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenizer:
+    """Text to token ids and back, and conversations to text.
+
+    Args:
+        tokenizer_dir: folder with tokenizer.json and, where the model has them,
+            tokenizer_config.json, generation_config.json, config.json and chat_template.jinja.
+
+    Attributes:
+        bos_token_id: begins a text; None if the model has no such token.
+        eos_token_ids: any of these ends a text.
+        pad_token_id: fills up a batch; None if the model has no such token.
+        vocab_size: token ids that the tokenizer knows.
+
+    Raises:
+        CorruptCheckpoint: a file is missing or damaged.
+        UnsupportedModel: a decoder or a chat template that cannot be handled.
+    """
+
+    def __init__(self, tokenizer_dir: Path) -> None:
+        path = tokenizer_dir / "tokenizer.json"
+        description = read_json_object(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            # The library raises plain Exception for whatever is wrong with a file.
+            raise CorruptCheckpoint(f"{path} is no valid tokenizer: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _optional(tokenizer_dir / "tokenizer_config.json")
+        added = self._tokenizer.get_added_tokens_decoder()
+        decoder: Any = description.get("decoder")
+        self._bytes = TokenBytes(
+            decoder,
+            text_of=self._tokenizer.id_to_token,
+            added={index: token.content for index, token in added.items()},
+            special=frozenset(index for index, token in added.items() if token.special),
+        )
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        special = {name: text for name in _SPECIAL_NAMES if (text := _text(config.get(name)))}
+        generation = _optional(tokenizer_dir / "generation_config.json")
+        model = _optional(tokenizer_dir / "config.json")
+        self.bos_token_id = self._id("bos", special, generation, model)
+        self.pad_token_id = self._id("pad", special, generation, model)
+        self.eos_token_ids: tuple[int, ...] = self._ends(special, generation, model)
+        sources = _templates(tokenizer_dir, config)
+        self._templates = {name: ChatTemplate(text, special) for name, text in sources.items()}
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` can be used."""
+        return bool(self._templates)
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids of a text, in which special tokens may be written out.
+
+        Args:
+            text: any text; a lone surrogate counts as U+FFFD.
+            add_special: add what the model wants around every text, such as its first token.
+        """
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, token_ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        stream = self.incremental_detokenizer(skip_special=skip_special)
+        return stream.push(token_ids) + stream.flush()
+
+    def incremental_detokenizer(self, *, skip_special: bool = True) -> IncrementalDetokenizer:
+        """A stream from token ids to text."""
+        return IncrementalDetokenizer(self._bytes, skip_special=skip_special)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """A conversation as the model's text, to be encoded without `add_special`.
+
+        Args:
+            messages: in the form of OpenAI's chat API.
+            tools: likewise; None for none.
+            add_generation_prompt: end with the opening of the assistant's turn.
+
+        Raises:
+            InvalidParameter: the model has no chat template, or its template refuses.
+        """
+        template = (self._templates.get("tool_use") if tools else None) or self._templates.get(
+            "default"
+        )
+        if template is None:
+            raise InvalidParameter(
+                "the model has no chat template; send it a plain prompt, or serve an instruct model"
+            )
+        return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def _id(self, name: str, special: Mapping[str, str], *configs: Mapping[str, Any]) -> int | None:
+        text = special.get(f"{name}_token")
+        if text is not None and (token := self._tokenizer.token_to_id(text)) is not None:
+            return int(token)
+        for config in configs:
+            value = config.get(f"{name}_token_id")
+            if type(value) is int:
+                return value
+        return None
+
+    def _ends(self, special: Mapping[str, str], *configs: Mapping[str, Any]) -> tuple[int, ...]:
+        ends: list[int] = []
+        for config in configs:
+            value = config.get("eos_token_id")
+            ends += [item for item in (value if isinstance(value, list) else [value])]
+        if "eos_token" in special:
+            ends.append(self._tokenizer.token_to_id(special["eos_token"]))
+        return tuple(dict.fromkeys(item for item in ends if type(item) is int))
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _text(token: Any) -> str | None:
+    """A special token of tokenizer_config.json: a text, or an object with one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name; the one that most models have is "default"."""
+    if (folder / "chat_template.jinja").exists():
+        return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+    template = config.get("chat_template")
+    if template is None and (folder / "chat_template.json").exists():
+        template = read_json_object(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        named = (item for item in template if isinstance(item, dict))
+        return {
+            str(item["name"]): item["template"]
+            for item in named
+            if "name" in item and isinstance(item.get("template"), str)
+        }
+    if template is not None:
+        raise CorruptCheckpoint(f"{folder} has a chat_template that is {json.dumps(template)[:80]}")
+    return {}
