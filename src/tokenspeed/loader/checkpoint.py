@@ -1,6 +1,6 @@
 """Reads a model's configuration and weights, whatever format they are in."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ class Checkpoint(Protocol):
         """The content of `config.json`."""
 
     @property
-    def sampling_defaults(self) -> Mapping[str, float]:
+    def sampling_defaults(self) -> dict[str, float | int]:
         """The model's recommended `SamplingParams`, by field; empty if it has none."""
 
     @property

@@ -47,7 +47,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self._gguf = GGUFFile.open(path)
         self.hf_config: dict[str, Any] = hf_config(self._gguf)
-        self.sampling_defaults: Mapping[str, float] = {}
+        self.sampling_defaults: dict[str, float | int] = {}
         self._names = {
             name: _known_name(self._gguf, name)
             for name in self._gguf.tensors

@@ -116,7 +116,8 @@ def _common(gguf: GGUFFile, architecture: str) -> dict[str, Any]:
             f"{gguf.path} rotates {rotated} of the {head_dim} dimensions of a head; only whole "
             "heads are handled"
         )
-    config = {
+    theta = _shortest(gguf.get(f"{architecture}.rope.freq_base", float, 10_000.0))
+    config: dict[str, Any] = {
         "hidden_size": hidden_size,
         "intermediate_size": count("feed_forward_length"),
         "num_hidden_layers": count("block_count"),
@@ -130,11 +131,11 @@ def _common(gguf: GGUFFile, architecture: str) -> dict[str, Any]:
         "rms_norm_eps": _shortest(
             gguf.require(f"{architecture}.attention.layer_norm_rms_epsilon", float)
         ),
-        "rope_theta": _shortest(gguf.get(f"{architecture}.rope.freq_base", float, 10_000.0)),
+        "rope_theta": theta,
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
     }
-    scaling = _rope_scaling(gguf, architecture, head_dim, config["rope_theta"])
+    scaling = _rope_scaling(gguf, architecture, head_dim, theta)
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config | special_token_ids(gguf)
@@ -174,7 +175,8 @@ def _rope_scaling(
         return None
     if kind != "linear":
         raise UnsupportedModel(
-            f"{gguf.path} scales rotary frequencies by {kind!r}; none, linear and llama3 are handled"
+            f"{gguf.path} scales rotary frequencies by {kind!r}; "
+            "none, linear and llama3 are handled"
         )
     return {"rope_type": "linear", "factor": factor}
 

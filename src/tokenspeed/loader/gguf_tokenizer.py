@@ -139,19 +139,16 @@ def _sentencepiece(
     ]
     if prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = next(
-        (text for text, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None
-    )
-    if unknown is None:
-        index = gguf.get("tokenizer.ggml.unknown_token_id", int, 0)
-        unknown = tokens[index] if index < len(tokens) else tokens[0]
+    unknown = gguf.get("tokenizer.ggml.unknown_token_id", int, 0)
+    if not 0 <= unknown < len(tokens):
+        raise CorruptCheckpoint(f"{gguf.path} has {len(tokens)} tokens, but {unknown} as unknown")
     model = _bpe_model(vocab, [[left, right] for _, _, left, right in ranked])
     return {
         "normalizer": _normalizers([{"type": "Prepend", "prepend": _SPACE}] * prefix + [spaces]),
         "pre_tokenizer": None,
         "post_processor": _bos_processor(gguf, tokens),
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model | {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True},
+        "model": model | {"unk_token": tokens[unknown], "fuse_unk": True, "byte_fallback": True},
     }
 
 

@@ -61,7 +61,8 @@ def fetch_snapshot(
     Raises:
         ModelNotFound: no such model or revision, no access, or no connection and no copy.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415: slow, and mostly not needed
+    # The library is slow to import, and mostly not needed.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     try:

@@ -1,7 +1,7 @@
 """Reads the weights of a Hugging Face directory: one safetensors file, or several with an index."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class SafetensorsCheckpoint:
                 f"{path} is quantised with {method!r}; safetensors can be read in "
                 f"{', '.join(_DTYPES)}, quantised weights only from GGUF files"
             )
-        self.sampling_defaults: Mapping[str, float] = _sampling_defaults(path)
+        self.sampling_defaults: dict[str, float | int] = _sampling_defaults(path)
         self._shards = self._inspect(self._files())
 
     @property
@@ -90,9 +90,8 @@ class SafetensorsCheckpoint:
             return files
         if (self._path / _SINGLE).exists():
             return {_SINGLE: None}
-        pickled = [
-            file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self._path.glob(kind)
-        ]
+        kinds = (".bin", ".pt", ".pth")
+        pickled = [file.name for file in self._path.iterdir() if file.suffix in kinds]
         if pickled:
             raise UnsupportedModel(
                 f"{self._path} holds pickled weights ({', '.join(sorted(pickled)[:3])}), which can "
@@ -142,7 +141,7 @@ def _opened(path: Path) -> Any:
         raise CorruptCheckpoint(f"{path} is damaged or truncated: {error}") from error
 
 
-def _sampling_defaults(path: Path) -> dict[str, float]:
+def _sampling_defaults(path: Path) -> dict[str, float | int]:
     if not (path / "generation_config.json").exists():
         return {}
     config = read_json_object(path / "generation_config.json")

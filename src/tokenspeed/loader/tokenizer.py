@@ -127,10 +127,10 @@ class Tokenizer:
         return None
 
     def _ends(self, special: Mapping[str, str], *configs: Mapping[str, Any]) -> tuple[int, ...]:
-        ends: list[int] = []
+        ends: list[Any] = []
         for config in configs:
             value = config.get("eos_token_id")
-            ends += [item for item in (value if isinstance(value, list) else [value])]
+            ends += value if isinstance(value, list) else [value]
         if "eos_token" in special:
             ends.append(self._tokenizer.token_to_id(special["eos_token"]))
         return tuple(dict.fromkeys(item for item in ends if type(item) is int))
