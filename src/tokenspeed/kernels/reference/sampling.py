@@ -74,12 +74,14 @@ def logprobs(
     for row_V, token in zip(logits_SV, tokens_S, strict=True):
         logits_V, peak = _numbers_and_peak(row_V)
         peak = peak.clamp_min(lowest)
-        mass = (logits_V - peak).exp_().sum(dtype=torch.float64).log().to(logits_V.dtype)
+        mass = (logits_V - peak).exp_().sum(dtype=torch.float64)
+        # A row without a possible token has no mass, and its logarithm must still be a number.
+        log_mass = mass.clamp_min(math.ulp(0.0)).log().to(logits_V.dtype)
         ids_K = _likeliest(logits_V, count)
         ids.append(ids_K)
         # Impossible tokens get the lowest number, which every format can carry.
-        values.append((logits_V[ids_K] - peak - mass).clamp_min(lowest))
-        chosen.append((logits_V[token] - peak - mass).clamp_min(lowest))
+        values.append((logits_V[ids_K] - peak - log_mass).clamp_min(lowest))
+        chosen.append((logits_V[token] - peak - log_mass).clamp_min(lowest))
     return torch.stack(chosen), torch.stack(ids), torch.stack(values)
 
 
