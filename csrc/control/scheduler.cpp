@@ -260,7 +260,8 @@ Scheduler::Room Scheduler::make_room(std::size_t rank) {
         if (resting_ || doomed_count_ > 0) return Room::kWait;
         if (order_.size() == 1) {
             if (stepping_.at(slot)) return Room::kWait;
-            // Alone it fills the pool: as long as it can get.
+            // Alone it fills the pool: it ends here, and leaves the step to those who wait.
+            starved_ = false;
             reserve_endings(1);
             leave_order(slot);
             conclude(finish(decoding_.take(slot), FinishReason::kLength, store_));
