@@ -1,5 +1,6 @@
 """`tokenspeed serve`: the engine behind an OpenAI- and Anthropic-compatible API."""
 
+import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -52,6 +53,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C."""
     with reported(log_level):
+        # Children are new programs, not forks that go on with gRPC; it reads this when imported.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
         # Imported late: gRPC and the gateway's messages take a while, and `--help` should not.
         from tokenspeed.cli.supervisor import ServeOptions, supervise  # noqa: PLC0415
 

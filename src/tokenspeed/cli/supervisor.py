@@ -77,8 +77,6 @@ def supervise(options: ServeOptions) -> int:
         TokenSpeedError: the engine or the gateway did not start, or ended while serving.
     """
     _check(options)
-    # The engine is a process, not a fork: gRPC need not be made ready for one.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     code: int = uvloop.run(_Supervisor(options).run())
     return code
 

@@ -1,0 +1,110 @@
+"""An engine client whose engine says what a test tells it to; streams are the real ones."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from tokenspeed.core.errors import EngineDead
+from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import FinishReason
+from tokenspeed.engine.stream import TokenStream
+from tokenspeed.engine.wire import CacheEventBatch, EngineInfo, EngineStats
+
+EOS = 2
+
+
+class ScriptedEngine:
+    """Answers each request with the tokens 10, 11, ... up to its limit, as steps are taken."""
+
+    def __init__(self, tokenizer_dir: Path = Path()) -> None:
+        self.info = EngineInfo(
+            model_name="scripted",
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            model_path="scripted.gguf",
+            tokenizer_dir=str(tokenizer_dir),
+            quantisation="F32",
+            dtype="float32",
+            vocab_size=1000,
+            context_max=512,
+            eos_token_ids=[EOS],
+            bos_token_id=1,
+            pad_token_id=None,
+            default_sampling={"temperature": 0.5, "top_k": 7},
+            pages=64,
+            page_size=4,
+            slots_max=8,
+            step_tokens_max=64,
+            overlap_depth=0,
+            weights_size_bytes=1000,
+            kv_size_bytes=2000,
+        )
+        self.params: list[SamplingParams] = []
+        self.streams: list[TokenStream] = []
+        self.aborted: list[int] = []
+        self.cache: asyncio.Queue[CacheEventBatch] = asyncio.Queue()
+        self.dead = False
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, salt: int = 0, priority: int = 0
+    ) -> TokenStream:
+        if self.dead:
+            raise EngineDead("the engine is gone")
+        index = len(self.streams)
+        stream = TokenStream(
+            prompt_tokens=len(prompt),
+            stop_strings=None,
+            abort=lambda: self.aborted.append(index),
+        )
+        self.params.append(params)
+        self.streams.append(stream)
+        return stream
+
+    async def wait_for_requests(self, count: int) -> None:
+        while len(self.streams) < count:
+            await asyncio.sleep(0)
+
+    def finish(self, index: int, count: int, *, with_eos: bool = False) -> None:
+        """Give a request its tokens, one step each, and its end."""
+        stream = self.streams[index]
+        for token in range(10, 10 + count):
+            stream.push(token, 3)
+        if with_eos:
+            stream.push(EOS, 3, is_stop=True)
+            stream.push_end(FinishReason.STOP, stop_token_id=EOS)
+        else:
+            stream.push_end(FinishReason.LENGTH)
+
+    async def stats(self) -> EngineStats:
+        if self.dead:
+            raise EngineDead("the engine is gone")
+        return EngineStats(
+            running=2,
+            waiting=1,
+            waiting_uncached_tokens=9,
+            pages_total=64,
+            pages_free=32,
+            pages_cached=16,
+            pages_active=16,
+            steps=5,
+            prompt_tokens=100,
+            cached_tokens=25,
+            output_tokens=50,
+            retractions=0,
+            evictions=0,
+            uptime_s=2.0,
+            output_tokens_per_s=25.0,
+        )
+
+    async def flush_cache(self, timeout_s: float) -> bool:
+        return timeout_s > 0
+
+    async def start_profile(self, output_dir: str | None, steps: int | None) -> str:
+        return f"{output_dir}/trace-{steps}"
+
+    async def stop_profile(self) -> str:
+        return "trace"
+
+    async def subscribe_cache(self) -> AsyncIterator[CacheEventBatch]:
+        while True:
+            yield await self.cache.get()
