@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed.core.environment import let_threads_sleep
+
 if TYPE_CHECKING:
     from tokenspeed.core.sampling import SamplingParams
     from tokenspeed.engine.async_llm import AsyncLLM
@@ -22,5 +24,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import the public classes on first use, so that `import tokenspeed` loads no torch."""
     if name in _HOMES:
+        let_threads_sleep()
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'tokenspeed' has no attribute {name!r}")

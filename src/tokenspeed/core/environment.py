@@ -1,9 +1,9 @@
-"""The one place that reads environment variables."""
+"""The one place that reads and sets environment variables."""
 
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir"]
+__all__ = ["cache_dir", "let_threads_sleep"]
 
 
 def cache_dir() -> Path:
@@ -18,3 +18,13 @@ def cache_dir() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME")
     root = Path(shared).expanduser() if shared else Path.home() / ".cache"
     return root / "tokenspeed"
+
+
+def let_threads_sleep() -> None:
+    """Have OpenMP's threads sleep, not spin, while they wait; for before torch is imported.
+
+    Spinning threads and another busy process (the gateway, a client, a test) take each other's
+    cores: a decode step of a small model was seen to take ten times as long. `OMP_WAIT_POLICY`
+    set by the user stands.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.environment import let_threads_sleep
 from tokenspeed.engine.core import Engine
 from tokenspeed.loader import Progress
 
@@ -21,6 +22,7 @@ def main() -> int:
     parent_pid = os.getppid()
     config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
 
+    let_threads_sleep()
     # Imported late: the torch behind it takes seconds, and wrong arguments should not.
     from tokenspeed.engine.build import build_engine  # noqa: PLC0415
     from tokenspeed.engine.server import serve  # noqa: PLC0415

@@ -99,6 +99,11 @@ class AsyncLLM:
         """Sampling as the model's own generation config asks for."""
         return msgspec.convert(self.info.default_sampling, SamplingParams)
 
+    @property
+    def pid(self) -> int:
+        """The engine's process id."""
+        return self._process.pid
+
     async def stats(self) -> EngineStats:
         """Counters of the engine."""
         return await self._process.client.stats()

@@ -36,7 +36,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
     kernels = KernelSelector(device=device, dtype=dtype, overrides=config.kernels)
     # On the meta device a model has shapes and no memory: enough to know what it will take.
     shape = build_model(model_config, dtype=dtype, device=torch.device("meta"), kernels=kernels)
-    weights_size_bytes = sum(p.numel() * p.element_size() for p in shape.parameters())
+    weights_size_bytes = shape.weights_size_bytes
     specs = shape.kv_specs()
     pages = pages_that_fit(
         config,
@@ -92,7 +92,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         step_tokens_max=config.max_step_tokens,
         overlap_depth=overlap_depth,
         weights_size_bytes=weights_size_bytes,
-        kv_size_bytes=pages * config.page_size * sum(s.token_size_bytes for s in specs),
+        kv_size_bytes=pools.size_bytes,
     )
     return Engine(core=core, info=info)
 

@@ -64,7 +64,7 @@ def serve(build: EngineBuilder, socket_path: Path, *, parent_pid: int) -> int:
     with _bound(socket_path) as socket:
         peer = _Peer(socket, parent_pid)
         try:
-            peer.send(Begun(pid=os.getpid()))
+            peer.send(Begun())
             engine = build(_PeerProgress(peer))
             with closing(engine.core):
                 peer.send(Ready(engine.info))
