@@ -1,0 +1,123 @@
+"""All of the server serves, or none of it is left."""
+
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from tokenspeed.loader import ModelFiles
+
+from .serving import Serve, run_cli, wait_for
+
+BODY = {
+    "model": "smollm2-135m",
+    "messages": [{"role": "user", "content": "Tell a long story."}],
+    "max_tokens": 400,
+    "ignore_eos": True,
+}
+
+
+def long_stream(server: Serve) -> str:
+    """Stream until the end; the error that ended it."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        try:
+            for _ in client.chat.completions.create(
+                model=BODY["model"],
+                messages=BODY["messages"],
+                max_tokens=400,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            ):
+                pass
+        except openai.OpenAIError as error:
+            return str(error)
+    return ""
+
+
+def under_load(server: Serve, pool: ThreadPoolExecutor) -> list[object]:
+    """Four streams that have begun."""
+    with server.servicer() as channel:
+        streams = [pool.submit(long_stream, server) for _ in range(4)]
+        wait_for(lambda: server.counters(channel), lambda found: found["output_tokens"] >= 8)
+    return list(streams)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_process_and_is_no_failure(
+    smollm2: ModelFiles, tmp_path: Path, number: signal.Signals
+) -> None:
+    with Serve(tmp_path / "log") as server:
+        family = server.family()
+        assert len(family) == 3
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 0
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_reported_to_clients_and_ends_the_server(
+    smollm2: ModelFiles, tmp_path: Path
+) -> None:
+    with Serve(tmp_path / "log") as server, ThreadPoolExecutor(4) as pool:
+        streams = under_load(server, pool)
+        family = server.family()
+        server.engine().kill()
+        assert all(stream.result(60) for stream in streams)
+        assert server.process.wait(60) == 1
+        log = server.log.read_text()
+        assert "killed by SIGKILL" in log
+        assert "Traceback" not in log
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+
+
+@pytest.mark.slow
+def test_with_restart_a_killed_engine_serves_again(smollm2: ModelFiles, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--restart") as server, ThreadPoolExecutor(4) as pool:
+        streams = under_load(server, pool)
+        killed = server.engine()
+        killed.kill()
+        assert all(stream.result(60) for stream in streams)
+        short = BODY | {"max_tokens": 4}
+        status, _ = wait_for(
+            lambda: server.post("/v1/chat/completions", short),
+            lambda answer: answer[0] == 200,
+            timeout_s=120,
+        )
+        assert status == 200
+        assert server.engine().pid != killed.pid
+
+
+@pytest.mark.slow
+def test_a_killed_supervisor_leaves_no_process(smollm2: ModelFiles, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log") as server:
+        family = server.family()
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert alive == []
+
+
+def test_a_port_in_use_is_reported_before_anything_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        result = run_cli("serve", "no-such-model", "--port", str(port))
+    assert result.returncode == 1
+    assert f"cannot serve on 127.0.0.1:{port}" in result.stderr
+    assert "--port" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_that_is_not_there_ends_the_server_with_its_name() -> None:
+    result = run_cli("serve", "./no/such/model.gguf", "--port", "18899")
+    assert result.returncode == 1
+    assert "no/such/model.gguf" in result.stderr
+    assert "Traceback" not in result.stderr
