@@ -8,14 +8,14 @@
 
 namespace tokenspeed::control {
 
-// Pages an admission leaves to those who run already: each may need its next page at any step, and
-// an admission that takes them would be retracted soon. A request that was retracted before comes
-// back only to twice the room each time, so that a full pool does not thrash. With nobody running
-// nothing is left: whatever fits the pool is admitted in the end.
+// Pages an admission leaves to those who run already, two for each and itself: any of them may need
+// its next page at any step, and whoever took the last would be retracted soon. A request that was
+// retracted before comes back only to twice the room each time, so that a full pool does not
+// thrash. With nobody running nothing is left: whatever fits the pool is admitted in the end.
 inline PageCount admission_reserve(std::size_t running, const Request& request) noexcept {
     if (running == 0) return PageCount(0);
     const int doublings = std::min(request.retractions(), 4);
-    return PageCount(static_cast<std::int32_t>((running + 1) << doublings));
+    return PageCount(static_cast<std::int32_t>((2 * (running + 1)) << doublings));
 }
 
 // A request that was brought back is not sent away again before it made progress.

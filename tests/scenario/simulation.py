@@ -233,7 +233,7 @@ class Simulation:
                     assert not others, f"page {page} is rewritten while {others} read it"
             self.pool[0, cells] = tokens
             self.pool[1, cells] = positions
-            self.pool[2, cells] = self.clients[request].salt
+            self.pool[2, cells] = self.clients[request].salt % 2**63
             pages = self.table[slot, : -(-(start + count) // size)].tolist()
             for page in pages:
                 reads.setdefault(page, set()).add(request)
@@ -248,7 +248,9 @@ class Simulation:
             seen = self.pool[:, cells]
             expected = self._history(request)
             assert (seen[1] == positions).all(), f"request {request} sees wrong positions"
-            assert (seen[2] == self.clients[request].salt).all(), f"request {request}: wrong salt"
+            assert (seen[2] == self.clients[request].salt % 2**63).all(), (
+                f"request {request}: wrong salt"
+            )
             # A doomed row runs past the end of its request; nobody will see its token.
             shown = min(end, len(expected))
             assert (seen[0, :shown] == expected[:shown]).all(), f"request {request}: wrong tokens"
