@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -189,7 +190,11 @@ def report(turns: list[Turn], console: Console) -> int:
 @contextmanager
 def serving(model: str) -> Iterator[str]:
     """A served model's base URL."""
-    command = [str(Path(sys.executable).with_name("tokenspeed")), "serve", model, "--port", "0"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = str(Path(sys.executable).with_name("tokenspeed"))
+    command = [program, "serve", model, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -24,7 +24,8 @@ CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def llm(smollm2: ModelFiles) -> Iterator[LLM]:
-    with LLM(str(smollm2.path), max_context=2048, max_running=8) as loaded:
+    # In bfloat16 the reference kernels let a batch show in the last bits of its rows.
+    with LLM(str(smollm2.path), dtype="float32", max_context=2048, max_running=8) as loaded:
         yield loaded
 
 
