@@ -248,12 +248,13 @@ class Simulation:
             seen = self.pool[:, cells]
             expected = self._history(request)
             assert (seen[1] == positions).all(), f"request {request} sees wrong positions"
-            assert (seen[2] == self.clients[request].salt % 2**63).all(), (
-                f"request {request}: wrong salt"
-            )
+            salt = self.clients[request].salt % 2**63
+            assert (seen[2] == salt).all(), f"request {request} sees another salt"
             # A doomed row runs past the end of its request; nobody will see its token.
             shown = min(end, len(expected))
-            assert (seen[0, :shown] == expected[:shown]).all(), f"request {request}: wrong tokens"
+            assert (seen[0, :shown] == expected[:shown]).all(), (
+                f"request {request} sees other tokens"
+            )
             if row in samples:
                 position = plan.sample_positions[samples.index(row)]
                 assert position == end - len(self.clients[request].prompt)

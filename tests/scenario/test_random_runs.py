@@ -9,18 +9,20 @@ import pytest
 from tests.scenario.simulation import Simulation
 
 # Tight pools, so that eviction, retraction and waiting are common rather than rare.
+FIELDS = ("pages", "page_size", "slots_max", "step_tokens_max", "context_max")
 WORLDS = {
-    "roomy": dict(pages=200, page_size=4, slots_max=8, step_tokens_max=32, context_max=120),
-    "tight": dict(pages=24, page_size=4, slots_max=6, step_tokens_max=16, context_max=120),
-    "starved": dict(pages=9, page_size=4, slots_max=5, step_tokens_max=8, context_max=64),
-    "single tokens": dict(pages=30, page_size=1, slots_max=3, step_tokens_max=5, context_max=40),
-    "wide pages": dict(pages=6, page_size=16, slots_max=4, step_tokens_max=7, context_max=200),
+    "roomy": (200, 4, 8, 32, 120),
+    "tight": (24, 4, 6, 16, 120),
+    "starved": (9, 4, 5, 8, 64),
+    "single tokens": (30, 1, 3, 5, 40),
+    "wide pages": (6, 16, 4, 7, 200),
 }
 
 
 def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simulation:
     rng = random.Random(f"{seed} {world} {depth} {cache}")
-    config = SimpleNamespace(**WORLDS[world], overlap_depth=depth, prefix_cache=cache)
+    sizes = dict(zip(FIELDS, WORLDS[world], strict=True))
+    config = SimpleNamespace(**sizes, overlap_depth=depth, prefix_cache=cache)
     simulation = Simulation(config, vocabulary=rng.choice([3, 12, 60]))
     capacity = min(config.context_max - 1, config.pages * config.page_size + 2)
     next_id = 0

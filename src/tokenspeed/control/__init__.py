@@ -1,4 +1,4 @@
-"""Typed face of the C++ control plane; decides what runs and who owns which KV page, never touches a tensor."""
+"""Decides what runs and who owns which KV page (in C++, typed here); never touches a tensor."""
 
 from tokenspeed.control.scheduler import CacheEvents, Scheduler, SchedulerStats
 

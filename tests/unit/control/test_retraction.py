@@ -48,9 +48,7 @@ def test_a_retracted_request_finds_its_sealed_pages_again() -> None:
     plan = w.step()
     assert plan.bound_requests.tolist() == [2]
     assert plan.context_lens[0] >= 8, "what nobody took meanwhile was still there"
-    assert plan.sample_positions.tolist() == [len(w.clients[2].output) - 1], (
-        "it goes on where it left off"
-    )
+    assert plan.sample_positions.tolist() == [len(w.clients[2].output) - 1], "it goes on"
     w.drain()
 
 
@@ -69,9 +67,7 @@ def test_a_crowded_pool_does_not_thrash() -> None:
     w.keep_plans = True
     w.drain()
     ran = sum(len(plan.token_ids) for plan in w.plans)
-    assert ran < 1.4 * 40 * (7 + 59), (
-        "little is computed twice though two requests in forty fit at a time"
-    )
+    assert ran < 1.4 * 40 * (7 + 59), "little is done twice, though two in forty fit"
 
 
 def test_admission_leaves_a_page_for_each_that_runs() -> None:

@@ -10,13 +10,13 @@ __all__ = ["world"]
 
 def world(**changes: Any) -> Simulation:
     """A roomy world with pages of 4 tokens, but for the changes."""
-    config = dict(
-        pages=64,
-        page_size=4,
-        slots_max=8,
-        step_tokens_max=16,
-        context_max=128,
-        overlap_depth=0,
-        prefix_cache=True,
-    )
+    config = {
+        "pages": 64,
+        "page_size": 4,
+        "slots_max": 8,
+        "step_tokens_max": 16,
+        "context_max": 128,
+        "overlap_depth": 0,
+        "prefix_cache": True,
+    }
     return Simulation(SimpleNamespace(**{**config, **changes}))
