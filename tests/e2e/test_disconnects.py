@@ -16,7 +16,8 @@ AT_ONCE = 16
 
 
 def drop(server: Serve, *, stream: bool, after_chunks: int) -> None:
-    """Ask for a long answer, and close the connection after some chunks of it."""
+    """Ask for a long answer, and close the connection after some chunks or, where the answer
+    comes whole, some time."""
     body = json.dumps(
         {
             "model": "smollm2-135m",
@@ -32,8 +33,13 @@ def drop(server: Serve, *, stream: bool, after_chunks: int) -> None:
     )
     with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         connection.sendall(head.encode() + body)
+        if not stream:
+            connection.settimeout(0.01 + 0.1 * after_chunks)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            return
         seen = 0
-        while stream and seen < after_chunks:
+        while seen < after_chunks:
             seen += connection.recv(65536).count(b'"content":')
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from tokenspeed.core.errors import EngineDead
 from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.stream import TokenLogprob
 from tokenspeed.engine.wire import CacheEventBatch
+from tokenspeed.entrypoint.generation import (
+    CHUNK_INTERVAL_MAX_S,
+    CHUNKS_PER_S,
+    Generation,
+    GenerationTable,
+)
 from tokenspeed.entrypoint.servicer import Servicer, start_server
 from tokenspeed.entrypoint.tokenizer_archive import CHUNK_SIZE_BYTES
 
@@ -402,5 +409,32 @@ def test_a_large_batch_of_cache_events_is_cut() -> None:
         assert [len(m.events[0].stored.blocks) for m in (first, second)] == [1024, 476]
         assert second.events[0].stored.parent_block_hash == 1023
         call.cancel()
+
+    served(case)
+
+
+def test_many_streams_share_the_chunk_rate_and_few_get_every_token() -> None:
+    table = GenerationTable()
+    engine = ScriptedEngine()
+
+    def generation(number: int, samples: int) -> Generation:
+        request = generate_request(request_id=str(number), n=samples)
+        return Generation(request, engine)  # type: ignore[arg-type]
+
+    assert table.chunk_interval_s() == 0.0
+    with ExitStack() as stack:
+        for number in range(4):
+            stack.enter_context(table.listed(generation(number, 2)))
+        assert table.chunk_interval_s() == 8 / CHUNKS_PER_S
+        for number in range(4, 40):
+            stack.enter_context(table.listed(generation(number, 8)))
+        assert table.chunk_interval_s() == CHUNK_INTERVAL_MAX_S
+    assert table.chunk_interval_s() == 0.0
+
+
+def test_a_call_without_an_id_is_refused() -> None:
+    async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
+        code, _ = await refused(stub.Generate(generate_request(request_id="")))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
 
     served(case)
