@@ -134,9 +134,7 @@ def test_retraction_changes_no_greedy_text(smollm2: ModelFiles) -> None:
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1])
-def test_async_streams_run_together_and_end_alone(
-    smollm2: ModelFiles, overlap_depth: int
-) -> None:
+def test_async_streams_run_together_and_end_alone(smollm2: ModelFiles, overlap_depth: int) -> None:
     async def run() -> None:
         async with await AsyncLLM.start(
             str(smollm2.path), max_context=1024, overlap_depth=overlap_depth

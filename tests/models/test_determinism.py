@@ -10,15 +10,16 @@ from tokenspeed.loader import ModelFiles
 
 NEW_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+WORDS = (
+    "def class return import the a buffer parses tokens of file error test value index list when "
+    "scheduler pages cache loop reads writes and checks every request"
+)
 
 
 def prompts(llm: LLM) -> list[list[int]]:
     """32 prompts of 3 to about 400 tokens; the odd ones share a long beginning."""
     rng = np.random.Generator(np.random.Philox(7))
-    words = (
-        "def class return import the a buffer parses tokens of file error test value index "
-        "list when scheduler pages cache loop reads writes and checks every request"
-    ).split()
+    words = WORDS.split()
     shared = " ".join(rng.choice(words, size=150))
     texts = []
     for index in range(32):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,9 +38,18 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, on_progress: ProgressCallback | None = None
+        cls,
+        config: EngineConfig,
+        *,
+        on_progress: ProgressCallback | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "tokenspeed.engine"),
     ) -> "EngineProcess":
         """Start an engine and wait until it takes requests.
+
+        Args:
+            config: what the engine is started with.
+            on_progress: called as the model loads.
+            command: the program, which takes --socket and --config-json.
 
         Raises:
             EngineDead: the process ended without a word.
@@ -49,9 +59,7 @@ class EngineProcess:
         folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))
         socket_path = folder / "engine.sock"
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tokenspeed.engine",
+            *command,
             "--socket",
             str(socket_path),
             "--config-json",

@@ -209,8 +209,8 @@ ToEngine = Submit | Abort | Call | Shutdown
 FromEngine = Begun | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine, strict=True)
-_from_engine = msgspec.msgpack.Decoder(FromEngine, strict=True)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
