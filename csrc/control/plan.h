@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ids.h"
+#include "room.h"
 
 namespace tokenspeed::control {
 
@@ -16,12 +17,7 @@ struct TableDeltas {
 
     // Makes room, so that as many `add`s cannot fail.
     void reserve(std::size_t more) {
-        for (auto* column : {&slots, &indices, &pages}) {
-            const std::size_t wanted = column->size() + more;
-            if (wanted > column->capacity()) {
-                column->reserve(wanted > 2 * column->capacity() ? wanted : 2 * column->capacity());
-            }
-        }
+        for (auto* column : {&slots, &indices, &pages}) make_room_for(*column, more);
     }
     void add(SlotId slot, std::size_t index, PageId page) {
         slots.push_back(slot.value);

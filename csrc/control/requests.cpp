@@ -4,19 +4,14 @@
 #include <cassert>
 #include <limits>
 
+#include "room.h"
+
 namespace tokenspeed::control {
 
 namespace {
 
 std::size_t size_of(TokenCount page_size) {
     return static_cast<std::size_t>(page_size.value);
-}
-
-// Grows by doubling, so that making room one by one stays O(1) each.
-template <class T>
-void make_room(std::vector<T>& items, std::size_t more) {
-    const std::size_t wanted = items.size() + more;
-    if (wanted > items.capacity()) items.reserve(std::max(wanted, 2 * items.capacity()));
 }
 
 TokenCount clamp(std::int64_t count) {
@@ -81,7 +76,7 @@ Request::Request(Submission&& wish, Order order, TokenCount page_size)
       prompt_(static_cast<std::int32_t>(wish_.prompt.size())),
       tokens_(std::move(wish_.prompt)) {
     std::ranges::sort(wish_.stop_token_ids);
-    make_room(hashes_, tokens_.size() / size_of(page_size_) + 1);
+    make_room_for(hashes_, tokens_.size() / size_of(page_size_) + 1);
     hash_full_pages();
 }
 
@@ -91,8 +86,8 @@ PageContent Request::page(std::size_t index) const noexcept {
 }
 
 void Request::reserve_token() {
-    make_room(tokens_, 1);
-    make_room(hashes_, 1);
+    make_room_for(tokens_, 1);
+    make_room_for(hashes_, 1);
 }
 
 void Request::append(std::int32_t token) noexcept {
@@ -235,9 +230,9 @@ void grow(Stepping& request, FreePage&& page) noexcept {
 // --- landing ------------------------------------------------------------------------------------
 
 void reserve_landing(Stepping& request, std::vector<Swap>& swaps) {
-    make_room(request.sealed, request.lent.size());
-    make_room(request.replaced, request.lent.size());
-    make_room(swaps, request.lent.size());
+    make_room_for(request.sealed, request.lent.size());
+    make_room_for(request.replaced, request.lent.size());
+    make_room_for(swaps, request.lent.size());
 }
 
 Landed land(Stepping&& request, const Retired& done, TokenCount written, Store& store,

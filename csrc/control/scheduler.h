@@ -136,7 +136,7 @@ class Scheduler {
     void draft(SlotId slot, TokenCount start, TokenCount count, bool samples);
     const Request& running(SlotId slot) const noexcept;
     bool decodes_next(const Stepping& request) const noexcept;
-    Room make_room(std::size_t rank);
+    Room find_page(std::size_t rank);
     void retract_from(SlotId slot);
     void seat(Queued&& queued, Admission&& ticket) noexcept;
 

@@ -1,0 +1,9 @@
+// Whoever frees a page must not keep it.
+// wants: cannot bind rvalue reference of type '.*FreePage&&' .* to lvalue
+void free(FreePage page, PagePool& pool) {
+#ifdef MISUSE
+    pool.give(page);
+#else
+    pool.give(std::move(page));
+#endif
+}

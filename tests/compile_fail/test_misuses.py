@@ -1,0 +1,69 @@
+"""Every misuse of a page, a step or a state fails to compile, for the reason it should.
+
+Each file under `misuses/` holds a misuse (`#ifdef MISUSE`) and its twin, which differs in that one
+place and compiles; its `// wants:` line is a regular expression for the compiler's complaint.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CONTROL = HERE.parents[1] / "csrc" / "control"
+COMPILER = shutil.which("g++")
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fdiagnostics-plain-output"]
+MISUSES = sorted((HERE / "misuses").glob("*.cpp"))
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None, reason="g++ is not installed; the diagnostics matched here are GCC's"
+)
+
+
+@pytest.fixture(scope="session")
+def prelude(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every program starts with, compiled once."""
+    header = tmp_path_factory.mktemp("prelude") / "prelude.h"
+    header.write_text('#include "scheduler.h"\n#include "events.h"\n')
+    subprocess.run(
+        [COMPILER, *FLAGS, f"-I{CONTROL}", "-x", "c++-header", header, "-o", f"{header}.gch"],
+        check=True,
+    )
+    return header
+
+
+def compile_program(program: Path, prelude: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    # Programs use the names of the control plane as its own code does.
+    using = "using namespace tokenspeed::control;\n"
+    source = f'{using}#line 1 "{program.name}"\n{program.read_text()}'
+    command = [COMPILER, *FLAGS, *flags, f"-I{CONTROL}", "-include", prelude]
+    return subprocess.run(
+        [*command, "-fsyntax-only", "-x", "c++", "-"],
+        input=source,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"LC_ALL": "C", "PATH": str(Path(COMPILER or "").parent)},
+    )
+
+
+@pytest.mark.parametrize("program", MISUSES, ids=lambda path: path.stem)
+def test_the_misuse_is_rejected_for_its_reason(program: Path, prelude: Path) -> None:
+    wanted = re.search(r"^// wants: (.+)$", program.read_text(), re.MULTILINE)
+    assert wanted is not None, f"{program.name} does not say which diagnostic it wants"
+    done = compile_program(program, prelude, "-DMISUSE")
+    assert done.returncode != 0, "the misuse compiles"
+    errors = [line for line in done.stderr.splitlines() if " error: " in line]
+    assert any(re.search(wanted[1], error) for error in errors), done.stderr
+
+
+@pytest.mark.parametrize("program", MISUSES, ids=lambda path: path.stem)
+def test_the_twin_of_the_misuse_compiles(program: Path, prelude: Path) -> None:
+    done = compile_program(program, prelude, "-Werror")
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_enough_misuses() -> None:
+    assert len(MISUSES) >= 25
