@@ -1,0 +1,244 @@
+"""The command line: its flags are promises."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tokenspeed import __version__
+from tokenspeed.cli.main import app
+from tokenspeed.cli.options import parse_kernels, parse_size, takes_engine_flags
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import ConfigError
+
+ENGINE_FLAGS = {
+    "--served-model-name",
+    "--device",
+    "--dtype",
+    "--max-context",
+    "--max-running",
+    "--max-step-tokens",
+    "--page-size",
+    "--kv-cache-memory",
+    "--overlap-depth",
+    "--prefix-cache",
+    "--no-prefix-cache",
+    "--threads",
+    "--kernel",
+    "--seed",
+}
+FLAGS: dict[str, set[str]] = {
+    "serve": ENGINE_FLAGS
+    | {
+        "--host",
+        "--port",
+        "--api-key",
+        "--tool-call-parser",
+        "--reasoning-parser",
+        "--restart",
+        "--curl",
+        "--no-curl",
+        "--shutdown-timeout",
+        "--log-level",
+    },
+    "chat": ENGINE_FLAGS | {"--system", "--max-tokens", "--temperature", "--top-p", "--log-level"},
+    "generate": ENGINE_FLAGS
+    | {"--max-tokens", "--temperature", "--top-p", "--stop", "--json", "--log-level"},
+    "pull": {"--force", "--log-level"},
+    "models": set(),
+    "env": set(),
+    "kernels list": {"--log-level"},
+    "kernels explain": {"--device", "--dtype", "--format", "--trait", "--force", "--log-level"},
+}
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its words."""
+    found: dict[str, Any] = {}
+
+    def walk(command: Any, words: tuple[str, ...]) -> None:
+        if hasattr(command, "commands"):
+            for name, child in command.commands.items():
+                walk(child, (*words, name))
+        else:
+            found[" ".join(words)] = command
+
+    walk(typer.main.get_command(app), ())
+    return found
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_commands_and_flags_are_these() -> None:
+    found = {
+        words: {
+            flag
+            for parameter in command.params
+            if parameter.param_type_name == "option"
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+            if flag not in ("--help", "-h")
+        }
+        for words, command in commands().items()
+    }
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("words", FLAGS)
+def test_help_explains_the_command_and_every_flag(words: str) -> None:
+    result = run(*words.split(), "--help")
+    assert result.exit_code == 0
+    for flag in FLAGS[words]:
+        assert flag in result.stdout
+    for parameter in commands()[words].params:
+        assert parameter.help, f"{parameter.name} has no help"
+
+
+def test_every_engine_flag_reaches_the_configuration() -> None:
+    seen: list[EngineConfig] = []
+
+    def command(*, engine: Any) -> None:
+        seen.append(engine("m"))
+
+    probe = typer.Typer()
+    probe.command()(takes_engine_flags(command))
+    line = (
+        "--served-model-name name --device cuda --dtype float32 --max-context 100 --max-running 3 "
+        "--max-step-tokens 5 --page-size 16 --kv-cache-memory 1.5GiB --overlap-depth 1 "
+        "--no-prefix-cache --threads 2 --kernel a.b=c --kernel d.e=f --seed 9"
+    )
+    result = CliRunner().invoke(probe, line.split())
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        EngineConfig(
+            model="m",
+            served_model_name="name",
+            device="cuda",
+            dtype="float32",
+            max_context=100,
+            max_running=3,
+            max_step_tokens=5,
+            page_size=16,
+            kv_cache_size_bytes=3 * 2**29,
+            overlap_depth=1,
+            prefix_cache=False,
+            threads=2,
+            kernels={"a.b": "c", "d.e": "f"},
+            seed=9,
+        )
+    ]
+
+
+def test_without_flags_the_configuration_has_its_own_defaults() -> None:
+    seen: list[EngineConfig] = []
+
+    def command(*, engine: Any) -> None:
+        seen.append(engine("m"))
+
+    probe = typer.Typer()
+    probe.command()(takes_engine_flags(command))
+    CliRunner().invoke(probe, [])
+    assert seen == [EngineConfig(model="m")]
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("1000", 1000),
+        ("1kB", 1000),
+        ("2GiB", 2**31),
+        ("2 gib", 2**31),
+        ("1.5G", 1_500_000_000),
+        ("512MiB", 2**29),
+        ("1T", 10**12),
+    ],
+)
+def test_sizes_are_read(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2 parsecs", "1e9", "nan", "2GiB2"])
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="2GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("choices", [["gemm"], ["=x"], ["gemm.linear="], ["a.b=c", "a.b=d"]])
+def test_a_kernel_choice_of_another_form_is_refused(choices: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--kernel"):
+        parse_kernels(choices)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("serve --host 0.0.0.0", "--api-key"),
+        ("serve --kv-cache-memory lots", "2GiB"),
+        ("serve --kernel x", "OP=SOLUTION"),
+        ("serve --tool-call-parser magic", "qwen"),
+        ("serve --reasoning-parser magic", "deepseek_r1"),
+        ("generate one two three", "quote the prompt"),
+        ("pull no-such-model", "no-such-model"),
+        ("kernels explain no.such_op", "no.such_op"),
+        ("kernels explain norm.rms_norm --dtype int7", "bfloat16"),
+        ("kernels explain norm.rms_norm --trait x", "NAME=VALUE"),
+    ],
+)
+def test_an_error_is_one_clear_line_and_exit_code_1(line: str, named: str) -> None:
+    result = run(*line.split())
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("tokenspeed: error: ")
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["serve --port 0", "serve --port 99999", "serve --max-running 0", "serve --no-such"]
+)
+def test_wrong_usage_is_exit_code_2(line: str) -> None:
+    assert run(*line.split()).exit_code == 2
+
+
+def test_with_log_level_debug_the_error_itself_is_raised() -> None:
+    result = run("serve", "--host", "0.0.0.0", "--log-level", "debug")
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"tokenspeed {__version__}\n")
+
+
+def test_models_names_the_default() -> None:
+    result = run("models")
+    assert result.exit_code == 0
+    assert "smollm2-135m (default)" in result.stdout
+
+
+def test_env_tells_versions_cpu_memory_and_cache() -> None:
+    result = run("env")
+    assert result.exit_code == 0
+    for name in ("python", "torch", "smg", "cpu flags", "cores", "memory", "devices", "cache"):
+        assert f"\n{name} " in result.stdout
+
+
+def test_kernels_list_and_explain() -> None:
+    listed = run("kernels", "list")
+    assert "norm.rms_norm\n  reference:rms_norm" in listed.stdout
+    explained = run("kernels", "explain", "norm.rms_norm")
+    assert "chosen" in explained.stdout
+
+
+def test_the_command_starts_without_torch_and_grpc() -> None:
+    script = (
+        "import sys, tokenspeed.cli.main\n"
+        "print(*sorted({'torch', 'grpc', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""
