@@ -27,6 +27,7 @@ from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, SampledLogprobs
 from tokenspeed.execution.history import TokenHistory
 from tokenspeed.execution.philox import uniforms
+from tokenspeed.execution.platform import one_thread
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.kernels.ops import sampling as ops
 
@@ -144,19 +145,38 @@ class Sampler:
         """
         excluding_S = positions_S < self._min_new_X[slots_S]
         edited_S = self._edited_X[slots_S] | excluding_S | (bitmask_SW is not None)
+        reports_S = self._reports_X[slots_S]
+        drawn_S = self._temperature_X[slots_S] > 0.0
+        if not (edited_S | reports_S | drawn_S).any():
+            return self._argmax(logits_SV), None
+        with one_thread():
+            original = self._edit_rows(logits_SV, slots_S, edited_S, excluding_S, bitmask_SW)
+            tokens_S = self._choose(logits_SV, slots_S, positions_S, drawn_S)
+            report = self._report(logits_SV, original, slots_S, tokens_S, reports_S)
+        for slot, token in zip(slots_S.tolist(), tokens_S.tolist(), strict=True):
+            if slot in self._history:
+                self._history[slot].push(token)
+        return tokens_S, report
+
+    def _edit_rows(
+        self,
+        logits_SV: torch.Tensor,
+        slots_S: Int32Array,
+        edited_S: BoolArray,
+        excluding_S: BoolArray,
+        bitmask_SW: torch.Tensor | None,
+    ) -> dict[int, torch.Tensor]:
+        """Steps 2 to 5 in place; gives the rows that changed as they were, [1, V] each."""
         original: dict[int, torch.Tensor] = {}
         for row in np.flatnonzero(edited_S).tolist():
-            original[row] = logits_SV[row : row + 1].clone()
+            slot = int(slots_S[row])
+            logits_1V = logits_SV[row : row + 1]
+            original[row] = logits_1V.clone()
             bitmask_1W = None if bitmask_SW is None else bitmask_SW[row : row + 1]
-            stops = self._stops[int(slots_S[row])] if excluding_S[row] else None
-            self._edit(logits_SV[row : row + 1], int(slots_S[row]), bitmask_1W, stops)
-            if _impossible(logits_SV[row]):
-                logits_SV[row].copy_(original[row][0])
-        tokens_S = self._choose(logits_SV, slots_S, positions_S)
-        for row, slot in enumerate(slots_S.tolist()):
-            if slot in self._history:
-                self._history[slot].push(int(tokens_S[row]))
-        return tokens_S, self._report(logits_SV, original, slots_S, tokens_S)
+            self._edit(logits_1V, slot, bitmask_1W, self._stops[slot] if excluding_S[row] else None)
+            if _impossible(logits_1V):
+                logits_1V.copy_(original[row])
+        return original
 
     def _edit(
         self,
@@ -165,7 +185,6 @@ class Sampler:
         bitmask_1W: torch.Tensor | None,
         stops: torch.Tensor | None,
     ) -> None:
-        """Steps 2 to 5, in place."""
         logits_V = logits_1V[0]
         if bitmask_1W is not None:
             self._apply_bitmask(logits_1V, bitmask_1W)
@@ -186,12 +205,13 @@ class Sampler:
             )
 
     def _choose(
-        self, logits_SV: torch.Tensor, slots_S: Int32Array, positions_S: Int32Array
+        self,
+        logits_SV: torch.Tensor,
+        slots_S: Int32Array,
+        positions_S: Int32Array,
+        drawn_S: BoolArray,
     ) -> torch.Tensor:
         """Steps 6 to 8. Rows that lie together and are alike go to one kernel call."""
-        drawn_S = self._temperature_X[slots_S] > 0.0
-        if not drawn_S.any():
-            return self._argmax(logits_SV)
         tokens_S = torch.empty(len(slots_S), dtype=torch.int64, device=logits_SV.device)
         uniforms_S = uniforms(self._seed_X[slots_S], positions_S)
         for start, end in _runs(drawn_S):
@@ -216,9 +236,10 @@ class Sampler:
         original: dict[int, torch.Tensor],
         slots_S: Int32Array,
         tokens_S: torch.Tensor,
+        reports_S: BoolArray,
     ) -> SampledLogprobs | None:
         """Step 1, done last because it needs the token."""
-        rows = np.flatnonzero(self._reports_X[slots_S])
+        rows = np.flatnonzero(reports_S)
         if not len(rows):
             return None
         counts = self._top_logprobs_X[slots_S[rows]]
@@ -244,11 +265,13 @@ class Sampler:
         return torch.from_numpy(values).to(self._device)
 
 
-def _impossible(logits_V: torch.Tensor) -> bool:
+def _impossible(logits: torch.Tensor) -> bool:
     """Whether no token can be sampled."""
-    peak = logits_V.max()
-    # NaN hides the others, and does not count.
-    return bool(peak.isnan().logical_and(~(logits_V > -torch.inf).any()) | (peak == -torch.inf))
+    peak = logits.max()
+    if peak.isnan():
+        # NaN hides the others, and does not count.
+        return not bool((logits > -torch.inf).any())
+    return bool(peak == -torch.inf)
 
 
 def _runs(flags: BoolArray) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,7 @@ from tests.unit.execution.tiny import (
 from tokenspeed.core.errors import ConfigError, InvalidParameter, RequestError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.execution import resolve_dtype, set_threads
+from tokenspeed.execution.platform import one_thread
 from tokenspeed.kernels import Platform
 
 PROMPTS = ([1, 2, 3, 4, 5, 6, 7], [40, 30, 20], [9] * 11)
@@ -258,6 +259,14 @@ def test_the_dtype_follows_what_the_cpu_multiplies(monkeypatch):
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
     with pytest.raises(ConfigError, match=r"--dtype must be auto, float32 or bfloat16"):
         resolve_dtype("int3", CPU)
+
+
+def test_one_thread_is_a_loan():
+    set_threads(2)
+    with pytest.raises(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == 2
 
 
 def test_threads_are_what_was_asked_for_or_all_the_process_may_use():

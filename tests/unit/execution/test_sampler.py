@@ -330,3 +330,7 @@ def test_a_slot_forgets_its_last_request():
     tokens, logprobs = subject.sample(logits[None].clone(), ints(0), ints(0))
     assert tokens.tolist() == [int(logits.argmax())]
     assert logprobs is None
+    bind(subject, 0, SamplingParams(temperature=0.0, logit_bias={0: 50.0}))
+    assert sample_one(subject, logits) == 0
+    bind(subject, 0, SamplingParams(temperature=0.0, presence_penalty=0.01))
+    assert sample_one(subject, logits) == int(logits.argmax())

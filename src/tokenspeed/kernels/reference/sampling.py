@@ -10,6 +10,7 @@ of tokens, W 32-bit words that hold V bits.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,14 @@ LEAST_EXPONENT = -87.0
 # Each pass halves the range, on a logarithmic scale, in which the nucleus may end. This many leave
 # a range in which the probability changes by less than a hundredth.
 PASSES_MAX = 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scratch:
+    """Memory for one row at a time."""
+
+    weights_V: torch.Tensor
+    spare_V: torch.Tensor
 
 
 @kernel("sampling.argmax", solution="reference", formats=("float32",), priority=Priority.REFERENCE)
@@ -55,8 +64,21 @@ def draw(
     """
     columns = (uniforms_S, temperatures_S, top_ks_S, top_ps_S, min_ps_S)
     rows = zip(logits_SV, *(column.tolist() for column in columns), strict=True)
+    # Fresh memory of a vocabulary's size costs more than a pass over it, so all rows share this.
+    scratch = _Scratch(
+        weights_V=logits_SV.new_empty(logits_SV.shape[1]),
+        spare_V=logits_SV.new_empty(logits_SV.shape[1]),
+    )
     tokens = [
-        _draw_row(row_V, uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        _draw_row(
+            row_V,
+            uniform,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            scratch=scratch,
+        )
         for row_V, uniform, temperature, top_k, top_p, min_p in rows
     ]
     return torch.tensor(tokens, dtype=torch.int64, device=logits_SV.device)
@@ -125,6 +147,7 @@ def _draw_row(
     top_k: int,
     top_p: float,
     min_p: float,
+    scratch: _Scratch,
 ) -> int:
     logits, peak = _numbers_and_peak(row_V)
     if peak == -math.inf:
@@ -137,7 +160,7 @@ def _draw_row(
         logits = logits[ids]
     # Below the least normal number a division would lose the peak, which is 0 / temperature.
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    scaled = (logits - peak).div_(temperature)
+    scaled = torch.sub(logits, peak, out=scratch.weights_V[: len(logits)]).div_(temperature)
     if min_p > 0.0:
         kept = (scaled >= math.log(min_p)).nonzero()[:, 0]
         ids = kept if ids is None else ids[kept]
@@ -145,7 +168,7 @@ def _draw_row(
     # Arithmetic on subnormal numbers is slow, and tokens that unlikely are never drawn.
     weights = torch.threshold_(scaled, LEAST_EXPONENT, -math.inf).exp_()
     if top_p < 1.0:
-        _keep_nucleus(weights, top_p)
+        _keep_nucleus(weights, top_p, scratch.spare_V)
     index = _inverse_cdf(weights, uniform)
     return index if ids is None else int(ids[index])
 
@@ -179,15 +202,18 @@ def _likeliest(logits_V: torch.Tensor, count: int) -> torch.Tensor:
     return ids_N[logits_V[ids_N].argsort(descending=True, stable=True)[:count]]
 
 
-def _keep_nucleus(weights_N: torch.Tensor, top_p: float) -> None:
+def _keep_nucleus(weights_N: torch.Tensor, top_p: float, spare_V: torch.Tensor) -> None:
     """Zero all but the fewest tokens, the likeliest first, whose weights reach `top_p` of the sum.
 
     The weight at which the nucleus ends is bracketed by bisection before anything is sorted, so
     a flat distribution costs passes over the vocabulary, and a peaked one a pass and a small sort.
     """
 
+    spare_N = spare_V[: len(weights_N)]
+
     def mass_above(bound: float) -> float:
-        return float(F.threshold(weights_N, bound, 0.0).sum(dtype=torch.float64))
+        torch.threshold(weights_N, bound, 0.0, out=spare_N)
+        return float(spare_N.sum(dtype=torch.float64))
 
     total = mass_above(0.0)
     needed = top_p * total
@@ -195,8 +221,9 @@ def _keep_nucleus(weights_N: torch.Tensor, top_p: float) -> None:
     # ends at a weight above `low` and not above `high`.
     high, above_high = weights_N.max().item(), 0.0
     low = max((1.0 - top_p) * total / (2 * len(weights_N)), torch.finfo(weights_N.dtype).tiny)
-    for _ in range(PASSES_MAX):
-        if low * min(len(weights_N), SORTED_MAX) >= total:
+    for _ in range(PASSES_MAX if len(weights_N) > SORTED_MAX else 0):
+        # No more than this many tokens can have a greater weight.
+        if total / low <= SORTED_MAX:
             break
         middle = math.sqrt(low * high)
         above = mass_above(middle)
