@@ -89,9 +89,11 @@ def test_norms(tokens: int, features: int, dtype: torch.dtype) -> None:
 
     plain = reference(ops.norm.rms_norm, dtype)(x, weight, 1e-5)
     assert_close("norm.rms_norm", plain, exact(x), dtype)
-    normed, total = reference(ops.norm.add_rms_norm, dtype)(x, residual, weight, 1e-5)
-    assert torch.equal(total, (x.double() + residual.double()).to(dtype))
-    assert_close("norm.add_rms_norm", normed, exact(total), dtype)
+    for stream in (residual, residual.float()):
+        normed, total = reference(ops.norm.add_rms_norm, dtype)(x, stream, weight, 1e-5)
+        assert torch.equal(total, (x.double() + stream.double()).to(stream.dtype))
+        assert normed.dtype == dtype
+        assert_close("norm.add_rms_norm", normed, exact(total), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

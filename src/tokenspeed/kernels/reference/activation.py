@@ -13,6 +13,6 @@ __all__ = ["silu_and_mul"]
 
 @kernel("activation.silu_and_mul", solution="reference", formats=ANY, priority=Priority.REFERENCE)
 def silu_and_mul(gate_up_T2F: torch.Tensor) -> torch.Tensor:
-    """The formula; silu's result is rounded to the type of x."""
-    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-    return F.silu(gate_TF) * up_TF
+    """The formula, in float32."""
+    gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)
+    return (F.silu(gate_TF) * up_TF).to(gate_up_T2F.dtype)

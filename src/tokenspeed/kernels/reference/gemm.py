@@ -43,7 +43,9 @@ def logits(x_SI: torch.Tensor, weight_VI: torch.Tensor) -> torch.Tensor:
         return F.linear(x_SI, weight_VI)
     logits_SV = x_SI.new_empty((len(x_SI), len(weight_VI)), dtype=torch.float32)
     cut = max(1, ELEMENTS_IN_CACHE // weight_VI.shape[1])
-    for weight_CI, logits_SC in zip(weight_VI.split(cut), logits_SV.split(cut, dim=1), strict=True):
+    for weight_CI, logits_SC in zip(
+        torch.split(weight_VI, cut), torch.split(logits_SV, cut, dim=1), strict=True
+    ):
         rounded_SC = F.linear(x_SI, weight_CI)
         lost_SC = torch.addmm(rounded_SC, x_SI, weight_CI.T, beta=-1)
         logits_SC.copy_(rounded_SC).add_(lost_SC)

@@ -15,7 +15,7 @@ def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torc
     """The formula, in float32."""
     wide_TM = x_TM.float()
     scale_T1 = torch.rsqrt(wide_TM.square().mean(-1, keepdim=True) + epsilon)
-    return (wide_TM * scale_T1).to(x_TM.dtype) * weight_M
+    return (wide_TM * scale_T1 * weight_M.float()).to(weight_M.dtype)
 
 
 @kernel("norm.add_rms_norm", solution="reference", formats=ANY, priority=Priority.REFERENCE)
@@ -23,5 +23,5 @@ def add_rms_norm(
     x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum, then its norm."""
-    sum_TM = x_TM + residual_TM
+    sum_TM = (x_TM + residual_TM).to(residual_TM.dtype)
     return rms_norm(sum_TM, weight_M, epsilon), sum_TM

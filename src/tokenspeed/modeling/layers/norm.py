@@ -20,6 +20,9 @@ __all__ = ["RMSNorm"]
 class RMSNorm(Module):
     """Adds x to the residual stream and normalises the sum (Zhang and Sennrich 2019).
 
+    The stream is float32 whatever the model's type. It is by far the largest sum of the model, and
+    in bfloat16 its rounding would make half of all the error of the logits.
+
     Args:
         features: M.
         epsilon: added to the mean square.
@@ -37,5 +40,5 @@ class RMSNorm(Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual); a residual of None starts the stream with x."""
         if residual_TM is None:
-            return self._rms_norm(x_TM, self.weight.data, self._epsilon), x_TM
+            return self._rms_norm(x_TM, self.weight.data, self._epsilon), x_TM.float()
         return self._add_rms_norm(x_TM, residual_TM, self.weight.data, self._epsilon)

@@ -14,6 +14,6 @@ __all__ = ["silu_and_mul"]
 def silu_and_mul(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, gate the first half of the last dimension and up the second; gives x_TF.
 
-    SwiGLU (Shazeer 2020).
+    SwiGLU (Shazeer 2020). The arithmetic is float32, and the result is rounded once, to x's type.
     """
     return silu_and_mul.best(gate_up_T2F)(gate_up_T2F)

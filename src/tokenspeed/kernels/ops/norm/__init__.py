@@ -14,7 +14,8 @@ __all__ = ["add_rms_norm", "rms_norm"]
 def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight per token (Zhang and Sennrich 2019).
 
-    The mean is float32; x is rounded to its own type before the product with the weight.
+    x may be wider than the weight; the arithmetic is float32, and the result is rounded once, to
+    the weight's type.
     """
     return rms_norm.best(x_TM)(x_TM, weight_M, epsilon)
 
@@ -23,5 +24,5 @@ def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torc
 def add_rms_norm(
     x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum = x + residual, rounded to their type; gives (rms_norm(sum), sum)."""
+    """sum = x + residual, in the residual's type; gives (rms_norm(sum), sum)."""
     return add_rms_norm.best(x_TM)(x_TM, residual_TM, weight_M, epsilon)
