@@ -5,9 +5,12 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import openai
 import psutil
 import pytest
+from smg_grpc_proto.generated import common_pb2
+from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as pb_grpc
 
 from tokenspeed.loader import ModelFiles
 
@@ -64,11 +67,22 @@ def test_a_signal_ends_every_process_and_is_no_failure(
 def test_a_killed_engine_is_reported_to_clients_and_ends_the_server(
     smollm2: ModelFiles, tmp_path: Path
 ) -> None:
-    with Serve(tmp_path / "log") as server, ThreadPoolExecutor(4) as pool:
+    with (
+        Serve(tmp_path / "log") as server,
+        ThreadPoolExecutor(4) as pool,
+        server.servicer() as channel,
+    ):
+        stub = pb_grpc.TokenSpeedSchedulerStub(channel)
+        events = stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest())
+        assert next(events).events[0].HasField("cleared")
         streams = under_load(server, pool)
+        assert next(events).events[0].stored.blocks[0].block_size == 32
         family = server.family()
         server.engine().kill()
         assert all(stream.result(60) for stream in streams)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(events)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert server.process.wait(60) == 1
         log = server.log.read_text()
         assert "killed by SIGKILL" in log

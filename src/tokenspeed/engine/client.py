@@ -58,7 +58,7 @@ class EngineClient:
         self._socket = socket
         self._streams = StreamTable()
         self._calls: dict[int, asyncio.Future[EngineStats | bool | str | None]] = {}
-        self._cache_queues: list[asyncio.Queue[CacheEventBatch]] = []
+        self._cache_queues: list[asyncio.Queue[CacheEventBatch | None]] = []
         self._numbers = itertools.count(1)
         self._tokenizer: loader.Tokenizer | None = None
         self._dead: EngineDead | None = None
@@ -185,16 +185,21 @@ class EngineClient:
         return value
 
     async def subscribe_cache(self) -> AsyncIterator[CacheEventBatch]:
-        """Changes of the prefix cache, beginning with everything it holds."""
-        queue: asyncio.Queue[CacheEventBatch] = asyncio.Queue()
+        """Changes of the prefix cache, beginning with everything it holds.
+
+        Raises:
+            EngineDead: the engine is gone, now or later.
+        """
+        queue: asyncio.Queue[CacheEventBatch | None] = asyncio.Queue()
         self._check_alive()
         # The snapshot of a new subscriber would repeat pages to the others: each batch that
         # begins one starts with "cleared", so to repeat it is harmless.
         self._cache_queues.append(queue)
         try:
             await self._call("subscribe_cache", on=True)
-            while True:
-                yield await queue.get()
+            while (batch := await queue.get()) is not None:
+                yield batch
+            self._check_alive()
         finally:
             self._cache_queues.remove(queue)
             if not self._cache_queues and self.alive:
@@ -215,6 +220,8 @@ class EngineClient:
             if not call.done():
                 call.set_exception(self._dead)
         self._calls.clear()
+        for queue in self._cache_queues:
+            queue.put_nowait(None)
 
     async def close(self) -> None:
         """Close the socket; the engine process is not ended."""
