@@ -19,7 +19,6 @@ std::optional<Plan> Scheduler::plan() {
     draft_decodes();
     decode_count_ = static_cast<std::int32_t>(rows_.size());
     draft_prefills();
-    draft_admissions();
     if (rows_.empty()) return std::nullopt;
     return launch_drafts();
 }
@@ -111,10 +110,13 @@ void Scheduler::retract_from(SlotId slot) {
     ++retractions_;
 }
 
+// Running prompts and waiting ones share what the decode rows left of the step, in order: a long
+// prompt that runs does not keep out a more urgent one that waits.
 void Scheduler::draft_prefills() {
-    for (const SlotId slot : order_) {
-        if (budget_ == 0) return;
-        if (resting_ == slot) continue;
+    for (std::size_t rank = 0; rank < order_.size() && budget_ > 0; ++rank) {
+        while (admit_head(running(order_[rank]).order())) ++rank;
+        const SlotId slot = order_[rank];
+        if (resting_ == slot || budget_ == 0) continue;
         const Prefilling* rests = prefilling_.at(slot);
         const Stepping* flies = stepping_.at(slot);
         if (rests == nullptr && flies == nullptr) continue;
@@ -124,34 +126,36 @@ void Scheduler::draft_prefills() {
         const TokenCount chunk = std::min(known - fed, TokenCount(budget_));
         draft(slot, fed, chunk, fed + chunk == known);
     }
+    while (admit_head(std::nullopt)) {
+    }
 }
 
-void Scheduler::draft_admissions() {
-    while (budget_ > 0 && !starved_ && !store_.slots.empty() && !queued_.empty()) {
-        const auto head = queued_.begin();
-        if (!head->second) {
-            queued_.erase(head);
-            continue;
-        }
-        const Request& request = *head->second->request;
-        const PageCount reserve = admission_reserve(order_.size(), request);
-        if (blocked_ && blocked_->order == head->first &&
-            blocked_->wanted + reserve > store_.available()) {
-            return;
-        }
-        rows_.reserve(rows_.size() + 1);
-        make_room_for(bound_slots_, 1);
-        make_room_for(bound_requests_, 1);
-        table_.reserve(request.tokens().size() / static_cast<std::size_t>(page_size_.value));
-
-        auto probed = Admission::probe(*head->second, reserve, store_);
-        if (const auto* refused = std::get_if<Admission::Refused>(&probed)) {
-            blocked_ = {head->first, refused->wanted};
-            return;
-        }
-        seat(std::move(*head->second), std::move(*std::get_if<Admission>(&probed)));
-        queued_.erase(head);
+// Admits the head of the queue if it comes before a given place in the order and has all it needs.
+// Nobody overtakes a head that does not fit.
+bool Scheduler::admit_head(std::optional<Order> before) {
+    while (!queued_.empty() && !queued_.begin()->second) queued_.erase(queued_.begin());
+    if (queued_.empty() || budget_ == 0 || starved_ || store_.slots.empty()) return false;
+    const auto head = queued_.begin();
+    if (before && *before < head->first) return false;
+    const Request& request = *head->second->request;
+    const PageCount reserve = admission_reserve(order_.size(), request);
+    if (blocked_ && blocked_->order == head->first &&
+        blocked_->wanted + reserve > store_.available()) {
+        return false;
     }
+    make_room_for(rows_, 1);
+    make_room_for(bound_slots_, 1);
+    make_room_for(bound_requests_, 1);
+    table_.reserve(request.tokens().size() / static_cast<std::size_t>(page_size_.value));
+
+    auto probed = Admission::probe(*head->second, reserve, store_);
+    if (const auto* refused = std::get_if<Admission::Refused>(&probed)) {
+        blocked_ = {head->first, refused->wanted};
+        return false;
+    }
+    seat(std::move(*head->second), std::move(*std::get_if<Admission>(&probed)));
+    queued_.erase(head);
+    return true;
 }
 
 // Takes an admitted request to a slot and drafts its first chunk.

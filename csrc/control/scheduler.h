@@ -132,7 +132,7 @@ class Scheduler {
     enum class Room { kReady, kWait, kGone };
     void draft_decodes();
     void draft_prefills();
-    void draft_admissions();
+    bool admit_head(std::optional<Order> before);
     void draft(SlotId slot, TokenCount start, TokenCount count, bool samples);
     const Request& running(SlotId slot) const noexcept;
     bool decodes_next(const Stepping& request) const noexcept;

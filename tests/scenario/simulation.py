@@ -45,6 +45,7 @@ class Client:
     cached: int | None = None
     aborted: bool = False
     finished: FinishReason | None = None
+    stays: list[int] = field(default_factory=list)  # tokens known at each admission
 
     def run_alone(self, vocabulary: int, context_max: int) -> None:
         """Fills in what the request gives when nothing else runs."""
@@ -205,6 +206,9 @@ class Simulation:
         size = self.config.page_size
         assert len(plan.token_ids) == len(group.kv_slots) <= self.config.step_tokens_max
         for slot, request in zip(plan.bound_slots, plan.bound_requests, strict=True):
+            stays = self.clients[int(request)].stays
+            stays.append(len(self.clients[int(request)].output))
+            assert len(stays) < 3 or stays[-1] > stays[-2], "retracted again without progress"
             self.bound[slot] = request
             self.last[slot] = NOTHING
             self.table[slot] = NOTHING

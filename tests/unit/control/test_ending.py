@@ -171,3 +171,19 @@ def test_a_scheduler_may_be_dropped_at_any_point(depth: int) -> None:
                 w.commit()
         w.abort(0)
         del w
+
+
+def test_pages_on_their_way_back_are_waited_for() -> None:
+    """Wherever the abort falls, the other request gets all its tokens: `world` checks them."""
+    for abort_at in range(40):
+        w = world(pages=8, overlap_depth=1)
+        w.submit(1, range(50, 55), max_new_tokens=24)
+        client = w.submit(2, range(7), max_new_tokens=20)
+        for turn in range(abort_at):
+            w.launch()
+            if len(w.flights) > 1:
+                w.commit()
+            if turn == abort_at - 1:
+                w.abort(1)
+        w.drain()
+        assert len(client.output) == 20, f"aborted at {abort_at}"

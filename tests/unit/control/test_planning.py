@@ -58,6 +58,18 @@ def test_waiting_requests_run_in_order_of_priority_then_arrival() -> None:
     assert order == [4, 2, 5, 1, 3]
 
 
+def test_an_urgent_prompt_goes_before_the_rest_of_a_long_one() -> None:
+    w = world()
+    w.submit(1, range(60), max_new_tokens=1)
+    w.step()
+    w.submit(2, range(100, 105), max_new_tokens=1, priority=-1)
+    w.submit(3, range(200, 205), max_new_tokens=1)
+    plan = w.step()
+    assert plan.bound_requests.tolist() == [2]
+    assert lengths(plan) == [5, 11], "3 came after 1, and 1 fills the step"
+    w.drain()
+
+
 def test_ids_do_not_decide_the_order() -> None:
     w = world(slots_max=1)
     for request in (9, -3, 2**40):

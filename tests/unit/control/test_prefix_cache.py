@@ -207,3 +207,12 @@ def test_hashes_do_not_depend_on_the_run() -> None:
         names.append(w.scheduler.take_cache_events().hashes)
     assert (names[0] == names[1]).all()
     assert len(np.unique(names[0])) == 2
+
+
+def test_hashes_of_two_salts_differ() -> None:
+    w = world()
+    w.scheduler.record_cache_events(True)
+    for request in (1, 2):
+        w.submit(request, range(9), max_new_tokens=1, salt=request)
+    w.drain()
+    assert len(np.unique(w.scheduler.take_cache_events().hashes)) == 4

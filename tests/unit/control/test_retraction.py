@@ -80,3 +80,26 @@ def test_admission_leaves_a_page_for_each_that_runs() -> None:
     assert w.scheduler.stats().waiting == 1, "4 pages of 5 would leave too few"
     w.submit(2, [5], max_new_tokens=1, priority=-1)
     w.drain()
+
+
+def test_a_request_brought_back_is_not_sent_away_before_it_made_progress() -> None:
+    """More urgent ones take its pages once; then they wait for its first token."""
+    w = world(pages=16, slots_max=3, step_tokens_max=3, context_max=60)
+    for request in (1, 2):
+        w.submit(request, [request] * 3, max_new_tokens=30)
+    w.step()
+    w.step()
+    long = w.submit(0, range(28), max_new_tokens=2, priority=1)
+    while len(long.stays) < 2:
+        w.step()
+    assert long.stays == [0, 0], "sent away before its first token"
+    for request in (3, 4):
+        w.submit(request, [request] * 3, max_new_tokens=40)
+    waiting_in = []
+    while not long.output:
+        rows = len(w.step().row_slots)
+        running = w.scheduler.stats().running
+        waiting_in += [running] if running > rows else []
+    assert 3 in waiting_in, "who wants its pages waits in its slot, and is not sent away instead"
+    assert len(long.stays) == 2
+    w.drain()
