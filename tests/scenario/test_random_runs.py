@@ -1,5 +1,5 @@
 """Seeded random runs: whatever happens in whatever order, every request gets what it gets alone,
-exactly one end, and not a page is lost."""
+exactly one end, and not a page is lost. 42,000 events, and a million more with the slow ones."""
 
 import random
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def _wishes(rng: random.Random) -> dict[str, object]:
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("world", WORLDS)
 def test_any_order_of_events_keeps_pages_and_answers_whole(world: str, depth: int) -> None:
-    for seed in range(2):
+    for seed in range(4):
         print(f"seed {seed}, world {world}, depth {depth}")
         run(seed, world, depth=depth, cache=seed % 4 != 3, events=700)
 
@@ -81,7 +81,7 @@ def test_any_order_of_events_keeps_pages_and_answers_whole(world: str, depth: in
 def test_many_orders_of_events_keep_pages_and_answers_whole(
     world: str, depth: int, cache: bool
 ) -> None:
-    for seed in range(100, 105):
+    for seed in range(100, 112):
         print(f"seed {seed}, world {world}, depth {depth}, cache {cache}")
         run(seed, world, depth=depth, cache=cache, events=3000)
 
