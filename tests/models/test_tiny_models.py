@@ -11,7 +11,9 @@ import torch
 
 from tests.models.tiny import CONFIGS, Tiny, build, read_tensors, write_tiny
 from tests.support.forward import Driver
+from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling import Model
+from tokenspeed.modeling.layers import RMSNorm
 
 TOLERANCE = 1e-4
 TOKENS = 75
@@ -104,3 +106,16 @@ def test_greedy_tokens_equal_those_of_transformers(load: Callable[[str], Loaded]
     for token in Driver(model).greedy(tokens, 20):
         assert token == int(expected(tiny, tokens)[-1].argmax())
         tokens.append(token)
+
+
+def test_the_residual_stream_of_a_bfloat16_model_is_float32() -> None:
+    kernels = KernelSelector(device=torch.device("cpu"), dtype=torch.bfloat16)
+    norm = RMSNorm(8, epsilon=1e-5, kernels=kernels)
+    norm.weight.data.fill_(1)
+    x = torch.full((2, 8), 3.0, dtype=torch.bfloat16)
+    normed, stream = norm(x, None)
+    assert (normed.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
+    # One and 2^-12 is no bfloat16.
+    normed, stream = norm(torch.full_like(x, 2**-12), torch.ones(2, 8))
+    assert (normed.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(stream, torch.full((2, 8), 1 + 2**-12))
