@@ -1,5 +1,5 @@
 """Owns the storage that KV pages name; never decides which page is whose."""
 
-from tokenspeed.cache.pool import KVPool, KVPools, pages_in_budget
+from tokenspeed.cache.pool import KVPool, KVPools
 
-__all__ = ["KVPool", "KVPools", "pages_in_budget"]
+__all__ = ["KVPool", "KVPools"]

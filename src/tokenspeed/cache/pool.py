@@ -10,7 +10,7 @@ import torch
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import InsufficientMemory
 
-__all__ = ["KVPool", "KVPools", "pages_in_budget"]
+__all__ = ["KVPool", "KVPools"]
 
 
 class KVPool:
@@ -88,22 +88,6 @@ class KVPools:
     def size_bytes(self) -> int:
         """Bytes of all groups."""
         return sum(pool.size_bytes for pool in self.pools)
-
-
-def pages_in_budget(specs: Sequence[KVSpec], *, page_size: int, budget_size_bytes: int) -> int:
-    """Pages that every group can have at once within a budget.
-
-    Raises:
-        InsufficientMemory: not even one page fits.
-    """
-    page_size_bytes = page_size * sum(spec.token_size_bytes for spec in specs)
-    pages = budget_size_bytes // page_size_bytes
-    if pages < 1:
-        raise InsufficientMemory(
-            f"one KV page of {page_size} tokens needs {page_size_bytes:,} bytes, but the KV cache "
-            f"was given {budget_size_bytes:,}. Raise --kv-cache-memory or lower --page-size."
-        )
-    return pages
 
 
 _ELEMENTS = {

@@ -1,11 +1,11 @@
-"""KV storage: shapes, sizes, and pages for a budget."""
+"""KV storage: shapes, sizes, and what it costs."""
 
 import resource
 
 import pytest
 import torch
 
-from tokenspeed.cache import KVPool, KVPools, pages_in_budget
+from tokenspeed.cache import KVPool, KVPools
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import InsufficientMemory
 
@@ -36,12 +36,3 @@ def test_a_pool_costs_no_memory_until_it_is_written() -> None:
 def test_a_pool_that_cannot_be_had_says_what_it_needed() -> None:
     with pytest.raises(InsufficientMemory, match=r"bytes on cpu.*--kv-cache-memory"):
         KVPool(WIDE, pages=2**45, page_size=32, device=CPU)
-
-
-def test_a_budget_is_divided_among_all_groups() -> None:
-    page = 16 * (WIDE.token_size_bytes + NARROW.token_size_bytes)
-    specs = [WIDE, NARROW]
-    assert pages_in_budget(specs, page_size=16, budget_size_bytes=7 * page) == 7
-    assert pages_in_budget(specs, page_size=16, budget_size_bytes=8 * page - 1) == 7
-    with pytest.raises(InsufficientMemory, match=f"{page:,} bytes"):
-        pages_in_budget(specs, page_size=16, budget_size_bytes=page - 1)
