@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -20,6 +19,17 @@ from tokenspeed.core.errors import InvalidParameter, UnsupportedModel
 __all__ = ["ChatTemplate"]
 
 Message = Mapping[str, Any]
+
+# What an expression of a template can raise, beside Jinja's own errors.
+_RENDERING_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class ChatTemplate:
@@ -69,7 +79,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, SecurityError, TypeError, ValueError, LookupError) as error:
+        except _RENDERING_ERRORS as error:
             raise InvalidParameter(
                 f"the model's chat template cannot render these messages: {error}"
             ) from error
