@@ -22,7 +22,7 @@ build: setup
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 serve: setup
-	$(BIN)/tokenspeed serve $(MODEL)
+	$(BIN)/tokenspeed serve $(MODEL) --curl
 
 demo: setup
 	$(BIN)/python examples/coding_session.py

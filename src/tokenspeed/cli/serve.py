@@ -1,6 +1,5 @@
 """`tokenspeed serve`: the engine behind an OpenAI- and Anthropic-compatible API."""
 
-import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from tokenspeed.cli.options import DEFAULT_MODEL, LogLevel, LogLevelOption, takes_engine_flags
 from tokenspeed.cli.reporting import reported
 from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.environment import quiet_grpc_forks
 
 __all__ = ["serve"]
 
@@ -53,8 +53,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C."""
     with reported(log_level):
-        # Children are new programs, not forks that go on with gRPC; it reads this when imported.
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+        quiet_grpc_forks()
         # Imported late: gRPC and the gateway's messages take a while, and `--help` should not.
         from tokenspeed.cli.supervisor import ServeOptions, supervise  # noqa: PLC0415
 

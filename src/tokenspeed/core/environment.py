@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "let_threads_sleep"]
+__all__ = ["cache_dir", "let_threads_sleep", "quiet_grpc_forks"]
 
 
 def cache_dir() -> Path:
@@ -28,3 +28,11 @@ def let_threads_sleep() -> None:
     set by the user stands.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def quiet_grpc_forks() -> None:
+    """Have gRPC leave forks alone, and not write of them; for before grpc is imported.
+
+    The children of a server run another program at once, so nothing of gRPC lives on in them.
+    """
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
