@@ -94,6 +94,7 @@ class TokenStream:
         self._pending: TokenDelta | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._rester: asyncio.Future[None] | None = None
 
     def abort(self) -> None:
         """End the request; the stream ends with finish reason ABORT, if it had not ended yet."""
@@ -118,7 +119,7 @@ class TokenStream:
             delta.stop_string = self._stop_strings.push(token_id)
             if delta.stop_string is not None:
                 delta.finish_reason = FinishReason.STOP
-                self.done = True
+                self._end()
                 self._abort()
         self._wake()
 
@@ -135,7 +136,7 @@ class TokenStream:
         """End the stream."""
         if self.done:
             return
-        self.done = True
+        self._end()
         delta = self._delta()
         delta.finish_reason = reason
         delta.stop_token_id = stop_token_id
@@ -145,9 +146,22 @@ class TokenStream:
         """End the stream with an error."""
         if self.done:
             return
-        self.done = True
+        self._end()
         self._error = error
         self._wake()
+
+    async def rest(self, pause_s: float) -> None:
+        """Let tokens gather for this long, or until the stream ends."""
+        if self.done:
+            return
+        loop = asyncio.get_running_loop()
+        self._rester = loop.create_future()
+        timer = loop.call_later(pause_s, _release, self._rester)
+        try:
+            await self._rester
+        finally:
+            timer.cancel()
+            self._rester = None
 
     def take(self) -> TokenDelta | None:
         """What has arrived, without waiting. Raises the error that ended the stream."""
@@ -175,9 +189,17 @@ class TokenStream:
             self._pending = TokenDelta()
         return self._pending
 
+    def _end(self) -> None:
+        self.done = True
+        _release(self._rester)
+
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        _release(self._waiter)
+
+
+def _release(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 class StreamTable:

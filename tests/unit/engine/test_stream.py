@@ -168,3 +168,27 @@ def test_logprobs_go_to_their_tokens() -> None:
     assert second.logprobs is not None
     assert second.logprobs[0].logprob == -0.5
     assert second.logprobs[0].top_token_ids == [4]
+
+
+def test_a_rest_lets_tokens_gather_and_ends_when_the_stream_does() -> None:
+    async def run() -> list[list[int]]:
+        stream, _ = stream_with()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(stream.push, 1, 0)
+        loop.call_soon(stream.push, 2, 0)
+        loop.call_soon(stream.push_end, FinishReason.LENGTH)
+        # A rest that the end of the stream did not cut short would outlast the test's limit.
+        await stream.rest(3600.0)
+        await stream.rest(3600.0)
+        return [delta.token_ids async for delta in stream]
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [[1, 2]]
+
+
+def test_a_rest_ends_by_itself() -> None:
+    async def run() -> bool:
+        stream, _ = stream_with()
+        await stream.rest(0.001)
+        return stream.done
+
+    assert asyncio.run(run()) is False
