@@ -2,13 +2,11 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
-from tokenspeed import loader
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.client import ProgressCallback
@@ -26,7 +24,7 @@ class AsyncLLM:
     def __init__(self, process: EngineProcess) -> None:
         self._process = process
         self.info: EngineInfo = process.client.info
-        self.tokenizer = loader.Tokenizer(Path(self.info.tokenizer_dir))
+        self.tokenizer = process.client.tokenizer
 
     @classmethod
     async def start(

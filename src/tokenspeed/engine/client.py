@@ -1,19 +1,18 @@
 """The asynchronous client of an engine process. Imports no torch."""
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import zmq
-import zmq.asyncio
+import msgspec
 
 from tokenspeed import loader
 from tokenspeed.core import errors
 from tokenspeed.core.errors import EngineDead, EngineError, TokenSpeedError
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.engine.client_socket import ClientSocket
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
 from tokenspeed.engine.validation import checked_max_new_tokens, checked_prompt
 from tokenspeed.engine.wire import (
@@ -35,7 +34,6 @@ from tokenspeed.engine.wire import (
     ToEngine,
     decode_from_engine,
     encode,
-    endpoint,
 )
 
 __all__ = ["EngineClient"]
@@ -51,18 +49,19 @@ class EngineClient:
 
     Attributes:
         info: what the engine told of itself when it became ready.
+        tokenizer: the model's.
     """
 
-    def __init__(self, socket: zmq.asyncio.Socket, info: EngineInfo) -> None:
+    def __init__(self, socket: ClientSocket, info: EngineInfo, tokenizer: loader.Tokenizer) -> None:
         self.info = info
+        self.tokenizer = tokenizer
         self._socket = socket
         self._streams = StreamTable()
         self._calls: dict[int, asyncio.Future[EngineStats | bool | str | None]] = {}
         self._cache_queues: list[asyncio.Queue[CacheEventBatch | None]] = []
         self._numbers = itertools.count(1)
-        self._tokenizer: loader.Tokenizer | None = None
         self._dead: EngineDead | None = None
-        self._reader = asyncio.create_task(self._read())
+        socket.listen(self._receive)
 
     @classmethod
     async def connect(
@@ -83,19 +82,18 @@ class EngineClient:
             EngineDead: the engine was silent for too long.
             TokenSpeedError: the engine's own reason not to start.
         """
-        context = zmq.asyncio.Context()
-        socket = context.socket(zmq.PAIR)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(endpoint(socket_path))
+        socket = ClientSocket(socket_path)
+        inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        socket.listen(inbox.put_nowait)
         try:
             while True:
                 async with asyncio.timeout(timeout_s):
-                    message = decode_from_engine(await socket.recv())
+                    message = decode_from_engine(await inbox.get())
                 match message:
                     case Ready(info):
-                        return cls(socket, info)
+                        # Read here, off the loop, since it takes a while and stop strings need it.
+                        folder = Path(info.tokenizer_dir)
+                        return cls(socket, info, await asyncio.to_thread(loader.Tokenizer, folder))
                     case Failed(kind, text):
                         raise _error(kind, text)
                     case LoadProgress():
@@ -106,10 +104,10 @@ class EngineClient:
                     case _:
                         raise EngineError(f"the engine sent {type(message).__name__} unready")
         except TimeoutError:
-            _close(socket)
+            socket.close()
             raise EngineDead(f"the engine said nothing for {timeout_s} s") from None
         except BaseException:
-            _close(socket)
+            socket.close()
             raise
 
     @property
@@ -142,9 +140,7 @@ class EngineClient:
         max_new_tokens = checked_max_new_tokens(len(ids), params, self.info)
         stops = None
         if params.stop:
-            if self._tokenizer is None:
-                self._tokenizer = loader.Tokenizer(Path(self.info.tokenizer_dir))
-            stops = StopStrings(params.stop, self._tokenizer.incremental_detokenizer())
+            stops = StopStrings(params.stop, self.tokenizer.incremental_detokenizer())
         request = next(self._numbers)
         stream = TokenStream(
             prompt_tokens=len(ids),
@@ -205,10 +201,10 @@ class EngineClient:
             if not self._cache_queues and self.alive:
                 await self._call("subscribe_cache", on=False)
 
-    async def shut_down(self) -> None:
+    def shut_down(self) -> None:
         """Ask the engine process to end."""
         if self.alive:
-            await self._socket.send(encode(Shutdown()))
+            self._send(Shutdown())
 
     def fail(self, reason: str) -> None:
         """The engine is gone: end every open stream and call with `EngineDead`."""
@@ -223,20 +219,16 @@ class EngineClient:
         for queue in self._cache_queues:
             queue.put_nowait(None)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the socket; the engine process is not ended."""
         self.fail("the client was closed")
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
-        _close(self._socket)
+        self._socket.close()
 
     def _check_alive(self) -> None:
         if self._dead is not None:
             raise EngineDead(str(self._dead))
 
     def _send(self, message: ToEngine) -> None:
-        # No limit is set on the queue, so that this never waits; the future needs no await.
         self._socket.send(encode(message))
 
     def _abort(self, request: int) -> None:
@@ -256,10 +248,12 @@ class EngineClient:
         finally:
             self._calls.pop(number, None)
 
-    async def _read(self) -> None:
-        while True:
-            message = decode_from_engine(await self._socket.recv())
-            self._take(message)
+    def _receive(self, data: bytes) -> None:
+        try:
+            self._take(decode_from_engine(data))
+        except (msgspec.MsgspecError, EngineError) as error:
+            # An engine that speaks nonsense serves nobody; no stream may wait for it.
+            self.fail(f"the engine sent what it should not: {error}")
 
     def _take(self, message: FromEngine) -> None:
         match message:
@@ -290,9 +284,3 @@ def _error(kind: str, text: str) -> TokenSpeedError:
     if kind in errors.__all__:
         return getattr(errors, kind)(text)  # type: ignore[no-any-return]
     return EngineError(f"{kind}: {text}")
-
-
-def _close(socket: zmq.asyncio.Socket) -> None:
-    context = socket.context
-    socket.close()
-    context.term()

@@ -93,12 +93,11 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the process: asked first, then terminated, then killed."""
         if not self.exited.done():
-            with contextlib.suppress(Exception):
-                await self.client.shut_down()
+            self.client.shut_down()
             await asyncio.wait({self.exited}, timeout=STOP_TIMEOUT_S)
         await _end(self._process)
         await self.exited
-        await self.client.close()
+        self.client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _watch(self) -> str:

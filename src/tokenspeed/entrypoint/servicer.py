@@ -80,7 +80,7 @@ class Servicer:
             self._generations.check_free(request.request_id)
             generation = Generation(request, self._live())
             with self._generations.listed(generation):
-                await generation.relay(context, self._generations.chunk_interval_s)
+                await generation.relay(context, self._generations.pause_s)
         except Exception as error:
             await _refuse(context, error)
 

@@ -429,6 +429,10 @@ def test_many_streams_share_the_chunk_rate_and_few_get_every_token() -> None:
         for number in range(4, 40):
             stack.enter_context(table.listed(generation(number, 8)))
         assert table.chunk_interval_s() == CHUNK_INTERVAL_MAX_S
+        # Whenever a stream asks, it is told of the same tick.
+        ticks = [now_s + table.pause_s(now_s) for now_s in (7.01, 7.05, 7.09)]
+        assert ticks == pytest.approx([7.1] * 3)
+    assert table.pause_s(7.05) == 0.0
     assert table.chunk_interval_s() == 0.0
 
 
