@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
+# For a model that brings no sampling defaults of its own: at temperature 1, which they would mean,
+# small models lose the thread.
+_CALM = {"temperature": 0.3, "top_p": 0.9}
 _HELP = "/reset begins anew, /exit ends, Ctrl-C stops an answer."
 
 
@@ -37,10 +40,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy [default: the model's].")
+        float | None, typer.Option(min=0.0, help="0 is greedy [default: the model's, else 0.3].")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Nucleus sampling [default: the model's].")
+        float | None, typer.Option(help="Nucleus sampling [default: the model's, else 0.9].")
     ] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -62,7 +65,8 @@ async def _chat(config: EngineConfig, system: str | None, overrides: dict[str, A
             raise ConfigError(
                 f"{llm.info.model_name} has no chat template; use `tokenspeed generate` for it"
             )
-        params = msgspec.structs.replace(llm.default_params(), **overrides)
+        calm = {} if llm.info.default_sampling else _CALM
+        params = msgspec.structs.replace(llm.default_params(), **{**calm, **overrides})
         opening = [] if system is None else [{"role": "system", "content": system}]
         await _Conversation(llm, opening, params).run()
 
