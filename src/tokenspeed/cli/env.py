@@ -23,7 +23,6 @@ _PACKAGES = (
     "msgspec",
     "tokenizers",
     "safetensors",
-    "gguf",
     "uvloop",
 )
 # Instruction sets that kernels may choose by.
