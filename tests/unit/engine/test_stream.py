@@ -77,13 +77,13 @@ def test_a_stop_string_is_found_across_tokens_and_ends_the_request_once(cut: int
     assert aborts.count == 1
 
 
-def test_the_earliest_stop_string_wins() -> None:
-    stream, _ = stream_with("cd", "bc")
-    for character in "abcd":
-        stream.push(ord(character), 0)
-    delta = stream.take()
-    assert delta is not None
-    assert delta.stop_string == "bc"
+def test_the_earliest_of_two_stop_strings_in_one_token_wins() -> None:
+    class Words:
+        def push(self, ids: list[int]) -> str:
+            return "abcd" * len(ids)
+
+    assert StopStrings(("cd", "bc"), Words()).push(0) == "bc"
+    assert StopStrings(("bc", "cd"), Words()).push(0) == "bc"
 
 
 def test_a_stop_tokens_own_text_is_no_stop_string() -> None:
