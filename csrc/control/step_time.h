@@ -1,0 +1,81 @@
+// What a step will take: microseconds as a linear function of what it runs, fitted as steps return.
+//
+// Time = constant + prefill tokens (matrix products) + decode rows + KV tokens that decode rows
+// read
+//        + pairs of (prompt token, context token) that prefill attention visits.
+//
+// Weighted least squares over the recent past, each observation weighed by 1/time^2 so that errors
+// count in proportion. No coefficient is negative. What recent steps do not tell (the price of
+// prompts while everybody decodes) stays as it was last known: each kind of step forgets only when
+// another of its kind returns, and each solution is drawn a little towards the one before it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "ids.h"
+
+namespace tokenspeed::control {
+
+// What a step runs, as far as its time depends on it.
+struct StepWork {
+    std::int64_t prefill_tokens = 0;
+    std::int64_t decode_rows = 0;
+    std::int64_t decode_context = 0;  // tokens of KV that all decode rows read
+    double prefill_pairs = 0;         // sum over chunks of chunk * (context + chunk / 2)
+
+    void add_decode(TokenCount context) noexcept {
+        decode_rows += 1;
+        decode_context += context.value;
+    }
+    void add_chunk(TokenCount context, TokenCount chunk) noexcept {
+        prefill_tokens += chunk.value;
+        prefill_pairs += static_cast<double>(chunk.value) *
+                         (static_cast<double>(context.value) + 0.5 * chunk.value);
+    }
+};
+
+class StepTimeModel {
+  public:
+    // A step that ran `work` took so long. What is not positive tells nothing and is ignored.
+    void observe(const StepWork& work, std::int64_t took_us) noexcept;
+
+    // Microseconds a step of this work takes on average; 0 before anything was observed.
+    double predict_us(const StepWork& work) const noexcept;
+
+    // The largest chunk, at `context` and at most `most`, that keeps the average time of `work` and
+    // the chunk within `limit_us`.
+    TokenCount chunk_within(double limit_us, const StepWork& work, TokenCount context,
+                            TokenCount most) const noexcept;
+
+    // What 99 of 100 steps with decode rows stay under, in predicted times: 1 or a little more.
+    double spread() const noexcept { return spread_; }
+    std::int64_t observations() const noexcept { return observations_; }
+    // Microseconds for: a step, a prompt token, a decode row, a token of its context, a pair.
+    static constexpr std::size_t kTerms = 5;
+    const std::array<double, kTerms>& coefficients() const noexcept { return cost_us_; }
+
+  private:
+    using Terms = std::array<double, kTerms>;
+    static Terms terms(const StepWork& work) noexcept;
+    double calm(double predicted_us, double took_us) noexcept;
+    void learn_spread(double predicted_us, double took_us) noexcept;
+    void solve() noexcept;
+
+    // Sums of one kind of step: of products of terms, and of terms and time.
+    struct Moments {
+        std::array<Terms, kTerms> squares{};
+        Terms times{};
+
+        void fade(double keep) noexcept;
+        void add(const Terms& x, double weight, double time) noexcept;
+    };
+    std::array<Moments, 3> kinds_;  // decode only, prefill only, mixed
+
+    Terms cost_us_{};
+    double spread_ = 1.05;
+    std::int32_t strays_ = 0;  // surprises in a row, too slow (positive) or too fast (negative)
+    std::int64_t observations_ = 0;
+};
+
+}  // namespace tokenspeed::control
