@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
 MODEL ?= smollm2-135m
 
 .PHONY: setup build serve demo test test-all check format bench clean

@@ -78,6 +78,28 @@ def explain_kernel(
         typer.echo(str(explanation))
 
 
+@kernels_app.command("roofline")
+def measure_roofline(
+    *,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: all the process may use].")
+    ] = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Measure what this machine's memory and vector units can do at most."""
+    with reported(log_level):
+        from tokenspeed.execution import usable_cpu_count  # noqa: PLC0415
+        from tokenspeed.kernels.cpu import Roofline, start_runtime  # noqa: PLC0415
+
+        runtime = start_runtime(threads=threads or usable_cpu_count())
+        found = Roofline.measure(runtime)
+        typer.echo(f"{runtime.isa}, threads: {runtime.threads}")
+        typer.echo(f"  memory read  {found.read_bytes_per_s / 1e9:7.1f} GB/s")
+        typer.echo(f"  int8         {found.int8_ops_per_s / 1e9:7.0f} GOP/s")
+        typer.echo(f"  bfloat16     {found.bf16_ops_per_s / 1e9:7.0f} GFLOP/s")
+        typer.echo(f"  float32      {found.f32_ops_per_s / 1e9:7.0f} GFLOP/s")
+
+
 def _trait(text: str) -> tuple[str, bool | int | str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "let_threads_sleep", "quiet_grpc_forks"]
+__all__ = ["cache_dir", "cpu_isa", "let_threads_sleep", "quiet_grpc_forks"]
 
 
 def cache_dir() -> Path:
@@ -18,6 +18,11 @@ def cache_dir() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME")
     root = Path(shared).expanduser() if shared else Path.home() / ".cache"
     return root / "tokenspeed"
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that native CPU kernels must use: `TOKENSPEED_CPU_ISA`, if it is set."""
+    return os.environ.get("TOKENSPEED_CPU_ISA") or None
 
 
 def let_threads_sleep() -> None:

@@ -1,7 +1,14 @@
 """Owns turning a plan into one forward pass and its sampled tokens; never schedules or pages."""
 
-from tokenspeed.execution.platform import resolve_dtype, set_threads
+from tokenspeed.execution.platform import resolve_dtype, set_threads, usable_cpu_count
 from tokenspeed.execution.runner import LaunchedStep, Runner
 from tokenspeed.execution.sampler import Sampler
 
-__all__ = ["LaunchedStep", "Runner", "Sampler", "resolve_dtype", "set_threads"]
+__all__ = [
+    "LaunchedStep",
+    "Runner",
+    "Sampler",
+    "resolve_dtype",
+    "set_threads",
+    "usable_cpu_count",
+]

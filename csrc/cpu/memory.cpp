@@ -1,0 +1,58 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+namespace tokenspeed::cpu {
+
+namespace {
+
+constexpr std::size_t huge_page = std::size_t{2} << 20;
+constexpr std::size_t region_size = std::size_t{256} << 20;
+
+std::size_t round_up(std::size_t size, std::size_t multiple) {
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+std::byte* reserve(std::size_t size_bytes) {
+    const std::size_t mapped = size_bytes + huge_page;
+    void* start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) throw std::bad_alloc();
+    // The kernel places a mapping at any page: cut off what lies around the aligned part.
+    auto* const first = static_cast<std::byte*>(start);
+    const auto address = reinterpret_cast<std::uintptr_t>(first);
+    const std::size_t before = round_up(address, huge_page) - address;
+    if (before > 0) munmap(first, before);
+    if (huge_page > before) munmap(first + before + size_bytes, huge_page - before);
+#if defined(MADV_HUGEPAGE)
+    // A system without huge pages refuses; small ones are slower and as right.
+    madvise(first + before, size_bytes, MADV_HUGEPAGE);
+#endif
+    return first + before;
+}
+
+}  // namespace
+
+Arena::~Arena() {
+    for (const Region& region : regions_) munmap(region.start, region.size_bytes);
+}
+
+std::span<std::byte> Arena::allocate(std::size_t size_bytes) {
+    const std::size_t taken = round_up(std::max<std::size_t>(size_bytes, 1), 64);
+    const std::lock_guard lock(mutex_);
+    if (regions_.empty() || regions_.back().size_bytes - regions_.back().used_size_bytes < taken) {
+        const std::size_t size = round_up(std::max(taken, region_size), huge_page);
+        regions_.reserve(regions_.size() + 1);
+        regions_.push_back({reserve(size), size, 0});
+    }
+    Region& region = regions_.back();
+    std::byte* const block = region.start + region.used_size_bytes;
+    region.used_size_bytes += taken;
+    return {block, size_bytes};
+}
+
+}  // namespace tokenspeed::cpu

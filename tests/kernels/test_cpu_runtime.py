@@ -1,0 +1,56 @@
+"""The instruction set and the threads of the native kernels."""
+
+import pytest
+
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.kernels.cpu import Roofline, start_runtime, supported_isas
+
+LADDER = ["avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar"]
+
+
+def test_the_best_supported_instruction_set_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKENSPEED_CPU_ISA", raising=False)
+    supported = supported_isas()
+    assert supported == [name for name in LADDER if name in supported]
+    assert supported[-1] == "scalar"
+    assert start_runtime(threads=1).isa == supported[0]
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_an_instruction_set_can_be_forced(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENSPEED_CPU_ISA", isa)
+    runtime = start_runtime(threads=2)
+    assert runtime.isa == isa
+    assert runtime.threads == 2
+
+
+def test_an_unknown_instruction_set_is_refused_with_the_choices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOKENSPEED_CPU_ISA", "avx1024")
+    with pytest.raises(ConfigError, match=r"TOKENSPEED_CPU_ISA is 'avx1024'.*avx512.*scalar"):
+        start_runtime(threads=1)
+
+
+def test_an_instruction_set_the_cpu_lacks_is_refused_with_those_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing = [name for name in LADDER if name not in supported_isas()]
+    if not missing:
+        pytest.skip("this CPU has every instruction set there is a build for")
+    monkeypatch.setenv("TOKENSPEED_CPU_ISA", missing[0])
+    with pytest.raises(ConfigError, match=r"this CPU lacks; it has .*scalar"):
+        start_runtime(threads=1)
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 1025])
+def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
+    with pytest.raises(ConfigError, match="threads must be from 1 to 1024"):
+        start_runtime(threads=threads)
+
+
+def test_the_roofline_is_measured() -> None:
+    found = Roofline.measure(start_runtime(threads=1), repeats=1)
+    assert found.read_bytes_per_s > 0
+    assert found.int8_ops_per_s > found.f32_ops_per_s > 0
+    assert found.bf16_ops_per_s > 0
