@@ -1,0 +1,3 @@
+"""Owns workloads, their replay and the reports on it; never serves a request."""
+
+__all__: list[str] = []
