@@ -1,4 +1,4 @@
-// Python module _cpu: tensors go down as addresses and shapes, nothing is computed here.
+// Python module _cpu: tensors are borrowed for the length of a call, nothing is computed here.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -7,8 +7,11 @@
 #include <nanobind/stl/vector.h>
 
 #include "errors.h"
+#include "gemm.h"
+#include "packed.h"
 #include "probes.h"
 #include "runtime.h"
+#include "tensor.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -48,6 +51,9 @@ NB_MODULE(_cpu, module) {
     nb::register_exception_translator(translate, errors.ptr());
 
     module.def("supported_isas", supported_isas);
+    // Refers to torch, and is kept for as long as the process for that.
+    static const auto& tensors = *new tokenspeed::bindings::TensorReader();  // NOLINT
+
     nb::class_<cpu::Runtime>(module, "Runtime")
         .def(nb::init<int, std::optional<std::string_view>>(), nb::kw_only(), "threads"_a,
              "isa"_a.none())
@@ -62,4 +68,42 @@ NB_MODULE(_cpu, module) {
                 return std::make_tuple(peaks.int8, peaks.bf16, peaks.f32);
             },
             nb::kw_only(), "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
+
+    nb::class_<cpu::PackedMatrix>(module, "PackedMatrix")
+        .def_static(
+            "pack",
+            [](cpu::Runtime& runtime, std::string_view ggml_type, nb::handle blocks,
+               std::int64_t outputs, std::int64_t inputs) {
+                const auto bytes = tensors.integers<std::uint8_t>(blocks, "blocks");
+                const nb::gil_scoped_release release;
+                return cpu::PackedMatrix::pack(runtime, ggml_type, std::as_bytes(bytes), outputs,
+                                               inputs);
+            },
+            "runtime"_a, "ggml_type"_a, "blocks"_a, nb::kw_only(), "outputs"_a, "inputs"_a)
+        .def_prop_ro("format", [](const cpu::PackedMatrix& self) { return self.format().name; })
+        .def_prop_ro("outputs", &cpu::PackedMatrix::outputs)
+        .def_prop_ro("inputs", &cpu::PackedMatrix::inputs)
+        .def_prop_ro("size_bytes", &cpu::PackedMatrix::size_bytes);
+    module.def(
+        "linear",
+        [](cpu::Runtime& runtime, nb::handle x, const std::vector<const cpu::PackedMatrix*>& weight,
+           nb::handle bias, nb::handle y) {
+            const auto x_rows = tensors.rows<const void*>(x, "x");
+            const auto y_rows = tensors.rows<void*>(y, "y");
+            const void* added = bias.is_none()
+                                    ? nullptr
+                                    : tensors.vector(bias, "bias", y_rows.columns, y_rows.type);
+            const nb::gil_scoped_release release;
+            cpu::linear(runtime, x_rows, weight, added, y_rows);
+        },
+        "runtime"_a, "x"_a, "weight"_a, "bias"_a.none(), "y"_a);
+    module.def(
+        "lookup",
+        [](cpu::Runtime& runtime, nb::handle ids, const cpu::PackedMatrix& table, nb::handle y) {
+            const auto rows = tensors.integers<std::int64_t>(ids, "ids");
+            const auto y_rows = tensors.rows<void*>(y, "y");
+            const nb::gil_scoped_release release;
+            cpu::lookup(runtime, rows, table, y_rows);
+        },
+        "runtime"_a, "ids"_a, "table"_a, "y"_a);
 }

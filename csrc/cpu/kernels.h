@@ -7,7 +7,45 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "format.h"
+
 namespace tokenspeed::cpu {
+
+enum class Element : std::uint8_t { f32, bf16 };
+
+// What the product needs to know of 32 consecutive inputs of a row beside their integers: their
+// scale, scale times sum, and negative sums of all and of either half.
+struct RowStep {
+    float scale;
+    float scaled_sum;
+    std::int32_t negative_sum;
+    std::int32_t negative_halves[2];
+};
+
+// Rows of inputs as signed bytes in [-127, 127], one scale for each step of 32.
+struct QuantisedRows {
+    const std::int8_t* values;  // [rows, inputs]
+    const RowStep* steps;       // [rows, inputs / 32]
+};
+
+// y = x W^T + bias, with packed W.
+struct Product {
+    const std::byte* weights;
+    std::int64_t inputs;
+    std::int64_t outputs;
+    QuantisedRows x;
+    const void* bias;  // [outputs] of the type of y, or null
+    void* y;           // [rows, outputs]
+    std::int64_t y_stride;
+    Element y_type;
+    std::int64_t rows;
+};
+
+// A part of a product: panels [panel, panel_end) of rows [row, row_end).
+struct Part {
+    std::int64_t panel, panel_end;
+    std::int64_t row, row_end;
+};
 
 struct Kernels {
     // Microkernels that do nothing useful, as fast as it goes; `probes.cpp` times them. Each
@@ -27,6 +65,16 @@ struct Kernels {
     };
 
     Probes probes;
+
+    // Quantises one row. `inputs` is a multiple of 32.
+    void (*quantise)(const void* x, Element type, std::int64_t inputs, std::int8_t* values,
+                     RowStep* steps);
+    // By index in `formats`. `scratch` is the thread's own, of `scratch_size_bytes`.
+    void (*multiply[formats.size()])(const Product& product, const Part& part, std::byte* scratch);
+    // Outputs that are best computed together, in panels; rows likewise, at most.
+    int panels_at_once;
+    int rows_at_once;
+    std::size_t scratch_size_bytes;
 };
 
 #if defined(__x86_64__)

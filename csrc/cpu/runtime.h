@@ -1,9 +1,13 @@
 // What the kernels of one engine share: the build for this CPU, the threads, the memory.
 #pragma once
 
+#include <cstddef>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <span>
 #include <string_view>
+#include <vector>
 
 #include "isa.h"
 #include "memory.h"
@@ -15,7 +19,11 @@ class Runtime {
   public:
     // Throws ConfigError: an instruction set this CPU lacks, or a wrong number of threads.
     Runtime(int threads, std::optional<std::string_view> isa)
-        : isa_(select_isa(isa)), arena_(std::make_shared<Arena>()), pool_(threads) {}
+        : isa_(select_isa(isa)),
+          arena_(std::make_shared<Arena>()),
+          pool_(threads),
+          scratch_(scratch_arena_.allocate(kernels().scratch_size_bytes *
+                                           static_cast<std::size_t>(threads))) {}
 
     const Isa& isa() const { return isa_; }
     const Kernels& kernels() const { return isa_.kernels; }
@@ -23,10 +31,43 @@ class Runtime {
     // Shared with the weights that lie in it.
     const std::shared_ptr<Arena>& arena() const { return arena_; }
 
+    // A thread's own memory within a chunk of a job, of `kernels().scratch_size_bytes`.
+    std::byte* scratch(int thread) {
+        return scratch_.data() + kernels().scratch_size_bytes * static_cast<std::size_t>(thread);
+    }
+
+    // Memory for what an operation keeps between its jobs. One operation holds it at a time;
+    // it is kept for the next one.
+    class Lease {
+      public:
+        explicit Lease(Runtime& runtime) : runtime_(runtime), lock_(runtime.operation_) {}
+        // Uninitialised and aligned to 64 bytes; takes the place of an earlier one.
+        std::byte* memory(std::size_t size_bytes) const {
+            auto& kept = runtime_.memory_;
+            if (kept.size() * sizeof(Line) < size_bytes) {
+                kept = {};
+                kept.resize((size_bytes + sizeof(Line) - 1) / sizeof(Line));
+            }
+            return kept.data()->bytes;
+        }
+
+      private:
+        Runtime& runtime_;
+        std::unique_lock<std::mutex> lock_;
+    };
+    Lease lease() { return Lease(*this); }
+
   private:
     const Isa& isa_;
     std::shared_ptr<Arena> arena_;
     ThreadPool pool_;
+    Arena scratch_arena_;
+    std::span<std::byte> scratch_;
+    std::mutex operation_;
+    struct alignas(64) Line {
+        std::byte bytes[64];
+    };
+    std::vector<Line> memory_;
 };
 
 }  // namespace tokenspeed::cpu

@@ -1,4 +1,12 @@
-"""The C++ CPU kernels as nanobind exposes them; `tokenspeed.kernels.cpu` is their typed face."""
+"""The C++ CPU kernels as nanobind exposes them; `tokenspeed.kernels.cpu` is their typed face.
+
+Matrices of tensors have contiguous rows and are float32 or bfloat16. What does not fit is a
+KernelError.
+"""
+
+from collections.abc import Sequence
+
+import torch
 
 def supported_isas() -> list[str]: ...
 
@@ -10,3 +18,26 @@ class Runtime:
     def threads(self) -> int: ...
     def measure_read_bytes_per_s(self, *, size_bytes: int, repeats: int) -> float: ...
     def measure_peaks(self, *, repeats: int) -> tuple[float, float, float]: ...
+
+class PackedMatrix:
+    @staticmethod
+    def pack(
+        runtime: Runtime, ggml_type: str, blocks: torch.Tensor, *, outputs: int, inputs: int
+    ) -> PackedMatrix: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+def linear(
+    runtime: Runtime,
+    x: torch.Tensor,
+    weight: Sequence[PackedMatrix],
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None: ...
+def lookup(runtime: Runtime, ids: torch.Tensor, table: PackedMatrix, y: torch.Tensor) -> None: ...

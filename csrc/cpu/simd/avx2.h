@@ -26,15 +26,98 @@ struct Halves {
 };
 
 constexpr int registers = 8;
+// Rows and panels of the register tile over unpacked weights.
+constexpr int tile_rows = 2;
+// Panels read at once for one to four rows.
+constexpr int few_panels[] = {2, 1, 1, 1};
+constexpr int tile_panels = 1;
 
 inline Floats splat(float x) {
     return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+inline Floats load_floats(const float* at) {
+    return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
+}
+inline void store(Floats a, float* at) {
+    _mm256_storeu_ps(at, a.low);
+    _mm256_storeu_ps(at + 8, a.high);
+}
+inline Floats add(Floats a, Floats b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Floats mul(Floats a, Floats b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
 inline Floats fma(Floats a, Floats b, Floats c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 inline float first(Floats a) {
     return _mm256_cvtss_f32(a.low);
+}
+
+inline Floats to_floats(Ints a) {
+    return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)};
+}
+// 16 numbers of other types as floats.
+inline Floats load_f16(const std::byte* at) {
+    const auto* halves = reinterpret_cast<const __m128i*>(at);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+inline Floats load_u8(const std::byte* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return to_floats({_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});
+}
+inline Floats load_i8(const std::byte* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return to_floats({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+}
+
+inline __m256 load_bf16_half(const void* at) {
+    const __m128i halves = _mm_loadu_si128(static_cast<const __m128i*>(at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+inline Floats load_bf16(const void* at) {
+    return {load_bf16_half(at), load_bf16_half(static_cast<const __m128i*>(at) + 1)};
+}
+inline __m256i bf16_bits(__m256 a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+}
+// Rounded to the nearest, ties to even.
+inline void store_bf16(Floats a, void* at) {
+    const __m256i mixed = _mm256_packus_epi32(bf16_bits(a.low), bf16_bits(a.high));
+    _mm256_storeu_si256(static_cast<__m256i*>(at), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
+inline float max_abs(Floats a, Floats b) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const auto abs = [&](__m256 x) { return _mm256_and_ps(x, magnitude); };
+    const __m256 eight = _mm256_max_ps(_mm256_max_ps(abs(a.low), abs(a.high)),
+                                       _mm256_max_ps(abs(b.low), abs(b.high)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+// Rounded to the nearest, ties to even.
+inline Ints to_ints(Floats a) {
+    return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)};
+}
+inline std::int32_t sum(Ints a) {
+    const __m256i eight = _mm256_add_epi32(a.low, a.high);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+// The low byte of each lane, of integers that fit in it.
+inline void store_bytes(Ints a, std::int8_t* at) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8);
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), bytes);
 }
 
 inline Ints splat_ints(std::int32_t x) {
@@ -49,6 +132,45 @@ inline Ints bit_xor(Ints a, Ints b) {
 inline Ints load_ints(const void* at) {
     const auto* halves = static_cast<const __m256i*>(at);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+
+inline Ints add(Ints a, Ints b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+template <int count>
+inline Ints shift_left(Ints a) {
+    return {_mm256_slli_epi32(a.low, count), _mm256_slli_epi32(a.high, count)};
+}
+
+inline Bytes load_bytes(const std::byte* at) {
+    const Ints loaded = load_ints(at);
+    return {loaded.low, loaded.high};
+}
+inline void store(Bytes a, std::byte* at) {
+    auto* halves = reinterpret_cast<__m256i*>(at);
+    _mm256_storeu_si256(halves, a.low);
+    _mm256_storeu_si256(halves + 1, a.high);
+}
+inline __m256i low_nibbles(__m256i a) {
+    return _mm256_and_si256(a, _mm256_set1_epi8(15));
+}
+inline Bytes low_nibbles(Bytes a) {
+    return {low_nibbles(a.low), low_nibbles(a.high)};
+}
+inline Bytes high_nibbles(Bytes a) {
+    return low_nibbles(Bytes{_mm256_srli_epi16(a.low, 4), _mm256_srli_epi16(a.high, 4)});
+}
+template <int shift, int mask>
+inline __m256i or_plane(__m256i q, __m256i plane) {
+    if constexpr (shift > 0) plane = _mm256_slli_epi16(plane, shift);
+    if constexpr (shift < 0) plane = _mm256_srli_epi16(plane, -shift);
+    return _mm256_or_si256(q, _mm256_and_si256(plane, _mm256_set1_epi8(mask)));
+}
+// q | (plane << shift & mask), where a negative shift goes right; the mask must keep what
+// crosses from byte to byte out.
+template <int shift, int mask>
+inline Bytes or_plane(Bytes q, Bytes plane) {
+    return {or_plane<shift, mask>(q.low, plane.low), or_plane<shift, mask>(q.high, plane.high)};
 }
 
 inline Bytes splat_quad(const std::int8_t* four) {

@@ -26,15 +26,78 @@ struct Halves {
 };
 
 constexpr int registers = 32;
+// Rows and panels of the register tile over unpacked weights.
+constexpr int tile_rows = 6;
+// Panels read at once for one to four rows.
+constexpr int few_panels[] = {4, 4, 2, 2};
+constexpr int tile_panels = 2;
 
 inline Floats splat(float x) {
     return {_mm512_set1_ps(x)};
+}
+inline Floats load_floats(const float* at) {
+    return {_mm512_loadu_ps(at)};
+}
+inline void store(Floats a, float* at) {
+    _mm512_storeu_ps(at, a.v);
+}
+inline Floats add(Floats a, Floats b) {
+    return {_mm512_add_ps(a.v, b.v)};
+}
+inline Floats mul(Floats a, Floats b) {
+    return {_mm512_mul_ps(a.v, b.v)};
 }
 inline Floats fma(Floats a, Floats b, Floats c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
 inline float first(Floats a) {
     return _mm512_cvtss_f32(a.v);
+}
+
+// 16 numbers of other types as floats.
+inline Floats load_f16(const std::byte* at) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
+}
+inline Floats load_u8(const std::byte* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline Floats load_i8(const std::byte* at) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+inline Floats to_floats(Ints a) {
+    return {_mm512_cvtepi32_ps(a.v)};
+}
+
+inline Floats load_bf16(const void* at) {
+    const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(at));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
+// Rounded to the nearest, ties to even. Not the CPU's own conversion, which loses subnormals.
+inline void store_bf16(Floats a, void* at) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+    _mm256_storeu_si256(static_cast<__m256i*>(at), _mm512_cvtepi32_epi16(high));
+}
+inline float max_abs(Floats a, Floats b) {
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a.v), _mm512_abs_ps(b.v)));
+}
+// Rounded to the nearest, ties to even.
+inline Ints to_ints(Floats a) {
+    return {_mm512_cvtps_epi32(a.v)};
+}
+inline std::int32_t sum(Ints a) {
+    return _mm512_reduce_add_epi32(a.v);
+}
+// The low byte of each lane.
+inline void store_bytes(Ints a, std::int8_t* at) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(a.v));
 }
 
 inline Ints splat_ints(std::int32_t x) {
@@ -48,6 +111,37 @@ inline Ints bit_xor(Ints a, Ints b) {
 }
 inline Ints load_ints(const void* at) {
     return {_mm512_loadu_si512(at)};
+}
+
+inline Ints add(Ints a, Ints b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+template <int count>
+inline Ints shift_left(Ints a) {
+    return {_mm512_slli_epi32(a.v, count)};
+}
+
+inline Bytes load_bytes(const std::byte* at) {
+    return {_mm512_loadu_si512(at)};
+}
+inline void store(Bytes a, std::byte* at) {
+    _mm512_storeu_si512(at, a.v);
+}
+inline Bytes low_nibbles(Bytes a) {
+    return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))};
+}
+inline Bytes high_nibbles(Bytes a) {
+    return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+// q | (plane << shift & mask), where a negative shift goes right; the mask must keep what
+// crosses from byte to byte out.
+template <int shift, int mask>
+inline Bytes or_plane(Bytes q, Bytes plane) {
+    __m512i moved = plane.v;
+    if constexpr (shift > 0) moved = _mm512_slli_epi16(moved, shift);
+    if constexpr (shift < 0) moved = _mm512_srli_epi16(moved, -shift);
+    constexpr int a_or_b_and_c = 0xf8;
+    return {_mm512_ternarylogic_epi32(q.v, moved, _mm512_set1_epi8(mask), a_or_b_and_c)};
 }
 
 inline Bytes splat_quad(const std::int8_t* four) {

@@ -8,10 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "convert.h"
+#include "format.h"
+
 namespace tokenspeed::cpu {
 namespace {
-
-constexpr int lanes = 16;
 
 struct Floats {
     float v[lanes];
@@ -28,6 +29,11 @@ struct Halves {
 };
 
 constexpr int registers = 2;
+// Rows and panels of the register tile over unpacked weights.
+constexpr int tile_rows = 1;
+// Panels read at once for one to four rows.
+constexpr int few_panels[] = {1, 1, 1, 1};
+constexpr int tile_panels = 1;
 
 template <class Vector, class Lane>
 inline Vector each(Lane lane) {
@@ -39,6 +45,18 @@ inline Vector each(Lane lane) {
 inline Floats splat(float x) {
     return each<Floats>([&](int) { return x; });
 }
+inline Floats load_floats(const float* at) {
+    return each<Floats>([&](int i) { return at[i]; });
+}
+inline void store(const Floats& a, float* at) {
+    std::memcpy(at, &a, sizeof a);
+}
+inline Floats add(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Floats mul(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] * b.v[i]; });
+}
 // Fused as on the other instruction sets, so that results are the same bits; where the CPU has
 // no such instruction the library computes it, slowly.
 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
@@ -46,6 +64,55 @@ inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
 }
 inline float first(const Floats& a) {
     return a.v[0];
+}
+
+// 16 numbers of other types as floats.
+inline Floats load_f16(const std::byte* at) {
+    return each<Floats>([&](int i) { return f16_at(at + 2 * i); });
+}
+inline Floats load_u8(const std::byte* at) {
+    return each<Floats>(
+        [&](int i) { return static_cast<float>(static_cast<std::uint8_t>(at[i])); });
+}
+inline Floats load_i8(const std::byte* at) {
+    return each<Floats>([&](int i) { return static_cast<float>(static_cast<std::int8_t>(at[i])); });
+}
+inline Floats to_floats(const Ints& a) {
+    return each<Floats>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+
+inline Floats load_bf16(const void* at) {
+    std::uint16_t halves[lanes];
+    std::memcpy(halves, at, sizeof halves);
+    return each<Floats>([&](int i) { return bf16_to_f32(halves[i]); });
+}
+// Rounded to the nearest, ties to even.
+inline void store_bf16(const Floats& a, void* at) {
+    std::uint16_t halves[lanes];
+    for (int i = 0; i < lanes; ++i) halves[i] = f32_to_bf16(a.v[i]);
+    std::memcpy(at, halves, sizeof halves);
+}
+inline float max_abs(const Floats& a, const Floats& b) {
+    float largest = 0.0f;
+    for (int i = 0; i < lanes; ++i) {
+        const float one = ::fabsf(a.v[i]), other = ::fabsf(b.v[i]);
+        if (one > largest) largest = one;
+        if (other > largest) largest = other;
+    }
+    return largest;
+}
+// Rounded to the nearest, ties to even.
+inline Ints to_ints(const Floats& a) {
+    return each<Ints>([&](int i) { return static_cast<std::int32_t>(::lrintf(a.v[i])); });
+}
+inline std::int32_t sum(const Ints& a) {
+    std::int32_t total = 0;
+    for (const std::int32_t one : a.v) total += one;
+    return total;
+}
+// The low byte of each lane, of integers that fit in it.
+inline void store_bytes(const Ints& a, std::int8_t* at) {
+    for (int i = 0; i < lanes; ++i) at[i] = static_cast<std::int8_t>(a.v[i]);
 }
 
 inline Ints splat_ints(std::int32_t x) {
@@ -61,6 +128,43 @@ inline Ints load_ints(const void* at) {
     Ints out;
     std::memcpy(&out, at, sizeof out);
     return out;
+}
+
+inline Ints add(const Ints& a, const Ints& b) {
+    return each<Ints>([&](int i) { return a.v[i] + b.v[i]; });
+}
+template <int count>
+inline Ints shift_left(const Ints& a) {
+    return each<Ints>([&](int i) { return a.v[i] * (1 << count); });
+}
+
+template <class Byte>
+inline Bytes each_byte(Byte byte) {
+    Bytes out;
+    for (int i = 0; i < 4 * lanes; ++i) out.v[i] = static_cast<std::uint8_t>(byte(i));
+    return out;
+}
+inline Bytes load_bytes(const std::byte* at) {
+    Bytes out;
+    std::memcpy(&out, at, sizeof out);
+    return out;
+}
+inline void store(const Bytes& a, std::byte* at) {
+    std::memcpy(at, &a, sizeof a);
+}
+inline Bytes low_nibbles(const Bytes& a) {
+    return each_byte([&](int i) { return a.v[i] & 15; });
+}
+inline Bytes high_nibbles(const Bytes& a) {
+    return each_byte([&](int i) { return a.v[i] >> 4; });
+}
+// q | (plane << shift & mask), where a negative shift goes right.
+template <int shift, int mask>
+inline Bytes or_plane(const Bytes& q, const Bytes& plane) {
+    return each_byte([&](int i) {
+        const int moved = shift > 0 ? plane.v[i] << (shift & 7) : plane.v[i] >> (-shift & 7);
+        return q.v[i] | (moved & mask);
+    });
 }
 
 inline Bytes splat_quad(const std::int8_t* four) {
@@ -80,12 +184,6 @@ inline Ints dot(const Ints& sum, const Bytes& a, const Bytes& b) {
 
 inline Halves splat_halves(std::uint32_t pair) {
     return each<Halves>([&](int) { return pair; });
-}
-
-inline float from_bits(std::uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
 }
 
 // sum + the lane's two products, the odd one first.

@@ -1,0 +1,126 @@
+// PyTorch's tensors as C++ sees them: borrowed for a call, never copied.
+//
+// A tensor's own `__dlpack__` runs Python and takes microseconds, which a decode step pays hundreds
+// of times. DLPack's exchange interface (version 1.3), which PyTorch offers as a table of C
+// functions, fills in a plain structure in some ten nanoseconds. Only what is used of the interface
+// is declared here.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <string>
+
+#include "errors.h"
+#include "gemm.h"
+
+namespace tokenspeed::bindings {
+
+struct DLTensor {
+    void* data;
+    struct {
+        std::int32_t type, id;
+    } device;
+    std::int32_t dims;
+    struct {
+        std::uint8_t code, bits;
+        std::uint16_t lanes;
+    } element;
+    const std::int64_t* shape;
+    const std::int64_t* strides;
+    std::uint64_t offset_bytes;
+};
+
+class TensorReader {
+  public:
+    // Imports torch.
+    TensorReader() {
+        namespace nb = nanobind;
+        const nb::object capsule =
+            nb::module_::import_("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+        const auto* table = static_cast<const Exchange*>(
+            PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        if (table == nullptr) throw nb::python_error();
+        if (table->major != 1) throw nb::import_error("this PyTorch offers another DLPack than 1");
+        read_ = table->borrow;
+        tensor_type_ = nb::object(nb::module_::import_("torch").attr("Tensor")).release();
+    }
+
+    // The tensor behind an object, for as long as the object lives.
+    DLTensor borrow(nanobind::handle object, const char* name) const {
+        DLTensor tensor;
+        if (PyObject_IsInstance(object.ptr(), tensor_type_.ptr()) != 1) {
+            throw cpu::KernelError(std::string(name) + " must be a torch.Tensor");
+        }
+        if (read_(object.ptr(), &tensor) != 0) throw nanobind::python_error();
+        if (tensor.device.type != host) {
+            throw cpu::KernelError(std::string(name) + " must be on the CPU");
+        }
+        tensor.data = static_cast<std::byte*>(tensor.data) + tensor.offset_bytes;
+        return tensor;
+    }
+
+    // A matrix of float32 or bfloat16 whose rows are contiguous.
+    template <class Pointer>
+    cpu::Rows<Pointer> rows(nanobind::handle object, const char* name) const {
+        const DLTensor tensor = borrow(object, name);
+        if (tensor.dims != 2 || (tensor.strides[1] != 1 && tensor.shape[1] > 1)) {
+            throw cpu::KernelError(std::string(name) + " must be a matrix with contiguous rows");
+        }
+        return {tensor.data, element(tensor, name), tensor.shape[0], tensor.shape[1],
+                tensor.strides[0]};
+    }
+
+    // A contiguous vector of `size` elements of a type.
+    const void* vector(nanobind::handle object, const char* name, std::int64_t size,
+                       cpu::Element type) const {
+        const DLTensor tensor = borrow(object, name);
+        if (tensor.dims != 1 || tensor.shape[0] != size || (tensor.strides[0] != 1 && size > 1) ||
+            element(tensor, name) != type) {
+            throw cpu::KernelError(std::string(name) + " must be a contiguous vector of " +
+                                   std::to_string(size) + " elements of the result's type");
+        }
+        return tensor.data;
+    }
+
+    // A contiguous tensor of integers of so many bytes each.
+    template <class T>
+    std::span<const T> integers(nanobind::handle object, const char* name) const {
+        const DLTensor tensor = borrow(object, name);
+        constexpr std::uint8_t code = std::is_signed_v<T> ? 0 : 1;
+        std::int64_t size = 1;
+        bool fits = tensor.element.code == code && tensor.element.bits == 8 * sizeof(T);
+        for (int dim = tensor.dims - 1; dim >= 0; --dim) {
+            fits = fits && (tensor.strides[dim] == size || tensor.shape[dim] <= 1);
+            size *= tensor.shape[dim];
+        }
+        if (!fits) {
+            throw cpu::KernelError(std::string(name) + " must be contiguous integers of " +
+                                   std::to_string(sizeof(T)) + " bytes");
+        }
+        return {static_cast<const T*>(tensor.data), static_cast<std::size_t>(size)};
+    }
+
+  private:
+    static constexpr std::int32_t host = 1;
+
+    struct Exchange {
+        std::uint32_t major, minor;
+        const void* previous;
+        const void* allocate;
+        const void* own;
+        const void* give;
+        int (*borrow)(void* object, DLTensor* tensor);
+    };
+
+    static cpu::Element element(const DLTensor& tensor, const char* name) {
+        if (tensor.element.code == 2 && tensor.element.bits == 32) return cpu::Element::f32;
+        if (tensor.element.code == 4 && tensor.element.bits == 16) return cpu::Element::bf16;
+        throw cpu::KernelError(std::string(name) + " must be float32 or bfloat16");
+    }
+
+    int (*read_)(void* object, DLTensor* tensor);
+    nanobind::handle tensor_type_;
+};
+
+}  // namespace tokenspeed::bindings
