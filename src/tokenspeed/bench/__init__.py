@@ -1,3 +1,29 @@
-"""Owns workloads, their replay and the reports on it; never serves a request."""
+"""Owns workloads, their replay in virtual time and the reports on it; never serves a request."""
 
-__all__: list[str] = []
+from tokenspeed.bench.baselines import Baselines, find_baselines
+from tokenspeed.bench.config import SimulationConfig
+from tokenspeed.bench.hardware import HARDWARE, Hardware, StepTime
+from tokenspeed.bench.plots import check_plotting, draw
+from tokenspeed.bench.replay import simulate, simulate_file
+from tokenspeed.bench.report import Report, summarise
+from tokenspeed.bench.results import Results
+from tokenspeed.bench.trace import Trace, TraceRequest, read_trace
+
+__all__ = [
+    "HARDWARE",
+    "Baselines",
+    "Hardware",
+    "Report",
+    "Results",
+    "SimulationConfig",
+    "StepTime",
+    "Trace",
+    "TraceRequest",
+    "check_plotting",
+    "draw",
+    "find_baselines",
+    "read_trace",
+    "simulate",
+    "simulate_file",
+    "summarise",
+]

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from tokenspeed import __version__
+from tokenspeed.cli.bench import bench_app
 from tokenspeed.cli.chat import chat
 from tokenspeed.cli.env import env
 from tokenspeed.cli.generate import generate
@@ -47,6 +48,7 @@ app.command()(generate)
 app.command()(pull)
 app.command()(models)
 app.command()(env)
+app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
 
 

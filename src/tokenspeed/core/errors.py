@@ -7,6 +7,7 @@
     │   ├── ModelNotFound      no such path, manifest or hub id
     │   ├── CorruptCheckpoint  truncated or damaged file, wrong hash, missing tensor
     │   └── UnsupportedModel   architecture or quantisation that no code here handles
+    ├── WorkloadError          a trace cannot be read: not there, malformed, out of range
     ├── KernelError            no kernel fits, or a forced one cannot run
     ├── RequestError           the request is wrong; the engine goes on
     │   ├── InvalidParameter   a sampling parameter outside its range
@@ -33,6 +34,7 @@ __all__ = [
     "RequestError",
     "TokenSpeedError",
     "UnsupportedModel",
+    "WorkloadError",
 ]
 
 
@@ -62,6 +64,10 @@ class CorruptCheckpoint(ModelError):
 
 class UnsupportedModel(ModelError):
     """An architecture or a quantisation that no code here handles."""
+
+
+class WorkloadError(TokenSpeedError):
+    """A trace of requests cannot be read: not there, malformed, out of range."""
 
 
 class KernelError(TokenSpeedError):

@@ -1,0 +1,144 @@
+"""One engine in virtual time: the real scheduler, and step times in place of a device."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenspeed.bench.config import SimulationConfig
+from tokenspeed.bench.hardware import StepTime
+from tokenspeed.bench.workload import GroupWorkload
+from tokenspeed.control import Scheduler, SchedulerStats
+from tokenspeed.core.step import Int32Array, StepOutcome, StepPlan
+
+__all__ = ["Replica"]
+
+_NO_STOP = np.zeros(0, dtype=np.int32)
+_NOISE_BLOCK = 4096
+
+
+@dataclass(slots=True, kw_only=True)
+class _Flight:
+    step: int
+    end_us: int
+    tokens: Int32Array
+
+
+class Replica:
+    """The engine's loop (plan, launch, commit) against a clock that only steps move.
+
+    Attributes:
+        busy_us: time in which a step ran.
+        outstanding: requests submitted and not ended.
+    """
+
+    def __init__(self, workload: GroupWorkload, config: SimulationConfig, *, stream: int) -> None:
+        """`stream` sets this replica's jitter apart from the others'."""
+        self._workload = workload
+        self._scheduler = Scheduler(config.scheduler)
+        self._step_time = config.step_time
+        self._depth = config.scheduler.overlap_depth
+        self._flights: deque[_Flight] = deque()
+        # Where the answer of each slot's request begins, once a request has the slot.
+        self._answers = np.zeros(config.scheduler.slots_max, dtype=np.int64)
+        self._noise = _Noise(config.jitter, config.seed, stream) if config.jitter else None
+        self.busy_us = 0
+        self.outstanding = 0
+
+    @property
+    def next_end_us(self) -> int | None:
+        """When the oldest step in flight ends."""
+        return self._flights[0].end_us if self._flights else None
+
+    def submit(self, request: int) -> None:
+        """Queue a request of the workload. Raises RequestError where it can not be taken."""
+        workload = self._workload
+        self._scheduler.submit(
+            request,
+            workload.prompt(request),
+            max_new_tokens=int(workload.output_tokens[request]),
+            stop_token_ids=_NO_STOP,
+            salt=int(workload.copy[request]),
+        )
+        self.outstanding += 1
+
+    def launch(self, now_us: int) -> bool:
+        """Plan and start as many steps as may be in flight; whether any was."""
+        launched = False
+        while len(self._flights) <= self._depth:
+            plan = self._scheduler.plan()
+            if plan is None:
+                break
+            launched = True
+            took_us = self._time_us(plan)
+            begin_us = max(now_us, self._flights[-1].end_us) if self._flights else now_us
+            self.busy_us += took_us
+            self._flights.append(
+                _Flight(step=plan.step, end_us=begin_us + took_us, tokens=self._sample(plan))
+            )
+        return launched
+
+    def commit(self) -> None:
+        """Retire the oldest step in flight."""
+        flight = self._flights.popleft()
+        self._scheduler.commit(flight.step, flight.tokens)
+
+    def take_outcome(self) -> StepOutcome:
+        """What happened to requests since the last call."""
+        outcome = self._scheduler.take_outcome()
+        self.outstanding -= len(outcome.finished)
+        return outcome
+
+    def close(self) -> SchedulerStats:
+        """Check that every page is accounted for; the scheduler's last word."""
+        self._scheduler.audit()
+        return self._scheduler.stats()
+
+    def _time_us(self, plan: StepPlan) -> int:
+        took_us = step_us(plan, self._step_time)
+        if self._noise is not None:
+            took_us *= self._noise.draw()
+        # A step of no time would let the clock stand still.
+        return max(1, round(took_us))
+
+    def _sample(self, plan: StepPlan) -> Int32Array:
+        """[S] the recorded tokens in place of sampled ones."""
+        if len(plan.bound_slots):
+            self._answers[plan.bound_slots] = self._workload.output_starts[plan.bound_requests]
+        slots = plan.row_slots[plan.sample_rows]
+        tokens: Int32Array = self._workload.flat[self._answers[slots] + plan.sample_positions]
+        return tokens
+
+
+def step_us(plan: StepPlan, step_time: StepTime) -> float:
+    """Microseconds of a step."""
+    rows = plan.decode_count
+    prefill_tokens = len(plan.token_ids) - rows
+    contexts = plan.context_lens
+    pairs = 0.0
+    if prefill_tokens:
+        counts = np.diff(plan.query_starts[rows:]).astype(np.float64)
+        # The i-th token of a chunk attends to the context, the chunk's tokens before it, itself.
+        pairs = float(counts @ contexts[rows:] + (counts * (counts + 1)).sum() / 2)
+        contexts = contexts[:rows]
+    return step_time.predict_us(
+        prefill_tokens=prefill_tokens,
+        decode_rows=rows,
+        kv_tokens=int(contexts.sum(dtype=np.int64)) + rows,
+        pairs=pairs,
+    )
+
+
+class _Noise:
+    """Factors with a mean logarithm of zero, drawn in blocks."""
+
+    def __init__(self, sigma: float, seed: int, stream: int) -> None:
+        self._sigma = sigma
+        self._rng = np.random.Generator(np.random.Philox(key=[seed, stream]))
+        self._left: list[float] = []
+
+    def draw(self) -> float:
+        if not self._left:
+            drawn = self._rng.standard_normal(_NOISE_BLOCK)
+            self._left = np.exp(self._sigma * drawn).tolist()
+        return self._left.pop()

@@ -1,0 +1,262 @@
+"""`tokenspeed bench`: what the engine would do, and what it did."""
+
+import dataclasses
+import enum
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenspeed.cli.options import LogLevel, LogLevelOption
+from tokenspeed.cli.reporting import reported
+from tokenspeed.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenspeed.bench.hardware import Hardware, StepTime
+    from tokenspeed.bench.report import Quantiles, Report
+
+__all__ = ["bench_app"]
+
+bench_app = typer.Typer(help="Measure and simulate.", no_args_is_help=True, rich_markup_mode=None)
+
+_log = logging.getLogger(__name__)
+
+
+class Loop(enum.StrEnum):
+    """When requests are sent."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class RouterName(enum.StrEnum):
+    """How a replica is chosen."""
+
+    CACHE_AWARE = "cache-aware"
+    LEAST_LOADED = "least-loaded"
+    ROUND_ROBIN = "round-robin"
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure and simulate."""
+
+
+@bench_app.command("simulate")
+def simulate_command(
+    *,
+    trace: Annotated[Path, typer.Argument(help="A trace in Mooncake's fields, JSON lines.")],
+    hardware: Annotated[
+        str, typer.Option(help="Step times and memory of a replica: a preset's name.")
+    ] = "h200-32b",
+    step_time: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=US",
+            help="A cost of the step-time model in microseconds, instead of the preset's: step, "
+            "weights, prefill_token, decode_row, kv_token or pair; repeatable.",
+        ),
+    ] = None,
+    jitter: Annotated[
+        float, typer.Option(help="Spread of a random factor on step times, as 0.05.")
+    ] = 0.0,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the KV pool [default: the preset's].")
+    ] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Token positions of one KV page.")] = 32,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 64,
+    max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 2048,
+    max_context: Annotated[
+        int, typer.Option(min=1, help="Tokens of one request and its answer.")
+    ] = 131072,
+    overlap_depth: Annotated[int, typer.Option(min=0, max=1, help="Steps planned ahead.")] = 1,
+    replicas: Annotated[int, typer.Option(help="Engines that serve.")] = 1,
+    group_replicas: Annotated[
+        int, typer.Option(help="Engines behind one router; groups share no load.")
+    ] = 16,
+    router: Annotated[
+        RouterName, typer.Option(help="How a replica is chosen.")
+    ] = RouterName.CACHE_AWARE,
+    load_bound: Annotated[
+        float,
+        typer.Option(help="Most load of a replica, as a multiple of the mean (cache-aware)."),
+    ] = 1.5,
+    scale: Annotated[
+        int, typer.Option(help="Copies of the trace, each with its own salt and shift in time.")
+    ] = 1,
+    speed: Annotated[
+        float, typer.Option(help="How many times faster than recorded requests come.")
+    ] = 1.0,
+    loop: Annotated[
+        Loop,
+        typer.Option(help="Send at the recorded times, or a turn only after the one before it."),
+    ] = Loop.OPEN,
+    tool_gap_ms: Annotated[
+        float | None,
+        typer.Option(help="Between two turns of a closed loop [default: as recorded]."),
+    ] = None,
+    recorded_token_ms: Annotated[
+        float,
+        typer.Option(help="The recorded provider's time for a token, taken off recorded gaps."),
+    ] = 20.0,
+    tps_floor: Annotated[
+        float, typer.Option(min=0, help="TPS below which a user's speed counts as violation.")
+    ] = 70.0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take only the trace's first so many requests.")
+    ] = None,
+    optimum: Annotated[
+        bool | None,
+        typer.Option(
+            "--optimum/--no-optimum",
+            help="Put plain LRU's and Belady's hit rates beside it [default: with one copy].",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; groups are shared out.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of shifts in time and of jitter.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, not as a table.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder to write report.json and plots into.")
+    ] = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Drive the real scheduler over a trace in virtual time, with step times instead of a GPU."""
+    with reported(log_level):
+        from tokenspeed import bench  # noqa: PLC0415
+        from tokenspeed.core.config import SchedulerConfig  # noqa: PLC0415
+
+        chosen = _hardware(hardware)
+        config = bench.SimulationConfig(
+            step_time=_step_time(chosen.step_time, step_time or []),
+            jitter=jitter,
+            scheduler=SchedulerConfig(
+                pages=(chosen.kv_tokens if kv_tokens is None else kv_tokens) // page_size,
+                page_size=page_size,
+                slots_max=max_running,
+                step_tokens_max=max_step_tokens,
+                context_max=max_context,
+                overlap_depth=overlap_depth,
+            ),
+            replicas=replicas,
+            group_replicas=group_replicas,
+            router=router.value,
+            load_bound=load_bound,
+            scale=scale,
+            speed=speed,
+            loop=loop.value,
+            tool_gap_ms=tool_gap_ms,
+            recorded_token_ms=recorded_token_ms,
+            floor_tps=tps_floor or None,
+            seed=seed,
+        )
+        folder = None if output is None else _folder(output)
+        began_s = time.monotonic()
+        results = bench.simulate_file(trace, config, limit=limit, jobs=jobs)
+        spent_s = time.monotonic() - began_s
+        read = bench.read_trace(trace, limit=limit)
+        beside = None
+        if scale == 1 if optimum is None else optimum:
+            beside = bench.find_baselines(
+                read, results, pages=config.scheduler.pages, page_size=page_size
+            )
+        summary = bench.summarise(
+            results,
+            config,
+            trace_name=read.name,
+            devices_per_replica=chosen.devices,
+            baselines=beside,
+        )
+        if folder is not None:
+            (folder / "report.json").write_bytes(summary.to_json())
+            bench.draw(summary, results, folder)
+        if as_json:
+            typer.echo(summary.to_json())
+        else:
+            Console().print(_table(summary))
+            _log.info("%.0f s of %d replicas in %.1f s", summary.duration_s, replicas, spent_s)
+
+
+def _hardware(name: str) -> "Hardware":
+    from tokenspeed.bench import HARDWARE  # noqa: PLC0415
+
+    if name not in HARDWARE:
+        raise ConfigError(f"--hardware must be one of {', '.join(HARDWARE)}, but is {name!r}")
+    return HARDWARE[name]
+
+
+def _step_time(preset: "StepTime", changes: list[str]) -> "StepTime":
+    names = [field.name.removesuffix("_us") for field in dataclasses.fields(preset)]
+    values: dict[str, float] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = None
+        if name not in names or not equals or value is None:
+            raise ConfigError(
+                f"--step-time {change!r} must be NAME=US, such as step=1000; "
+                f"names are {', '.join(names)}"
+            )
+        values[f"{name}_us"] = value
+    return dataclasses.replace(preset, **values)
+
+
+def _folder(path: Path) -> Path:
+    from tokenspeed.bench import check_plotting  # noqa: PLC0415
+
+    # Before the work, not after it.
+    check_plotting()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {path} is no folder to write: {error.strerror}") from error
+    return path
+
+
+def _table(summary: "Report") -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    hits = [f"{summary.hit_rate:.2%}"]
+    if summary.lru_hit_rate is not None and summary.optimum_hit_rate is not None:
+        hits += [
+            f"plain LRU {summary.lru_hit_rate:.2%}",
+            f"optimum {summary.optimum_hit_rate:.2%}",
+        ]
+    rows = {
+        "requests": f"{summary.requests:,}: {summary.finished:,} finished, "
+        f"{summary.refused:,} refused, {summary.rejected:,} too long",
+        "replicas": f"{summary.config.replicas:,} of {summary.devices:,} devices in all, "
+        f"busy {summary.busy_part:.0%} of the time",
+        "virtual time": f"{summary.duration_s:,.1f} s, {summary.steps:,} steps of "
+        f"{summary.mean_batch:.1f} answer tokens",
+        "hit rate": "; ".join(hits),
+        "TPM": f"{summary.output_tpm:,.0f} of answers ({summary.output_tpm_device:,.0f} a "
+        f"device), {summary.total_tpm:,.0f} with prompts",
+        "TPS of a user": _spread(summary.tps, "p1 p10 p50 p90", ".1f"),
+        "between tokens, ms": _spread(summary.gap_ms, "p50 p90 p99 max", ".1f"),
+    }
+    for entry in summary.ttft:
+        rows[f"TTFT, turn {entry.turns}, s"] = (
+            _spread(entry.ttft_s, "p50 p90 p99", ".2f") + f"  ({entry.requests:,} requests)"
+        )
+    if summary.floor is not None:
+        rows[f"floor of {summary.floor.tps:g} TPS"] = (
+            f"{summary.floor.users_below:,} users below ({summary.floor.users_below_part:.1%}), "
+            f"{summary.floor.gaps_above_part:.1%} of gaps above {summary.floor.bound_ms:.1f} ms"
+        )
+    rows["retractions, evictions"] = f"{summary.retractions:,}, {summary.evictions:,} pages"
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _spread(values: "Quantiles", names: str, form: str) -> str:
+    return "  ".join(f"{name} {getattr(values, name):{form}}" for name in names.split())
