@@ -2,6 +2,7 @@
 
 from tokenspeed.bench.baselines import Baselines, find_baselines
 from tokenspeed.bench.config import SimulationConfig
+from tokenspeed.bench.experiments import Oversubscription, oversubscription
 from tokenspeed.bench.hardware import HARDWARE, Hardware, StepTime
 from tokenspeed.bench.plots import check_plotting, draw
 from tokenspeed.bench.replay import simulate, simulate_file
@@ -13,6 +14,7 @@ __all__ = [
     "HARDWARE",
     "Baselines",
     "Hardware",
+    "Oversubscription",
     "Report",
     "Results",
     "SimulationConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "check_plotting",
     "draw",
     "find_baselines",
+    "oversubscription",
     "read_trace",
     "simulate",
     "simulate_file",

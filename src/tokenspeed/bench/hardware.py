@@ -3,9 +3,48 @@
 import math
 from dataclasses import dataclass, fields
 
-from tokenspeed.core.errors import ConfigError
+import numpy as np
 
-__all__ = ["HARDWARE", "Hardware", "StepTime"]
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.step import StepPlan
+
+__all__ = ["HARDWARE", "Hardware", "StepLoad", "StepTime", "step_load"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLoad:
+    """What a step runs, as far as its time depends on it.
+
+    Attributes:
+        prefill_tokens: tokens of prompts.
+        decode_rows: rows of one token each.
+        kv_tokens: tokens of KV that all decode rows read, their own included.
+        pairs: pairs of a prompt token and a token it attends to, its own included.
+    """
+
+    prefill_tokens: int
+    decode_rows: int
+    kv_tokens: int
+    pairs: float
+
+
+def step_load(plan: StepPlan) -> StepLoad:
+    """What a plan runs."""
+    rows = plan.decode_count
+    prefill_tokens = len(plan.token_ids) - rows
+    contexts = plan.context_lens
+    pairs = 0.0
+    if prefill_tokens:
+        counts = np.diff(plan.query_starts[rows:]).astype(np.float64)
+        # The i-th token of a chunk attends to the context, the chunk's tokens before it, itself.
+        pairs = float(counts @ contexts[rows:] + (counts * (counts + 1)).sum() / 2)
+        contexts = contexts[:rows]
+    return StepLoad(
+        prefill_tokens=prefill_tokens,
+        decode_rows=rows,
+        kv_tokens=int(contexts.sum(dtype=np.int64)) + rows,
+        pairs=pairs,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +82,16 @@ class StepTime:
                     f"{field.name} must be microseconds in [0, 1e9], but is {value!r}"
                 )
 
-    def predict_us(
-        self, *, prefill_tokens: int, decode_rows: int, kv_tokens: int, pairs: float
-    ) -> float:
-        """Microseconds of a step with so much work."""
-        products = self.prefill_token_us * prefill_tokens + self.decode_row_us * decode_rows
+    def predict_us(self, load: StepLoad) -> float:
+        """Microseconds of a step."""
+        products = (
+            self.prefill_token_us * load.prefill_tokens + self.decode_row_us * load.decode_rows
+        )
         return (
             self.step_us
             + max(self.weights_us, products)
-            + self.kv_token_us * kv_tokens
-            + self.pair_us * pairs
+            + self.kv_token_us * load.kv_tokens
+            + self.pair_us * load.pairs
         )
 
 
@@ -140,4 +179,17 @@ HARDWARE: dict[str, Hardware] = {
     "h200-32b": _h200_32b(1, 0.0),
     # Tensor parallel; a small all-reduce over NVLink takes about 10 us.
     "h200x4-32b": _h200_32b(4, 10.0),
+    # Fitted by benchmarks/fit_step_time.py, with PyTorch reference kernels; 2 GiB of KV.
+    "cpu2-135m": Hardware(
+        description="SmolLM2-135M in BF16 on two cores of an AMD EPYC (Zen 5)",
+        devices=1,
+        kv_tokens=93_206,
+        step_time=StepTime(
+            step_us=17_400,
+            prefill_token_us=1370,
+            decode_row_us=7750,
+            kv_token_us=24.6,
+            pair_us=2.52,
+        ),
+    ),
 }

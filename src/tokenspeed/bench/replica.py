@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenspeed.bench.config import SimulationConfig
-from tokenspeed.bench.hardware import StepTime
+from tokenspeed.bench.hardware import step_load
 from tokenspeed.bench.workload import GroupWorkload
 from tokenspeed.control import Scheduler, SchedulerStats
 from tokenspeed.core.step import Int32Array, StepOutcome, StepPlan
@@ -95,7 +95,7 @@ class Replica:
         return self._scheduler.stats()
 
     def _time_us(self, plan: StepPlan) -> int:
-        took_us = step_us(plan, self._step_time)
+        took_us = self._step_time.predict_us(step_load(plan))
         if self._noise is not None:
             took_us *= self._noise.draw()
         # A step of no time would let the clock stand still.
@@ -108,25 +108,6 @@ class Replica:
         slots = plan.row_slots[plan.sample_rows]
         tokens: Int32Array = self._workload.flat[self._answers[slots] + plan.sample_positions]
         return tokens
-
-
-def step_us(plan: StepPlan, step_time: StepTime) -> float:
-    """Microseconds of a step."""
-    rows = plan.decode_count
-    prefill_tokens = len(plan.token_ids) - rows
-    contexts = plan.context_lens
-    pairs = 0.0
-    if prefill_tokens:
-        counts = np.diff(plan.query_starts[rows:]).astype(np.float64)
-        # The i-th token of a chunk attends to the context, the chunk's tokens before it, itself.
-        pairs = float(counts @ contexts[rows:] + (counts * (counts + 1)).sum() / 2)
-        contexts = contexts[:rows]
-    return step_time.predict_us(
-        prefill_tokens=prefill_tokens,
-        decode_rows=rows,
-        kv_tokens=int(contexts.sum(dtype=np.int64)) + rows,
-        pairs=pairs,
-    )
 
 
 class _Noise:

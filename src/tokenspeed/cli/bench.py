@@ -16,6 +16,7 @@ from tokenspeed.cli.reporting import reported
 from tokenspeed.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tokenspeed.bench.experiments import Oversubscription
     from tokenspeed.bench.hardware import Hardware, StepTime
     from tokenspeed.bench.report import Quantiles, Report
 
@@ -41,6 +42,12 @@ class RouterName(enum.StrEnum):
     ROUND_ROBIN = "round-robin"
 
 
+class ExperimentName(enum.StrEnum):
+    """A load that no trace gives."""
+
+    OVERSUBSCRIPTION = "oversubscription"
+
+
 @bench_app.callback()
 def _bench() -> None:
     """Measure and simulate."""
@@ -49,7 +56,13 @@ def _bench() -> None:
 @bench_app.command("simulate")
 def simulate_command(
     *,
-    trace: Annotated[Path, typer.Argument(help="A trace in Mooncake's fields, JSON lines.")],
+    trace: Annotated[
+        Path | None, typer.Argument(help="A trace in Mooncake's fields, JSON lines.")
+    ] = None,
+    experiment: Annotated[
+        ExperimentName | None,
+        typer.Option(help="A synthetic load on one replica, in place of a trace."),
+    ] = None,
     hardware: Annotated[
         str, typer.Option(help="Step times and memory of a replica: a preset's name.")
     ] = "h200-32b",
@@ -155,7 +168,13 @@ def simulate_command(
             floor_tps=tps_floor or None,
             seed=seed,
         )
+        if (trace is None) == (experiment is None):
+            raise ConfigError("simulate takes either a TRACE or an --experiment")
         folder = None if output is None else _folder(output)
+        if trace is None:
+            found = bench.oversubscription(config, devices_per_replica=chosen.devices)
+            _show(found.to_json(), _oversubscription_table(found), as_json=as_json, folder=folder)
+            return
         began_s = time.monotonic()
         results = bench.simulate_file(trace, config, limit=limit, jobs=jobs)
         spent_s = time.monotonic() - began_s
@@ -173,13 +192,19 @@ def simulate_command(
             baselines=beside,
         )
         if folder is not None:
-            (folder / "report.json").write_bytes(summary.to_json())
             bench.draw(summary, results, folder)
-        if as_json:
-            typer.echo(summary.to_json())
-        else:
-            Console().print(_table(summary))
-            _log.info("%.0f s of %d replicas in %.1f s", summary.duration_s, replicas, spent_s)
+        _show(summary.to_json(), _table(summary), as_json=as_json, folder=folder)
+        _log.info("%.0f s of %d replicas in %.1f s", summary.duration_s, replicas, spent_s)
+
+
+def _show(report: bytes, table: Table, *, as_json: bool, folder: Path | None) -> None:
+    """Print a report, and keep it if there is a folder for it."""
+    if folder is not None:
+        (folder / "report.json").write_bytes(report)
+    if as_json:
+        typer.echo(report)
+    else:
+        Console().print(table)
 
 
 def _hardware(name: str) -> "Hardware":
@@ -255,6 +280,32 @@ def _table(summary: "Report") -> Table:
     rows["retractions, evictions"] = f"{summary.retractions:,}, {summary.evictions:,} pages"
     for name, text in rows.items():
         table.add_row(name, text)
+    return table
+
+
+def _oversubscription_table(found: "Oversubscription") -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("RUN", "USERS", "POOL, TOKENS", "FINISHED", "TPM", "RETRACTIONS"):
+        table.add_column(name, justify="left" if name == "RUN" else "right", no_wrap=True)
+    for name, users, summary in (
+        ("crowded: twice the pages of the pool", found.users, found.crowded),
+        ("half the users, who fit", found.users // 2, found.half),
+        ("all users, a pool twice as large", found.users, found.roomy),
+    ):
+        scheduler = summary.config.scheduler
+        table.add_row(
+            name,
+            f"{users:,}",
+            f"{scheduler.pages * scheduler.page_size:,}",
+            f"{summary.finished:,} of {summary.requests:,}",
+            f"{summary.output_tpm:,.0f}",
+            f"{summary.retractions:,}",
+        )
+    table.caption = (
+        f"crowded gives {found.of_half:.1%} of the throughput of the users who fit, and "
+        f"{found.of_roomy:.1%} of that of the larger pool"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -48,6 +48,7 @@ FLAGS: dict[str, set[str]] = {
     "generate": ENGINE_FLAGS
     | {"--max-tokens", "--temperature", "--top-p", "--stop", "--json", "--log-level"},
     "bench simulate": {
+        "--experiment",
         "--hardware",
         "--step-time",
         "--jitter",
@@ -212,6 +213,9 @@ def test_a_kernel_choice_of_another_form_is_refused(choices: list[str]) -> None:
         ("serve --tool-call-parser magic", "qwen"),
         ("serve --reasoning-parser magic", "deepseek_r1"),
         ("generate one two three", "quote the prompt"),
+        ("bench simulate", "--experiment"),
+        ("bench simulate x --experiment oversubscription", "either"),
+        ("bench simulate --experiment oversubscription --kv-tokens 9000", "--kv-tokens"),
         ("bench simulate no-such-trace", "no-such-trace"),
         ("bench simulate pyproject.toml", "line 1"),
         ("bench simulate x --hardware magic", "h200-32b"),
