@@ -34,7 +34,7 @@ from tests.support.fake_runner import FakeRunner, next_token  # noqa: E402
 
 from tokenspeed import SamplingParams, __version__  # noqa: E402
 from tokenspeed.control import Scheduler  # noqa: E402
-from tokenspeed.core.config import SchedulerConfig  # noqa: E402
+from tokenspeed.core.config import CacheGroup, SchedulerConfig  # noqa: E402
 from tokenspeed.core.step import StepPlan  # noqa: E402
 from tokenspeed.engine.core import EngineCore  # noqa: E402
 from tokenspeed.engine.wire import Submit, encode  # noqa: E402
@@ -72,7 +72,10 @@ def engine_step_us(running: int) -> list[float]:
     outputs_max = STEPS + 1000
     pages = running * ((CONTEXT_TOKENS + outputs_max) // 32 + 2)
     config = SchedulerConfig(
-        pages=pages, slots_max=running, step_tokens_max=8192, context_max=2 * CONTEXT_TOKENS
+        groups=(CacheGroup(pages=pages),),
+        slots_max=running,
+        step_tokens_max=8192,
+        context_max=2 * CONTEXT_TOKENS,
     )
     runner = TimedRunner(slots_max=running)
     core = EngineCore(Scheduler(config), runner, eos_token_ids=(), overlap_depth=0, seed=0)

@@ -15,7 +15,7 @@ import msgspec
 from tests.support.fake_runner import FakeRunner
 
 from tokenspeed.control import Scheduler
-from tokenspeed.core.config import EngineConfig, SchedulerConfig
+from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.step import StepPlan
 from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.server import serve
@@ -46,7 +46,7 @@ def build(config: EngineConfig) -> Engine:
     files = resolve(config.model)
     tokenizer = Tokenizer(files.tokenizer_dir)
     scheduler = SchedulerConfig(
-        pages=config.max_running * CONTEXT_MAX // config.page_size // 4,
+        groups=(CacheGroup(pages=config.max_running * CONTEXT_MAX // config.page_size // 4),),
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,
         context_max=CONTEXT_MAX,

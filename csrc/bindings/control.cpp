@@ -34,6 +34,18 @@ Column<T> join(const Part&... parts) {
     return Column<T>(data.release(), {size}, owner);
 }
 
+// kind, pages, host_pages, window, checkpoint_pages
+using Group = std::tuple<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t>;
+
+std::vector<control::GroupConfig> group_configs(const std::vector<Group>& groups) {
+    std::vector<control::GroupConfig> configs;
+    for (const auto& [kind, pages, host_pages, window, checkpoint_pages] : groups) {
+        configs.push_back(
+            {static_cast<control::GroupKind>(kind), pages, host_pages, window, checkpoint_pages});
+    }
+    return configs;
+}
+
 std::vector<std::int32_t> copy(const Tokens& tokens) {
     return {tokens.data(), tokens.data() + tokens.shape(0)};
 }
@@ -56,17 +68,34 @@ void translate(const std::exception_ptr& pointer, void* errors) {
     }
 }
 
-nb::object plan(control::Scheduler& scheduler) {
-    const auto plan = scheduler.plan();
+// One buffer for each group, which says how long its parts are.
+nb::tuple group_plan(const control::GroupPlan& group) {
+    const auto& table = group.table;
+    return nb::make_tuple(
+        static_cast<std::int32_t>(group.kind),
+        nb::make_tuple(group.kv_slots.size(), table.slots.size(), group.stores.sources.size(),
+                       group.copies.sources.size(), group.saves.sources.size(),
+                       group.loads.pages.size(), group.handovers.pages.size()),
+        join<std::int32_t>(
+            group.kv_slots, table.slots, table.indices, table.pages, group.stores.sources,
+            group.stores.targets, group.copies.sources, group.copies.targets, group.saves.sources,
+            group.saves.targets, group.loads.transfers, group.loads.elsewhere, group.loads.pages,
+            group.handovers.transfers, group.handovers.elsewhere, group.handovers.pages));
+}
+
+nb::object plan(control::Scheduler& scheduler, std::int64_t now_us) {
+    const auto plan = scheduler.plan(now_us);
     if (!plan) return nb::none();
+    nb::list groups;
+    for (const auto& group : plan->groups) groups.append(group_plan(group));
+    const auto& transfers = plan->transfers;
     return nb::make_tuple(
         plan->step.value, plan->decode_count, plan->row_slots.size(), plan->token_ids.size(),
-        plan->sample_rows.size(), plan->bound_slots.size(), plan->table.slots.size(),
+        plan->sample_rows.size(), plan->bound_slots.size(), transfers.ids.size(),
         join<std::int32_t>(plan->row_slots, plan->query_starts, plan->context_lens, plan->token_ids,
-                           plan->kv_slots, plan->sample_rows, plan->sample_positions,
-                           plan->bound_slots, plan->table.slots, plan->table.indices,
-                           plan->table.pages),
-        join<std::int64_t>(plan->bound_requests));
+                           plan->sample_rows, plan->sample_positions, plan->bound_slots,
+                           transfers.kinds),
+        join<std::int64_t>(plan->bound_requests, transfers.ids, transfers.requests), groups);
 }
 
 nb::object take_outcome(control::Scheduler& scheduler) {
@@ -87,9 +116,11 @@ nb::object take_cache_events(control::Scheduler& scheduler) {
 
 nb::tuple stats(const control::Scheduler& scheduler) {
     const auto s = scheduler.stats();
-    return nb::make_tuple(s.running, s.waiting, s.waiting_uncached_tokens, s.pages_total,
-                          s.pages_free, s.pages_cached, s.pages_active, s.steps, s.prompt_tokens,
-                          s.cached_tokens, s.output_tokens, s.retractions, s.evictions);
+    return nb::make_tuple(s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens,
+                          s.pages_total, s.pages_free, s.pages_cached, s.pages_active,
+                          s.host_pages_total, s.host_pages_cached, s.steps, s.prompt_tokens,
+                          s.cached_tokens, s.output_tokens, s.retractions, s.parkings, s.evictions,
+                          s.stores, s.loads);
 }
 
 }  // namespace
@@ -104,37 +135,47 @@ NB_MODULE(_control, module) {
     nb::class_<control::Scheduler>(module, "Scheduler")
         .def(
             "__init__",
-            [](control::Scheduler* self, std::int32_t pages, std::int32_t page_size,
+            [](control::Scheduler* self, const std::vector<Group>& groups, std::int32_t page_size,
                std::int32_t slots_max, std::int32_t step_tokens_max, std::int32_t context_max,
                std::int32_t overlap_depth, bool prefix_cache) {
-                new (self) control::Scheduler({pages, page_size, slots_max, step_tokens_max,
-                                               context_max, overlap_depth, prefix_cache});
+                new (self)
+                    control::Scheduler({group_configs(groups), page_size, slots_max,
+                                        step_tokens_max, context_max, overlap_depth, prefix_cache});
             },
-            nb::kw_only(), "pages"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
+            nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
             "context_max"_a, "overlap_depth"_a, "prefix_cache"_a)
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,
                std::int64_t max_new_tokens, std::int64_t min_new_tokens,
-               const Tokens& stop_token_ids, std::uint64_t salt, std::int32_t priority) {
+               const Tokens& stop_token_ids, std::uint64_t salt, std::int32_t priority,
+               std::int32_t handover) {
                 self.submit({control::RequestId(request), copy(prompt), copy(stop_token_ids),
-                             max_new_tokens, min_new_tokens, salt, priority});
+                             max_new_tokens, min_new_tokens, salt, priority,
+                             static_cast<control::Handover>(handover)});
             },
             "request"_a, "prompt"_a.noconvert(), "max_new_tokens"_a, "min_new_tokens"_a,
-            "stop_token_ids"_a.noconvert(), "salt"_a, "priority"_a)
+            "stop_token_ids"_a.noconvert(), "salt"_a, "priority"_a, "handover"_a)
         .def(
             "abort",
             [](control::Scheduler& self, std::int64_t request) {
                 self.abort(control::RequestId(request));
             },
             "request"_a)
-        .def("plan", plan)
+        .def(
+            "transferred",
+            [](control::Scheduler& self, std::int64_t transfer, bool complete) {
+                self.transferred(control::TransferId(transfer), complete);
+            },
+            "transfer"_a, "complete"_a)
+        .def("plan", plan, "now_us"_a)
         .def(
             "commit",
-            [](control::Scheduler& self, std::int64_t step, const Tokens& tokens) {
-                self.commit(control::StepId(step), {tokens.data(), tokens.shape(0)});
+            [](control::Scheduler& self, std::int64_t step, const Tokens& tokens,
+               std::int64_t now_us) {
+                self.commit(control::StepId(step), {tokens.data(), tokens.shape(0)}, now_us);
             },
-            "step"_a, "tokens"_a.noconvert())
+            "step"_a, "tokens"_a.noconvert(), "now_us"_a)
         .def("take_outcome", take_outcome)
         .def(
             "tokens",

@@ -14,9 +14,24 @@ struct Id {
     friend constexpr auto operator<=>(Id, Id) noexcept = default;
 };
 
-using PageId = Id<struct PageTag, std::int32_t>;
+// A cache group keeps one kind of KV: every position, a window of the last ones, compressed
+// latents, or the state of a recurrence. A tier is a place where KV can live. A page belongs to one
+// of each, and so does its number.
+struct Full;
+struct Window;
+struct Latent;
+struct Recurrent;
+struct Device;
+struct Host;
+
+template <class Group, class Tier>
+struct PageTag;
+template <class Group, class Tier = Device>
+using PageId = Id<PageTag<Group, Tier>, std::int32_t>;
+using NodeId = Id<struct NodeTag, std::int32_t>;  // a page's worth of content in the prefix index
 using SlotId = Id<struct SlotTag, std::int32_t>;
 using StepId = Id<struct StepTag, std::int64_t>;
+using TransferId = Id<struct TransferTag, std::int64_t>;
 using RequestId = Id<struct RequestTag, std::int64_t>;
 
 // How many of a kind. Counts of one kind add up; counts of two kinds do not meet.

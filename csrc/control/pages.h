@@ -1,13 +1,17 @@
-// Linear pages: FreePage -> OpenPage -> SealedPage, PageRef to share, InFlight<T> to lend.
+// Linear pages: FreePage -> OpenPage -> SealedPage, PageRef to share, InFlight and InTransit to
+// lend.
 //
 // The number of a page is worth nothing; the object is the right to it. An object is moved on or
-// given back, never copied, conjured or dropped:
+// given back, never copied, conjured or dropped. Each belongs to a cache group and a tier, and
+// meets only its own:
 //
 //     FreePage    open      -> OpenPage       nobody's content
 //     OpenPage    lend      -> InFlight       exclusive, writable by a step it is lent to
 //     InFlight    reclaim   -> OpenPage       only with the proof that the step retired
-//     OpenPage    seal      -> SealedPage     only with the proof that its writer retired
-//     SealedPage  (PrefixIndex) -> PageRef    immutable, shared by counted references
+//     OpenPage    depart    -> InTransit      exclusive, touched by a transfer
+//     InTransit   reclaim   -> OpenPage       only with the proof that the transfer is over
+//     OpenPage    seal      -> SealedPage     only with the proof that its writer is done
+//     SealedPage  (TierCache) -> PageRef      immutable, shared by counted references
 #pragma once
 
 #include <cassert>
@@ -17,132 +21,202 @@
 #include <utility>
 #include <vector>
 
+#include "groups.h"
 #include "ids.h"
+#include "linear.h"
 #include "steps.h"
+#include "transfers.h"
 
 namespace tokenspeed::control {
 
 class PageMint;
 
-template <class Kind>
-class [[nodiscard]] Page {
+template <class Kind, class Group, class Tier>
+class [[nodiscard]] Page : public Linear<PageId<Group, Tier>> {
   public:
-    Page() = delete;
-    Page(const Page&) = delete;
-    Page& operator=(const Page&) = delete;
-    Page(Page&& other) noexcept : id_(other.id_), held_(std::exchange(other.held_, false)) {}
-    Page& operator=(Page&& other) noexcept {
-        assert(!held_ && "a page was overwritten instead of returned");
-        id_ = other.id_;
-        held_ = std::exchange(other.held_, false);
-        return *this;
-    }
-    ~Page() { assert(!held_ && "a page was dropped instead of returned"); }
-
-    PageId id() const noexcept {
-        assert(held_ && "a page was used after it was handed on");
-        return id_;
-    }
+    Page(Page&&) noexcept = default;
+    Page& operator=(Page&&) noexcept = default;
 
   private:
     friend PageMint;
-    explicit Page(PageId id) noexcept : id_(id) {}
-    PageId id_;
-    bool held_ = true;
+    explicit Page(PageId<Group, Tier> id) noexcept : Linear<PageId<Group, Tier>>(id) {}
 };
 
-using FreePage = Page<struct FreeKind>;      // holds nothing of anybody's
-using OpenPage = Page<struct OpenKind>;      // exclusive and writable
-using SealedPage = Page<struct SealedKind>;  // immutable; the one owner of a sealed page
-using PageRef = Page<struct RefKind>;        // one counted share of a sealed page
+struct FreeKind;
+struct OpenKind;
+struct SealedKind;
+struct RefKind;
+
+template <class G, class T = Device>
+using FreePage = Page<FreeKind, G, T>;  // holds nothing of anybody's
+template <class G, class T = Device>
+using OpenPage = Page<OpenKind, G, T>;  // exclusive and writable
+template <class G, class T = Device>
+using SealedPage = Page<SealedKind, G, T>;  // immutable; the one owner of a sealed page
+template <class G, class T = Device>
+using PageRef = Page<RefKind, G, T>;  // one counted share of a sealed page
+
+template <class G, class T>
+OpenPage<G, T> open(Page<FreeKind, G, T>&& page) noexcept;
+template <class G, class T>
+SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Retired& done) noexcept;
+template <class G, class T>
+SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Arrived& done) noexcept;
 
 // The one place where a page changes its kind; private to those who may.
 class PageMint {
+    template <class G, class T>
     friend class PagePool;
-    friend class PrefixIndex;
-    friend OpenPage open(FreePage&& page) noexcept;
-    friend SealedPage seal(OpenPage&& page, const Retired& done) noexcept;
+    template <class G, class T>
+    friend class TierCache;
+    template <class G, class T>
+    friend OpenPage<G, T> open(Page<FreeKind, G, T>&& page) noexcept;
+    template <class G, class T>
+    friend SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Retired& done) noexcept;
+    template <class G, class T>
+    friend SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Arrived& done) noexcept;
 
-    template <class To>
-    static To mint(PageId id) noexcept {
+    template <class To, class Id>
+    static To mint(Id id) noexcept {
         return To(id);
     }
     template <class From>
-    static PageId melt(From&& page) noexcept {
+    static auto melt(From&& page) noexcept {
         static_assert(!std::is_lvalue_reference_v<From>, "a page is handed on by move");
-        PageId id = page.id();
-        page.held_ = false;
-        return id;
+        return page.melt();
     }
 };
 
-inline OpenPage open(FreePage&& page) noexcept {
-    return PageMint::mint<OpenPage>(PageMint::melt(std::move(page)));
+template <class G, class T>
+OpenPage<G, T> open(Page<FreeKind, G, T>&& page) noexcept {
+    return PageMint::mint<OpenPage<G, T>>(PageMint::melt(std::move(page)));
 }
 
-// Only what a retired step wrote can be shared, so sealing wants the proof.
-inline SealedPage seal(OpenPage&& page, const Retired&) noexcept {
-    return PageMint::mint<SealedPage>(PageMint::melt(std::move(page)));
+// Only what a retired step wrote, or a transfer that is over, can be shared: sealing wants proof.
+template <class G, class T>
+SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Retired&) noexcept {
+    return PageMint::mint<SealedPage<G, T>>(PageMint::melt(std::move(page)));
 }
+template <class G, class T>
+SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Arrived&) noexcept {
+    return PageMint::mint<SealedPage<G, T>>(PageMint::melt(std::move(page)));
+}
+
+template <class P>
+class InFlight;
+template <class P>
+class InTransit;
+
+template <class Kind, class G, class T>
+InFlight<Page<Kind, G, T>> lend(Page<Kind, G, T>&& page, StepId step) noexcept;
+template <class G, class T>
+InFlight<OpenPage<G, T>> extend(InFlight<Page<OpenKind, G, T>>&& lease, StepId later) noexcept;
+template <class P>
+P reclaim(InFlight<P>&& lease, const Retired& done) noexcept;
+template <class Kind, class G, class T>
+InTransit<Page<Kind, G, T>> depart(Page<Kind, G, T>&& page, TransferId transfer) noexcept;
+template <class P>
+P reclaim(InTransit<P>&& lease, const Arrived& done) noexcept;
 
 // A page lent to a launched step. Nothing takes it apart but the proof that the step retired.
-template <class T>
+template <class P>
 class [[nodiscard]] InFlight {
   public:
     InFlight(InFlight&&) noexcept = default;
     InFlight& operator=(InFlight&&) noexcept = default;
 
-    PageId id() const noexcept { return page_.id(); }
+    auto id() const noexcept { return page_.id(); }
     StepId until() const noexcept { return until_; }
 
   private:
-    InFlight(T&& page, StepId until) noexcept : page_(std::move(page)), until_(until) {}
-    friend InFlight<OpenPage> lend(OpenPage&& page, StepId step) noexcept;
-    friend InFlight<SealedPage> lend(SealedPage&& page, StepId step) noexcept;
-    friend InFlight<OpenPage> extend(InFlight<OpenPage>&& lease, StepId later) noexcept;
-    template <class U>
-    friend U reclaim(InFlight<U>&& lease, const Retired& done) noexcept;
+    InFlight(P&& page, StepId until) noexcept : page_(std::move(page)), until_(until) {}
+    template <class Kind, class G, class T>
+    friend InFlight<Page<Kind, G, T>> lend(Page<Kind, G, T>&& page, StepId step) noexcept;
+    template <class G, class T>
+    friend InFlight<OpenPage<G, T>> extend(InFlight<Page<OpenKind, G, T>>&& lease,
+                                           StepId later) noexcept;
+    template <class Q>
+    friend Q reclaim(InFlight<Q>&& lease, const Retired& done) noexcept;
 
-    T page_;
+    P page_;
     StepId until_;
 };
 
-inline InFlight<OpenPage> lend(OpenPage&& page, StepId step) noexcept {
-    return {std::move(page), step};
-}
-inline InFlight<SealedPage> lend(SealedPage&& page, StepId step) noexcept {
+// A step writes open pages, and reads sealed ones whose place another page took.
+template <class Kind, class G, class T>
+InFlight<Page<Kind, G, T>> lend(Page<Kind, G, T>&& page, StepId step) noexcept {
+    static_assert(std::is_same_v<Kind, OpenKind> || std::is_same_v<Kind, SealedKind>,
+                  "only open and sealed pages are lent");
     return {std::move(page), step};
 }
 // Overlap: the lease moves on to a later step, which writes the same page.
-inline InFlight<OpenPage> extend(InFlight<OpenPage>&& lease, StepId later) noexcept {
+template <class G, class T>
+InFlight<OpenPage<G, T>> extend(InFlight<Page<OpenKind, G, T>>&& lease, StepId later) noexcept {
     assert(later > lease.until_);
     return {std::move(lease.page_), later};
 }
-template <class T>
-T reclaim(InFlight<T>&& lease, [[maybe_unused]] const Retired& done) noexcept {
+template <class P>
+P reclaim(InFlight<P>&& lease, [[maybe_unused]] const Retired& done) noexcept {
     assert(done.covers(lease.until_) && "a page was reclaimed before its step retired");
     return std::move(lease.page_);
 }
 
+// A page that a transfer reads or writes. Only the proof that the transfer is over gives it back.
+template <class P>
+class [[nodiscard]] InTransit {
+  public:
+    InTransit(InTransit&&) noexcept = default;
+    InTransit& operator=(InTransit&&) noexcept = default;
+
+    auto id() const noexcept { return page_.id(); }
+
+  private:
+    InTransit(P&& page, TransferId transfer) noexcept
+        : page_(std::move(page)), transfer_(transfer) {}
+    template <class Kind, class G, class T>
+    friend InTransit<Page<Kind, G, T>> depart(Page<Kind, G, T>&& page,
+                                              TransferId transfer) noexcept;
+    template <class Q>
+    friend Q reclaim(InTransit<Q>&& lease, const Arrived& done) noexcept;
+
+    P page_;
+    TransferId transfer_;
+};
+
+// A transfer fills or reads an open page, or reads what a reference keeps in place.
+template <class Kind, class G, class T>
+InTransit<Page<Kind, G, T>> depart(Page<Kind, G, T>&& page, TransferId transfer) noexcept {
+    static_assert(std::is_same_v<Kind, OpenKind> || std::is_same_v<Kind, RefKind>,
+                  "only open pages and references travel");
+    return {std::move(page), transfer};
+}
+template <class P>
+P reclaim(InTransit<P>&& lease, [[maybe_unused]] const Arrived& done) noexcept {
+    assert(done.covers(lease.transfer_) && "a page was reclaimed before its transfer was over");
+    return std::move(lease.page_);
+}
+
 // Where a step may write: asked of a page that is lent to it, so a sealed page has none.
-inline std::int32_t kv_slot(const InFlight<OpenPage>& lease, TokenCount offset,
-                            TokenCount page_size) noexcept {
+template <class G>
+std::int32_t kv_slot(const InFlight<OpenPage<G>>& lease, TokenCount offset,
+                     TokenCount page_size) noexcept {
     return lease.id().value * page_size.value + offset.value;
 }
 
-// Mints every page once, at the start, and holds those that are free.
+// Mints every page of a group and tier once, at the start, and holds those that are free.
+template <class G, class T>
 class PagePool {
   public:
     explicit PagePool(PageCount pages) : pages_(pages) {
         free_.reserve(static_cast<std::size_t>(pages.value));
         for (std::int32_t id = pages.value - 1; id >= 0; --id) {
-            free_.push_back(PageMint::mint<FreePage>(PageId(id)));
+            free_.push_back(PageMint::mint<FreePage<G, T>>(PageId<G, T>(id)));
         }
     }
     PagePool(const PagePool&) = delete;
     PagePool& operator=(const PagePool&) = delete;
     ~PagePool() {
-        for (FreePage& page : free_) static_cast<void>(PageMint::melt(std::move(page)));
+        for (auto& page : free_) static_cast<void>(PageMint::melt(std::move(page)));
     }
 
     PageCount total() const noexcept { return pages_; }
@@ -150,31 +224,31 @@ class PagePool {
         return PageCount(static_cast<std::int32_t>(free_.size()));
     }
 
-    [[nodiscard]] std::optional<FreePage> take() noexcept {
+    [[nodiscard]] std::optional<FreePage<G, T>> take() noexcept {
         if (free_.empty()) return std::nullopt;
-        std::optional<FreePage> page(std::move(free_.back()));
+        std::optional<FreePage<G, T>> page(std::move(free_.back()));
         free_.pop_back();
         return page;
     }
-    void give(FreePage&& page) noexcept { free_.push_back(std::move(page)); }
-    void give(OpenPage&& page) noexcept { give_back(std::move(page)); }
-    void give(SealedPage&& page) noexcept { give_back(std::move(page)); }
+    // Never allocates: the vector was reserved for every page there is.
+    void give(FreePage<G, T>&& page) noexcept { free_.push_back(std::move(page)); }
+    void give(OpenPage<G, T>&& page) noexcept { give_back(std::move(page)); }
+    void give(SealedPage<G, T>&& page) noexcept { give_back(std::move(page)); }
 
     // For audits: shows every free page.
     template <class Visit>
     void each_free(Visit&& visit) const {
-        for (const FreePage& page : free_) visit(page.id());
+        for (const auto& page : free_) visit(page.id());
     }
 
   private:
-    // Never allocates: the vector was reserved for every page there is.
-    template <class Kind>
-    void give_back(Kind&& page) noexcept {
-        free_.push_back(PageMint::mint<FreePage>(PageMint::melt(std::move(page))));
+    template <class P>
+    void give_back(P&& page) noexcept {
+        free_.push_back(PageMint::mint<FreePage<G, T>>(PageMint::melt(std::move(page))));
     }
 
     PageCount pages_;
-    std::vector<FreePage> free_;
+    std::vector<FreePage<G, T>> free_;
 };
 
 }  // namespace tokenspeed::control

@@ -4,12 +4,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "groups.h"
 #include "ids.h"
 #include "room.h"
+#include "transfers.h"
 
 namespace tokenspeed::control {
 
-// Changes of the page table, to be applied in order: table[slot, index] = page.
+// Changes of a page table, to be applied in order: table[slot, index] = page.
 struct TableDeltas {
     std::vector<std::int32_t> slots;
     std::vector<std::int32_t> indices;
@@ -19,11 +21,59 @@ struct TableDeltas {
     void reserve(std::size_t more) {
         for (auto* column : {&slots, &indices, &pages}) make_room_for(*column, more);
     }
-    void add(SlotId slot, std::size_t index, PageId page) {
+    void add(SlotId slot, std::size_t index, std::int32_t page) {
         slots.push_back(slot.value);
         indices.push_back(static_cast<std::int32_t>(index));
-        pages.push_back(page.value);
+        pages.push_back(page);
     }
+};
+
+// Pages to be copied, one to one.
+struct Moves {
+    std::vector<std::int32_t> sources;
+    std::vector<std::int32_t> targets;
+
+    void reserve(std::size_t more) {
+        for (auto* column : {&sources, &targets}) make_room_for(*column, more);
+    }
+    void add(std::int32_t source, std::int32_t target) {
+        sources.push_back(source);
+        targets.push_back(target);
+    }
+};
+
+// Pages that transfers move: what a transfer reads or writes elsewhere, and the page here.
+struct Cargo {
+    std::vector<std::int32_t> transfers;  // which of the plan's transfers
+    std::vector<std::int32_t> elsewhere;  // a page of the host, or an index in the request
+    std::vector<std::int32_t> pages;
+
+    void reserve(std::size_t more) {
+        for (auto* column : {&transfers, &elsewhere, &pages}) make_room_for(*column, more);
+    }
+    void add(std::int32_t transfer, std::int32_t other, std::int32_t page) {
+        transfers.push_back(transfer);
+        elsewhere.push_back(other);
+        pages.push_back(page);
+    }
+};
+
+// One cache group's part of a plan.
+struct GroupPlan {
+    GroupKind kind;
+    std::vector<std::int32_t> kv_slots;
+    TableDeltas table;
+    Moves stores;
+    Moves copies;
+    Moves saves;
+    Cargo loads;
+    Cargo handovers;
+};
+
+struct Transfers {
+    std::vector<std::int64_t> ids;
+    std::vector<std::int64_t> requests;
+    std::vector<std::int32_t> kinds;
 };
 
 struct Plan {
@@ -37,8 +87,8 @@ struct Plan {
     std::vector<std::int32_t> sample_positions;
     std::vector<std::int32_t> bound_slots;
     std::vector<std::int64_t> bound_requests;
-    std::vector<std::int32_t> kv_slots;
-    TableDeltas table;
+    Transfers transfers;
+    std::vector<GroupPlan> groups;
 };
 
 struct Outcome {
@@ -51,9 +101,11 @@ struct Outcome {
 };
 
 struct Stats {
-    std::int64_t running, waiting, waiting_uncached_tokens;
+    std::int64_t running, waiting, parked, transferring, waiting_uncached_tokens;
     std::int64_t pages_total, pages_free, pages_cached, pages_active;
-    std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, retractions, evictions;
+    std::int64_t host_pages_total, host_pages_cached;
+    std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, retractions, parkings;
+    std::int64_t evictions, stores, loads;
 };
 
 }  // namespace tokenspeed::control

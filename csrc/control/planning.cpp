@@ -1,25 +1,25 @@
-// How a step is made: rows are drafted, pages found for them, and all of it launched at once.
+// What a step runs: rows are drafted, and pages found for them.
 
 #include <algorithm>
 
-#include "room.h"
 #include "scheduler.h"
 
 namespace tokenspeed::control {
 
-// --- planning -----------------------------------------------------------------------------------
-
-std::optional<Plan> Scheduler::plan() {
+std::optional<Plan> Scheduler::plan(std::int64_t now_us) {
+    now_us_ = std::max(now_us_, now_us);
     apply_events();
     if (ledger_.full()) return std::nullopt;
     rows_.clear();
     budget_ = step_tokens_max_;
     starved_ = false;
     resting_.reset();
+    decode_count_ = 0;
+    make_slot();
     draft_decodes();
     decode_count_ = static_cast<std::int32_t>(rows_.size());
     draft_prefills();
-    if (rows_.empty()) return std::nullopt;
+    if (rows_.empty() && transfer_news_.ids.empty()) return std::nullopt;
     return launch_drafts();
 }
 
@@ -32,6 +32,15 @@ const Request& Scheduler::running(SlotId slot) const noexcept {
 void Scheduler::draft(SlotId slot, TokenCount start, TokenCount count, bool samples) {
     rows_.push_back({slot, start, count, samples});
     budget_ -= count.value;
+}
+
+// Takes a request's row out of the plan again.
+void Scheduler::undraft(SlotId slot) noexcept {
+    const auto row = std::ranges::find(rows_, slot, &Row::slot);
+    if (row == rows_.end()) return;
+    budget_ += row->count.value;
+    if (row - rows_.begin() < decode_count_) --decode_count_;
+    rows_.erase(row);
 }
 
 bool Scheduler::decodes_next(const Stepping& request) const noexcept {
@@ -51,217 +60,171 @@ void Scheduler::draft_decodes() {
         }
         const TokenCount start =
             rests != nullptr ? rests->request->known() - TokenCount(1) : flies->fed;
-        const bool needs = rests != nullptr ? needs_page(*rests) : needs_page(*flies);
-        const Room room = needs ? find_page(rank) : Room::kReady;
-        if (room == Room::kReady) draft(slot, start, TokenCount(1), true);
+        const Room room = find_pages(rank, start + TokenCount(1));
+        if (room == Room::kReady) {
+            promise_checkpoint(slot, start + TokenCount(1));
+            draft(slot, start, TokenCount(1), true);
+        }
         if (room != Room::kGone) ++rank;
     }
-}
-
-// Finds the page that the request's next token needs. When the cache has nothing left to evict,
-// the request that comes last in order gives way. In flight it cannot: then it is left out of this
-// plan, and gives way once its step retired.
-Scheduler::Room Scheduler::find_page(std::size_t rank) {
-    const SlotId slot = order_[rank];
-    for (;;) {
-        if (auto page = store_.take()) {
-            if (Decoding* rests = decoding_.at(slot)) {
-                grow(*rests, std::move(*page));
-            } else {
-                grow(*stepping_.at(slot), std::move(*page));
-            }
-            return Room::kReady;
-        }
-        starved_ = true;
-        // Pages are on their way back already.
-        if (resting_ || doomed_count_ > 0) return Room::kWait;
-        if (order_.size() == 1) {
-            if (stepping_.at(slot)) return Room::kWait;
-            // Alone it fills the pool: it ends here, and leaves the step to those who wait.
-            starved_ = false;
-            reserve_endings(1);
-            leave_order(slot);
-            conclude(finish(decoding_.take(slot), FinishReason::kLength, store_));
-            return Room::kGone;
-        }
-        std::size_t victim = order_.size() - 1;
-        while (victim > rank && !may_be_retracted(running(order_[victim]))) --victim;
-        // All behind it are about to make progress, after which one of them gives way.
-        if (victim == rank && rank + 1 < order_.size()) return Room::kWait;
-        if (stepping_.at(order_[victim])) {
-            resting_ = order_[victim];
-            return Room::kWait;
-        }
-        retract_from(order_[victim]);
-        if (victim == rank) return Room::kGone;
-    }
-}
-
-void Scheduler::retract_from(SlotId slot) {
-    const Request& request = running(slot);
-    auto& room = queued_[request.order()];
-    places_.at(request.id().value).slot.reset();
-    leave_order(slot);
-    if (decoding_.at(slot)) {
-        room.emplace(retract(decoding_.take(slot), store_));
-    } else {
-        room.emplace(retract(prefilling_.take(slot), store_));
-    }
-    ++retractions_;
 }
 
 // Running prompts and waiting ones share what the decode rows left of the step, in order: a long
 // prompt that runs does not keep out a more urgent one that waits.
 void Scheduler::draft_prefills() {
-    for (std::size_t rank = 0; rank < order_.size() && budget_ > 0; ++rank) {
-        while (admit_head(running(order_[rank]).order())) ++rank;
-        const SlotId slot = order_[rank];
-        if (resting_ == slot || budget_ == 0) continue;
-        const Prefilling* rests = prefilling_.at(slot);
-        const Stepping* flies = stepping_.at(slot);
-        if (rests == nullptr && flies == nullptr) continue;
-        const TokenCount fed = rests != nullptr ? rests->fed : flies->fed;
-        const TokenCount known = running(slot).known();
-        if (fed >= known) continue;
-        const TokenCount chunk = std::min(known - fed, TokenCount(budget_));
-        draft(slot, fed, chunk, fed + chunk == known);
-    }
-    while (admit_head(std::nullopt)) {
+    for (std::size_t rank = 0; budget_ > 0;) {
+        if (rank == order_.size()) {
+            if (!seat_next(std::nullopt)) return;
+        } else if (!seat_next(running(order_[rank]).order()) && draft_chunk(rank) != Room::kGone) {
+            ++rank;
+        }
     }
 }
 
-// Admits the head of the queue if it comes before a given place in the order and has all it needs.
-// Nobody overtakes a head that does not fit.
-bool Scheduler::admit_head(std::optional<Order> before) {
-    while (!queued_.empty() && !queued_.begin()->second) queued_.erase(queued_.begin());
-    if (queued_.empty() || budget_ == 0 || starved_ || store_.slots.empty()) return false;
-    const auto head = queued_.begin();
-    if (before && *before < head->first) return false;
-    const Request& request = *head->second->request;
-    const PageCount reserve = admission_reserve(order_.size(), request);
-    if (blocked_ && blocked_->order == head->first &&
-        blocked_->wanted + reserve > store_.available()) {
-        return false;
-    }
-    make_room_for(rows_, 1);
-    make_room_for(bound_slots_, 1);
-    make_room_for(bound_requests_, 1);
-    table_.reserve(request.tokens().size() / static_cast<std::size_t>(page_size_.value));
-
-    auto probed = Admission::probe(*head->second, reserve, store_);
-    if (const auto* refused = std::get_if<Admission::Refused>(&probed)) {
-        blocked_ = {head->first, refused->wanted};
-        return false;
-    }
-    seat(std::move(*head->second), std::move(*std::get_if<Admission>(&probed)));
-    queued_.erase(head);
-    return true;
+// Drafts a row of what the request has still to feed.
+Scheduler::Room Scheduler::draft_chunk(std::size_t rank) {
+    const SlotId slot = order_[rank];
+    if (resting_ == slot || budget_ == 0) return Room::kWait;
+    const Prefilling* rests = prefilling_.at(slot);
+    const Stepping* flies = stepping_.at(slot);
+    if (rests == nullptr && flies == nullptr) return Room::kWait;
+    const TokenCount fed = rests != nullptr ? rests->fed : flies->fed;
+    const TokenCount known = running(slot).known();
+    if (fed >= known) return Room::kWait;
+    const TokenCount chunk = std::min(chunk_from(fed, running(slot)), TokenCount(budget_));
+    const Room room = find_pages(rank, fed + chunk);
+    if (room != Room::kReady) return room;
+    promise_checkpoint(slot, fed + chunk);
+    draft(slot, fed, chunk, fed + chunk == known);
+    return Room::kReady;
 }
 
-// Takes an admitted request to a slot and drafts its first chunk.
-void Scheduler::seat(Queued&& queued, Admission&& ticket) noexcept {
-    const bool first = !queued.request->was_admitted();
-    const Prefilling& request =
-        prefilling_.put(admit(std::move(queued), std::move(ticket), *store_.slots.take()));
-    const SlotId slot = request.slot.id();
-    const RequestId id = request.request->id();
-    const TokenCount known = request.request->known();
-    if (first) {
-        prompt_tokens_ += known.value;
-        cached_tokens_ += request.request->cached().value;
+// What may be fed in one piece: the state of a recurrence is kept at certain ends of pages, and a
+// piece ends there.
+TokenCount Scheduler::chunk_from(TokenCount fed, const Request& request) const noexcept {
+    TokenCount end = request.known();
+    if (store_.index.has<Recurrent>()) {
+        const std::int32_t interval = store_.index.checkpoint_pages() * page_size_.value;
+        end = std::min(end, TokenCount((fed.value / interval + 1) * interval));
+        const TokenCount last = last_reusable(request);
+        if (fed < last) end = std::min(end, last);
     }
-    places_.find(id.value)->second.slot = slot;
-    const auto behind = std::ranges::find_if(
-        order_, [&](SlotId other) { return running(other).order() > request.request->order(); });
-    order_.insert(behind, slot);
-    bound_slots_.push_back(slot.value);
-    bound_requests_.push_back(id.value);
-    for (std::size_t i = 0; i < request.sealed.size(); ++i) {
-        table_.add(slot, i, request.sealed[i].id());
-    }
-    const TokenCount chunk = std::min(known - request.fed, TokenCount(budget_));
-    draft(slot, request.fed, chunk, request.fed + chunk == known);
+    return end - fed;
 }
 
-// --- launching ----------------------------------------------------------------------------------
-
-// Everything is allocated before the first request moves.
-Plan Scheduler::launch_drafts() {
-    std::size_t tokens = 0, samples = 0, opened = 0;
-    std::vector<Berth> berths;
-    berths.reserve(rows_.size());
-    for (const Row& row : rows_) {
-        const std::size_t pages =
-            static_cast<std::size_t>(pages_for(row.count, page_size_).value) + 1;
-        const Stepping* flies = stepping_.at(row.slot);
-        berths.emplace_back(pages + (flies != nullptr ? flies->lent.size() : 0));
-        tokens += static_cast<std::size_t>(row.count.value);
-        samples += row.samples ? 1 : 0;
-        opened += pages;
-    }
-    table_.reserve(opened);
-
-    Plan plan{.step = StepId(0),
-              .decode_count = decode_count_,
-              .row_slots = {},
-              .query_starts = {},
-              .context_lens = {},
-              .token_ids = {},
-              .sample_rows = {},
-              .sample_positions = {},
-              .bound_slots = {},
-              .bound_requests = {},
-              .kv_slots = {},
-              .table = {}};
-    plan.row_slots.reserve(rows_.size());
-    plan.query_starts.reserve(rows_.size() + 1);
-    plan.context_lens.reserve(rows_.size());
-    plan.token_ids.reserve(tokens);
-    plan.kv_slots.reserve(tokens);
-    plan.sample_rows.reserve(samples);
-    plan.sample_positions.reserve(samples);
-    flights_.push_back({StepId(0), rows_, samples});
-
-    plan.step = flights_.back().step = ledger_.launch();
-    plan.query_starts.push_back(0);
-    for (std::size_t i = 0; i < rows_.size(); ++i) {
-        launch_row(rows_[i], static_cast<std::int32_t>(i), std::move(berths[i]), plan);
-    }
-    plan.bound_slots = std::exchange(bound_slots_, {});
-    plan.bound_requests = std::exchange(bound_requests_, {});
-    plan.table = std::exchange(table_, {});
-    ++steps_;
-    return plan;
+// The last end of a page that the next turn of a conversation can begin at.
+TokenCount Scheduler::last_reusable(const Request& request) const noexcept {
+    return TokenCount((request.known().value - 1) / page_size_.value * page_size_.value);
 }
 
-void Scheduler::launch_row(const Row& row, std::int32_t index, Berth&& berth, Plan& plan) noexcept {
-    // Which output token the row samples: those known and those in flight come before it.
-    const TokenCount before =
-        stepping_.at(row.slot) ? stepping_.at(row.slot)->pending : TokenCount(0);
-    const bool decodes = index < plan.decode_count;
-    Stepping& flying = stepping_.put(
-        decoding_.at(row.slot) ? launch(decoding_.take(row.slot), plan.step, std::move(berth))
-        : prefilling_.at(row.slot)
-            ? launch(prefilling_.take(row.slot), plan.step, row.count, std::move(berth))
-            : extend(stepping_.take(row.slot), plan.step, row.count, std::move(berth)));
-    const Request& request = *flying.request;
+// Where the state of a recurrence is worth keeping, and a page is at hand, a copy of it is made.
+void Scheduler::promise_checkpoint(SlotId slot, TokenCount end) {
+    if (!store_.index.has<Recurrent>() || !store_.index.tree().shared()) return;
+    const std::int32_t interval = store_.index.checkpoint_pages() * page_size_.value;
+    if (end.value % interval != 0 && end != last_reusable(running(slot))) return;
+    const auto promise = [&](auto& request) {
+        if (!request.pages.recurrent.promised.empty()) return;
+        reserve_growth<Recurrent>(request);
+        if (auto page = store_.index.take<Recurrent>()) grow<Recurrent>(request, std::move(*page));
+    };
+    if (Decoding* request = decoding_.at(slot)) promise(*request);
+    if (Prefilling* request = prefilling_.at(slot)) promise(*request);
+    if (Stepping* request = stepping_.at(slot)) promise(*request);
+}
 
-    plan.row_slots.push_back(row.slot.value);
-    plan.context_lens.push_back(row.start.value);
-    if (row.samples) {
-        plan.sample_rows.push_back(index);
-        plan.sample_positions.push_back((request.outputs() + before).value);
+// --- pages --------------------------------------------------------------------------------------
+
+Scheduler::Room Scheduler::find_pages(std::size_t rank, TokenCount end) {
+    Room room = Room::kReady;
+    each_group([&]<class G>() {
+        if (room == Room::kReady && kPaged<G> && store_.index.has<G>()) {
+            room = find_pages<G>(rank, end);
+        }
+    });
+    return room;
+}
+
+// Finds the pages of a group that the request's first `end` tokens need. When the cache has
+// nothing left to evict, whoever comes last in order gives way.
+template <class G>
+Scheduler::Room Scheduler::find_pages(std::size_t rank, TokenCount end) {
+    const SlotId slot = order_[rank];
+    const auto provide = [&](auto& request) {
+        while (lacks<G>(request, end) > PageCount(0)) {
+            reserve_growth<G>(request);
+            auto page = store_.index.take<G>();
+            if (!page) return false;
+            grow<G>(request, std::move(*page));
+        }
+        return true;
+    };
+    for (;;) {
+        Decoding* decoding = decoding_.at(slot);
+        Prefilling* prefilling = prefilling_.at(slot);
+        const bool ready = decoding != nullptr     ? provide(*decoding)
+                           : prefilling != nullptr ? provide(*prefilling)
+                                                   : provide(*stepping_.at(slot));
+        if (ready) return Room::kReady;
+        if (const Room room = make_way(rank); room != Room::kReady) return room;
     }
-    for (TokenCount at = row.start; at < row.start + row.count; at += TokenCount(1)) {
-        const std::size_t page = static_cast<std::size_t>(at.value / page_size_.value);
-        const TokenCount offset(at.value % page_size_.value);
-        const InFlight<OpenPage>& lease = flying.lent[page - flying.sealed.size()];
-        if (offset == TokenCount(0)) table_.add(row.slot, page, lease.id());
-        plan.kv_slots.push_back(kv_slot(lease, offset, page_size_));
-        plan.token_ids.push_back(decodes ? 0
-                                         : request.tokens()[static_cast<std::size_t>(at.value)]);
+}
+
+// Frees pages for the request: the last in order of those who hold any gives way. In flight it
+// cannot: then it is left out of this plan, and gives way once its step retired.
+Scheduler::Room Scheduler::make_way(std::size_t rank) {
+    const SlotId slot = order_[rank];
+    if (const Parked* parked = parked_.last();
+        parked != nullptr && running(slot).order() < parked->request->order()) {
+        retract_parked(parked->request->order());
+        return Room::kReady;
     }
-    plan.query_starts.push_back(static_cast<std::int32_t>(plan.token_ids.size()));
+    starved_ = true;
+    // Pages are on their way back already.
+    if (resting_ || doomed_.count() > 0) return Room::kWait;
+    std::size_t victim = order_.size() - 1;
+    if (victim == 0 && parked_.count() == 0) {
+        if (stepping_.at(slot) || transfers_.under_way() > 0) return Room::kWait;
+        // Alone it fills the pool: it ends here, and leaves the step to those who wait.
+        starved_ = false;
+        reserve_endings(1);
+        leave_order(slot);
+        if (decoding_.at(slot)) {
+            conclude(finish(decoding_.take(slot), FinishReason::kLength, store_));
+        } else {
+            conclude(finish(prefilling_.take(slot), FinishReason::kLength, store_));
+        }
+        return Room::kGone;
+    }
+    while (victim > rank && !may_be_retracted(running(order_[victim]))) --victim;
+    // All behind it are about to make progress, after which one of them gives way.
+    if (victim == rank && rank + 1 < order_.size()) return Room::kWait;
+    if (stepping_.at(order_[victim])) {
+        resting_ = order_[victim];
+        undraft(order_[victim]);
+        return Room::kWait;
+    }
+    retract_from(order_[victim]);
+    return victim == rank ? Room::kGone : Room::kReady;
+}
+
+void Scheduler::retract_from(SlotId slot) {
+    const Request& request = running(slot);
+    queued_.reserve(request.order());
+    places_.find(request.id().value)->second.slot.reset();
+    leave_order(slot);
+    undraft(slot);
+    if (decoding_.at(slot)) {
+        queued_.put(retract(decoding_.take(slot), store_));
+    } else {
+        queued_.put(retract(prefilling_.take(slot), store_));
+    }
+    ++retractions_;
+}
+
+void Scheduler::retract_parked(const Order& order) {
+    queued_.reserve(order);
+    queued_.put(retract(parked_.take(order), store_));
+    ++retractions_;
 }
 
 }  // namespace tokenspeed::control

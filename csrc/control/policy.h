@@ -24,8 +24,14 @@ inline bool may_be_retracted(const Request& request) noexcept {
 }
 
 // Whether a prompt and its first token can ever be held.
-inline bool fits(const Request& request, PageCount pages) noexcept {
-    return pages_for(request.known() + TokenCount(1), request.page_size()) <= pages;
+inline bool fits(const Request& request, const PrefixIndex& index) noexcept {
+    bool fits = true;
+    each_group([&]<class G>() {
+        if (!kWhole<G> || !index.has<G>()) return;
+        fits = fits && pages_for(request.known() + TokenCount(1), request.page_size()) <=
+                           index.tier<G>().pool().total();
+    });
+    return fits;
 }
 
 }  // namespace tokenspeed::control

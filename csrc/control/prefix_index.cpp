@@ -1,131 +1,271 @@
 #include "prefix_index.h"
 
 #include <algorithm>
-#include <bit>
 #include <cassert>
 
 namespace tokenspeed::control {
 
-PrefixIndex::PrefixIndex(PagePool& pool, TokenCount page_size, bool shared)
-    : pool_(pool),
-      page_size_(page_size),
-      shared_(shared),
-      nodes_(static_cast<std::size_t>(pool.total().value)) {
-    const auto pages = static_cast<std::size_t>(pool.total().value);
-    if (shared) {
-        tokens_.resize(pages * static_cast<std::size_t>(page_size.value));
-        table_.resize(std::bit_ceil(2 * pages));
-        heap_.reserve(pages);
+namespace {
+
+const GroupConfig* find_group(std::span<const GroupConfig> groups, GroupKind kind) {
+    const auto found = std::ranges::find(groups, kind, &GroupConfig::kind);
+    return found == groups.end() ? nullptr : &*found;
+}
+
+PageCount device_pages(std::span<const GroupConfig> groups, GroupKind kind) {
+    const GroupConfig* group = find_group(groups, kind);
+    return PageCount(group != nullptr ? group->pages : 0);
+}
+
+PageCount host_pages(std::span<const GroupConfig> groups, GroupKind kind, bool shared) {
+    const GroupConfig* group = find_group(groups, kind);
+    return PageCount(group != nullptr && shared ? group->host_pages : 0);
+}
+
+// A node for every page, and for every page of content that a running request links to though no
+// group keeps it any more. Beyond that, `enter` evicts.
+std::size_t nodes_max(std::span<const GroupConfig> groups, TokenCount page_size,
+                      std::int32_t slots_max, TokenCount context_max) {
+    std::size_t nodes = 0;
+    bool whole = false;
+    for (const GroupConfig& group : groups) {
+        nodes += static_cast<std::size_t>(group.pages) + static_cast<std::size_t>(group.host_pages);
+        whole = whole || group.kind == GroupKind::kFull || group.kind == GroupKind::kLatent;
     }
+    if (!whole) {
+        nodes += static_cast<std::size_t>(slots_max) *
+                 static_cast<std::size_t>(pages_for(context_max, page_size).value);
+    }
+    return nodes;
+}
+
+GroupKind lead(std::span<const GroupConfig> groups) {
+    for (const GroupKind kind : {GroupKind::kFull, GroupKind::kLatent, GroupKind::kWindow}) {
+        if (find_group(groups, kind) != nullptr) return kind;
+    }
+    return GroupKind::kRecurrent;
+}
+
+}  // namespace
+
+PrefixIndex::PrefixIndex(std::span<const GroupConfig> groups, TokenCount page_size,
+                         std::int32_t slots_max, TokenCount context_max, bool shared)
+    : page_size_(page_size),
+      window_(1),
+      lead_(lead(groups)),
+      tree_(nodes_max(groups, page_size, slots_max, context_max), page_size, shared),
+      tiers_{.full = {TierCache<Full, Device>(device_pages(groups, GroupKind::kFull)),
+                      TierCache<Full, Host>(host_pages(groups, GroupKind::kFull, shared))},
+             .window = {TierCache<Window, Device>(device_pages(groups, GroupKind::kWindow)),
+                        TierCache<Window, Host>(host_pages(groups, GroupKind::kWindow, shared))},
+             .latent = {TierCache<Latent, Device>(device_pages(groups, GroupKind::kLatent)),
+                        TierCache<Latent, Host>(host_pages(groups, GroupKind::kLatent, shared))},
+             .recurrent = {
+                 TierCache<Recurrent, Device>(device_pages(groups, GroupKind::kRecurrent)),
+                 TierCache<Recurrent, Host>(host_pages(groups, GroupKind::kRecurrent, shared))}} {
+    if (const auto* group = find_group(groups, GroupKind::kWindow)) {
+        window_ = TokenCount(group->window);
+    }
+    if (const auto* group = find_group(groups, GroupKind::kRecurrent)) {
+        checkpoint_pages_ = group->checkpoint_pages;
+    }
+    each_group([&]<class G>() {
+        leaving<G>().reserve(static_cast<std::size_t>(tier<G, Host>().pool().total().value));
+    });
 }
 
 PrefixIndex::~PrefixIndex() {
     recording_ = false;
     clear();
-    assert(referenced_ == PageCount(0) && "a request outlived the index");
+    each_group([&]<class G>() {
+        for (auto& leaving : leaving<G>()) {
+            tree_.prune(tree_.unlink(std::move(leaving.node)));
+            tier<G, Host>().pool().give(std::move(leaving.target));
+        }
+        assert((tier<G, Device>().referenced_count() == PageCount(0)) &&
+               "a request outlived the index");
+    });
 }
 
-std::span<std::int32_t> PrefixIndex::tokens_of(PageId page) noexcept {
-    const auto size = static_cast<std::size_t>(page_size_.value);
-    return std::span(tokens_).subspan(static_cast<std::size_t>(page.value) * size, size);
-}
+// --- content ------------------------------------------------------------------------------------
 
-void PrefixIndex::match(std::span<const Hash128> hashes, std::span<const std::int32_t> tokens,
-                        std::uint64_t salt, std::vector<PageRef>& run) noexcept {
-    if (!shared_) return;
+std::size_t PrefixIndex::match(std::span<const Hash128> hashes,
+                               std::span<const std::int32_t> tokens, std::uint64_t salt, bool host,
+                               std::vector<NodeId>& path) const noexcept {
     const auto size = static_cast<std::size_t>(page_size_.value);
-    std::optional<PageId> parent;
+    std::optional<NodeId> parent;
     for (std::size_t i = 0; i < hashes.size(); ++i) {
-        const auto page = find({hashes[i], salt, tokens.subspan(i * size, size)}, parent);
-        if (!page) return;
-        run.push_back(refer(*page));
-        parent = page;
+        const auto node = tree_.find({hashes[i], salt, tokens.subspan(i * size, size)}, parent);
+        if (!node) break;
+        if (has<Full>() && !held<Full>(*node, host)) break;
+        if (has<Latent>() && !held<Latent>(*node, host)) break;
+        path.push_back(*node);
+        parent = node;
     }
+    // Shortened until the window before its end is there, and the state at its end.
+    for (std::size_t pages = path.size(); pages > 0;) {
+        std::size_t shorter = pages;
+        if (has<Recurrent>() && !held<Recurrent>(path[pages - 1], host)) shorter = pages - 1;
+        if (has<Window>() && shorter == pages) {
+            const TokenCount written(static_cast<std::int32_t>(pages) * page_size_.value);
+            const std::size_t begin = window_begin(written);
+            for (std::size_t i = pages; i > begin && shorter == pages; --i) {
+                // Without this page no run can end behind it and still within its reach.
+                if (!held<Window>(path[i - 1], host)) shorter = i - 1;
+            }
+        }
+        if (shorter == pages) return pages;
+        pages = shorter;
+    }
+    return 0;
 }
 
 PageCount PrefixIndex::peek(std::span<const Hash128> hashes) const noexcept {
-    // A page is cached only while its parent is, so the cached hashes are a prefix.
-    const auto end = std::partition_point(hashes.begin(), hashes.end(),
-                                          [&](const Hash128& hash) { return contains(hash); });
+    // A node stays while another continues it, so the known hashes are a prefix.
+    const auto end = std::partition_point(hashes.begin(), hashes.end(), [&](const Hash128& hash) {
+        return tree_.find(hash).has_value();
+    });
     return PageCount(static_cast<std::int32_t>(end - hashes.begin()));
 }
 
-PrefixIndex::Shelved PrefixIndex::shelve(SealedPage&& page, const PageRef* parent,
-                                         const PageContent& content) {
-    std::optional<PageId> before;
+NodeRef PrefixIndex::enter(const PageContent& content, const NodeRef* parent) noexcept {
+    std::optional<NodeId> before;
     if (parent != nullptr) before = parent->id();
-    if (shared_) {
-        if (const auto known = find(content, before)) return {refer(*known), std::move(page)};
+    while (tree_.full() && evict_any()) {
     }
-    const PageId id = page.id();
-    Node& node = at(id);
-    node.page.emplace(std::move(page));
-    node.references = 1;
-    referenced_ += PageCount(1);
-    if (shared_) {
-        node.hash = content.hash;
-        node.salt = content.salt;
-        node.parent = before;
-        node.listed = true;
-        std::ranges::copy(content.tokens, tokens_of(id).begin());
-        if (before) ++at(*before).children;
-        enlist(id);
-        if (recording_) report_stored(id);
-    }
-    return {PageMint::mint<PageRef>(id), std::nullopt};
+    return tree_.enter(content, before);
 }
 
-PageRef PrefixIndex::refer(PageId page) noexcept {
-    Node& node = at(page);
-    if (node.references++ == 0) {
-        cached_ -= PageCount(1);
-        referenced_ += PageCount(1);
-        if (node.in_heap) heap_remove(page);
-    }
-    return PageMint::mint<PageRef>(page);
+void PrefixIndex::release(std::vector<NodeRef>&& trail) noexcept {
+    for (; !trail.empty(); trail.pop_back()) tree_.prune(tree_.unlink(std::move(trail.back())));
 }
 
-void PrefixIndex::release(std::vector<PageRef>&& run) noexcept {
-    const std::uint64_t now = ++clock_;
-    for (; !run.empty(); run.pop_back()) drop(std::move(run.back()), now);
+// --- pages --------------------------------------------------------------------------------------
+
+template <class G, class T>
+void PrefixIndex::settle(NodeId node) noexcept {
+    const Copy<G, T>& copy = tree_.copy<G, T>(node);
+    if (!copy.page) return;
+    const bool last = !kWhole<G> || copy.children == 0;
+    if (last && tree_.listed(node) && !tier<G, T>().referenced(*copy.page)) {
+        tier<G, T>().offer(*copy.page);
+    } else {
+        tier<G, T>().withhold(*copy.page);
+    }
 }
 
-void PrefixIndex::drop(PageRef&& ref, std::uint64_t now) noexcept {
-    const PageId page = PageMint::melt(std::move(ref));
-    Node& node = at(page);
-    if (--node.references > 0) return;
-    referenced_ -= PageCount(1);
-    if (!node.listed) {
-        pool_.give(std::move(*node.page));
-        node.page.reset();
-        return;
+template <class G, class T>
+void PrefixIndex::settle_parent(NodeId node) noexcept {
+    if constexpr (kWhole<G>) {
+        if (const auto parent = tree_.parent(node)) settle<G, T>(*parent);
     }
-    cached_ += PageCount(1);
-    node.released = now;
-    if (node.children == 0) heap_push(page);
 }
 
-bool PrefixIndex::evict() {
-    if (heap_.empty()) return false;
-    const PageId page = heap_.front();
-    if (recording_) report_removed(page);
-    heap_remove(page);
-    delist(page);
-    Node& node = at(page);
-    if (node.parent) {
-        Node& parent = at(*node.parent);
-        if (--parent.children == 0 && parent.references == 0) heap_push(*node.parent);
+template <class G, class T>
+PageId<G, T> PrefixIndex::put(SealedPage<G, T>&& page, NodeId node) noexcept {
+    const bool news = leads<G>() && !held<G>(node, true);
+    const PageId<G, T> id = tier<G, T>().keep(std::move(page), node);
+    tree_.place<G, T>(node, id);
+    settle_parent<G, T>(node);
+    if (news && recording_) report_stored(node);
+    return id;
+}
+
+template <class G, class T>
+void PrefixIndex::discard(NodeId node) noexcept {
+    const PageId<G, T> page = *tree_.copy<G, T>(node).page;
+    tree_.displace<G, T>(node);
+    tier<G, T>().remove(page);
+    settle_parent<G, T>(node);
+    if (leads<G>() && recording_ && tree_.listed(node) && !held<G>(node, true)) {
+        report_removed(node);
     }
-    pool_.give(std::move(*node.page));
-    node = Node{};
-    cached_ -= PageCount(1);
-    ++evictions_;
+    if (kWhole<G> && leads<G>() && !held<G>(node, true)) abandon(node);
+    tree_.prune(node);
+}
+
+void PrefixIndex::abandon(NodeId node) noexcept {
+    // Somebody is about to bring the content back, or goes on from here.
+    if (tree_.links(node) != 0) return;
+    NodeRef guard = tree_.link(node);
+    for (NodeId leaf = tree_.leaf_below(node); leaf != node; leaf = tree_.leaf_below(node)) {
+        // A copy on its way to the host, or from it, keeps the leaf until it is there.
+        NodeRef held_back = tree_.link(leaf);
+        each_group([&]<class G>() {
+            const auto drop = [&]<class T>() {
+                const auto page = tree_.copy<G, T>(leaf).page;
+                if (page && !tier<G, T>().referenced(*page)) discard<G, T>(leaf);
+            };
+            drop.template operator()<Device>();
+            drop.template operator()<Host>();
+        });
+        tree_.detach(leaf);
+        tree_.prune(tree_.unlink(std::move(held_back)));
+    }
+    static_cast<void>(tree_.unlink(std::move(guard)));
+}
+
+template <class G>
+PrefixIndex::Shelved<G> PrefixIndex::shelve(SealedPage<G>&& page, const NodeRef& node) noexcept {
+    if (auto known = refer<G, Device>(node.id())) return {std::move(*known), std::move(page)};
+    return {tier<G, Device>().refer(put<G, Device>(std::move(page), node.id())), std::nullopt};
+}
+
+template <class G, class T>
+void PrefixIndex::release(PageRef<G, T>&& ref, std::uint64_t now) noexcept {
+    const NodeId node = tier<G, T>().node(ref.id());
+    if (!tier<G, T>().drop(std::move(ref), now)) return;
+    if (tree_.listed(node)) {
+        settle<G, T>(node);
+    } else {
+        discard<G, T>(node);
+    }
+}
+
+template <class G, class T>
+bool PrefixIndex::evict(bool keep) noexcept {
+    const auto page = tier<G, T>().coldest();
+    if (!page) return false;
+    const NodeId node = tier<G, T>().node(*page);
+    if constexpr (std::is_same_v<T, Device>) {
+        if (keep && tier<G, Host>().present() && !tree_.copy<G, Host>(node).page) {
+            if (auto room = take<G, Host>()) {
+                leaving<G>().push_back({tree_.link(node), *page, open(std::move(*room))});
+                ++stores_;
+            }
+        }
+        ++evictions_;
+    }
+    discard<G, T>(node);
     return true;
 }
 
-void PrefixIndex::clear() {
+template <class G>
+void PrefixIndex::stow(Storing<G>&& stored, const Retired& done) noexcept {
+    OpenPage<G, Host> page = reclaim(std::move(stored.target), done);
+    const NodeId node = stored.node.id();
+    if (tree_.copy<G, Host>(node).page || !tree_.listed(node)) {
+        tier<G, Host>().pool().give(std::move(page));
+    } else {
+        put<G, Host>(seal(std::move(page), done), node);
+        settle<G, Host>(node);
+    }
+    tree_.prune(tree_.unlink(std::move(stored.node)));
+}
+
+bool PrefixIndex::evict_any() noexcept {
+    bool gone = false;
+    each_group([&]<class G>() { gone = gone || evict<G, Host>(false) || evict<G, Device>(false); });
+    return gone;
+}
+
+void PrefixIndex::clear() noexcept {
     // One event says it all when nothing stays behind.
-    const bool whole = recording_ && referenced_ == PageCount(0);
+    bool whole = recording_;
+    each_group([&]<class G>() {
+        whole = whole && tier<G, Device>().referenced_count() == PageCount(0) &&
+                tier<G, Host>().referenced_count() == PageCount(0) && leaving<G>().empty();
+    });
     if (whole) {
         events_.kinds.push_back(CacheEvents::kCleared);
         events_.hashes.push_back(0);
@@ -134,113 +274,33 @@ void PrefixIndex::clear() {
         recording_ = false;
     }
     const std::int64_t evictions = evictions_;
-    while (evict()) {
+    while (evict_any()) {
     }
     evictions_ = evictions;
     if (whole) recording_ = true;
 }
 
-// --- the table --------------------------------------------------------------------------------
-
-std::optional<PageId> PrefixIndex::find(const PageContent& content,
-                                        std::optional<PageId> parent) const noexcept {
-    const auto size = static_cast<std::size_t>(page_size_.value);
-    for (std::size_t place = home(content.hash); table_[place]; place = after(place)) {
-        const PageId page = *table_[place];
-        const Node& node = at(page);
-        if (node.hash == content.hash && node.parent == parent && node.salt == content.salt &&
-            std::equal(content.tokens.begin(), content.tokens.end(),
-                       tokens_.begin() + static_cast<std::ptrdiff_t>(
-                                             static_cast<std::size_t>(page.value) * size))) {
-            return page;
-        }
-    }
-    return std::nullopt;
+PageCounts PrefixIndex::cached_counts() const noexcept {
+    PageCounts counts;
+    each_group([&]<class G>() { counts.of<G>() = tier<G, Device>().cached_count(); });
+    return counts;
 }
 
-bool PrefixIndex::contains(const Hash128& hash) const noexcept {
-    if (!shared_) return false;
-    for (std::size_t place = home(hash); table_[place]; place = after(place)) {
-        if (at(*table_[place]).hash == hash) return true;
-    }
-    return false;
-}
+// --- events -------------------------------------------------------------------------------------
 
-void PrefixIndex::enlist(PageId page) noexcept {
-    std::size_t place = home(at(page).hash);
-    while (table_[place]) place = after(place);
-    table_[place] = page;
-}
-
-void PrefixIndex::delist(PageId page) noexcept {
-    std::size_t hole = home(at(page).hash);
-    while (table_[hole] != page) hole = after(hole);
-    // Entries behind the hole move up while that brings them no farther than their home.
-    for (std::size_t place = after(hole); table_[place]; place = after(place)) {
-        const std::size_t wish = home(at(*table_[place]).hash);
-        const std::size_t mask = table_.size() - 1;
-        if (((place - wish) & mask) >= ((place - hole) & mask)) {
-            table_[hole] = table_[place];
-            hole = place;
-        }
-    }
-    table_[hole].reset();
-}
-
-// --- the heap ---------------------------------------------------------------------------------
-
-bool PrefixIndex::goes_before(PageId a, PageId b) const noexcept {
-    return at(a).released != at(b).released ? at(a).released < at(b).released : a < b;
-}
-
-void PrefixIndex::heap_place(std::size_t place, PageId page) noexcept {
-    heap_[place] = page;
-    at(page).in_heap = place;
-}
-
-// Puts a page at a place, then up or down to where it belongs.
-void PrefixIndex::heap_settle(std::size_t place, PageId page) noexcept {
-    while (place > 0 && goes_before(page, heap_[(place - 1) / 2])) {
-        heap_place(place, heap_[(place - 1) / 2]);
-        place = (place - 1) / 2;
-    }
-    for (std::size_t child; (child = 2 * place + 1) < heap_.size(); place = child) {
-        if (child + 1 < heap_.size() && goes_before(heap_[child + 1], heap_[child])) ++child;
-        if (!goes_before(heap_[child], page)) break;
-        heap_place(place, heap_[child]);
-    }
-    heap_place(place, page);
-}
-
-void PrefixIndex::heap_push(PageId page) noexcept {
-    heap_.push_back(page);  // Never allocates: reserved for every page.
-    heap_settle(heap_.size() - 1, page);
-}
-
-void PrefixIndex::heap_remove(PageId page) noexcept {
-    const std::size_t place = *at(page).in_heap;
-    at(page).in_heap.reset();
-    const PageId last = heap_.back();
-    heap_.pop_back();
-    if (last != page) heap_settle(place, last);
-}
-
-// --- events -----------------------------------------------------------------------------------
-
-void PrefixIndex::report_stored(PageId page) {
-    const Node& node = at(page);
-    const auto tokens = tokens_of(page);
+void PrefixIndex::report_stored(NodeId node) {
+    const auto tokens = tree_.tokens(node);
+    const auto parent = tree_.parent(node);
     events_.kinds.push_back(CacheEvents::kStored);
-    events_.hashes.push_back(static_cast<std::int64_t>(node.hash.lo));
-    events_.parents.push_back(node.parent ? static_cast<std::int64_t>(at(*node.parent).hash.lo)
-                                          : 0);
-    events_.has_parents.push_back(node.parent.has_value());
+    events_.hashes.push_back(static_cast<std::int64_t>(tree_.hash(node).lo));
+    events_.parents.push_back(parent ? static_cast<std::int64_t>(tree_.hash(*parent).lo) : 0);
+    events_.has_parents.push_back(parent.has_value());
     events_.tokens.insert(events_.tokens.end(), tokens.begin(), tokens.end());
 }
 
-void PrefixIndex::report_removed(PageId page) {
+void PrefixIndex::report_removed(NodeId node) {
     events_.kinds.push_back(CacheEvents::kRemoved);
-    events_.hashes.push_back(static_cast<std::int64_t>(at(page).hash.lo));
+    events_.hashes.push_back(static_cast<std::int64_t>(tree_.hash(node).lo));
     events_.parents.push_back(0);
     events_.has_parents.push_back(0);
 }
@@ -249,19 +309,25 @@ void PrefixIndex::record(bool on) {
     if (on == recording_) return;
     recording_ = on;
     events_ = {};
-    if (!on || !shared_) return;
-    // Parents first: each page climbs to its root, and what was reported is passed over.
-    std::vector<bool> reported(nodes_.size());
-    std::vector<PageId> path;
-    for (std::size_t i = 0; i < nodes_.size(); ++i) {
-        if (!nodes_[i].listed) continue;
-        std::optional<PageId> page = PageId(static_cast<std::int32_t>(i));
-        for (; page && !reported[static_cast<std::size_t>(page->value)]; page = at(*page).parent) {
-            path.push_back(*page);
+    if (!on || !tree_.shared()) return;
+    // Parents first: each node climbs to its root, and what was reported is passed over.
+    std::vector<bool> reported(tree_.capacity());
+    std::vector<NodeId> path;
+    for (std::size_t i = 0; i < tree_.capacity(); ++i) {
+        const NodeId here(static_cast<std::int32_t>(i));
+        if (!tree_.listed(here)) continue;
+        std::optional<NodeId> node = here;
+        for (; node && !reported[static_cast<std::size_t>(node->value)];
+             node = tree_.parent(*node)) {
+            path.push_back(*node);
         }
         for (; !path.empty(); path.pop_back()) {
-            report_stored(path.back());
             reported[static_cast<std::size_t>(path.back().value)] = true;
+            bool present = false;
+            each_group([&]<class G>() {
+                present = present || (leads<G>() && held<G>(path.back(), true));
+            });
+            if (present) report_stored(path.back());
         }
     }
 }
@@ -270,52 +336,64 @@ CacheEvents PrefixIndex::take_events() {
     return std::exchange(events_, {});
 }
 
-// --- audits -----------------------------------------------------------------------------------
-
-std::optional<std::int32_t> PrefixIndex::references(PageId page) const noexcept {
-    if (!at(page).page) return std::nullopt;
-    return at(page).references;
-}
+// --- audits -------------------------------------------------------------------------------------
 
 std::optional<const char*> PrefixIndex::broken() const {
-    std::vector<std::int32_t> children(nodes_.size());
-    PageCount cached, referenced, listed;
-    for (const Node& node : nodes_) {
-        if (!node.page) continue;
-        if (node.references > 0) {
-            referenced += PageCount(1);
-        } else {
-            cached += PageCount(1);
+    auto broken = tree_.broken();
+    const auto check = [&]<class G, class T>() {
+        const TierCache<G, T>& cache = tier<G, T>();
+        if (!broken) broken = cache.broken();
+        PageCount placed;
+        for (std::size_t i = 0; i < tree_.capacity() && cache.present() && !broken; ++i) {
+            const NodeId node(static_cast<std::int32_t>(i));
+            const Copy<G, T>& copy = tree_.copy<G, T>(node);
+            if (!copy.page) continue;
+            placed += PageCount(1);
+            if (!cache.references(*copy.page)) {
+                broken = "a node holds a page that is not sealed";
+            } else if (cache.node(*copy.page) != node) {
+                broken = "a page and its node disagree";
+            } else {
+                const bool last = !kWhole<G> || copy.children == 0;
+                const bool evictable =
+                    last && tree_.listed(node) && *cache.references(*copy.page) == 0;
+                if (evictable != cache.offered(*copy.page)) {
+                    broken = "what may be evicted is not what is offered";
+                }
+            }
+            const auto parent = tree_.parent(node);
+            if (kWhole<G> && std::is_same_v<T, Device> && parent && !broken) {
+                const auto before = tree_.copy<G, T>(*parent).page;
+                if (!before) {
+                    broken = "a page stayed on the device without the page before it";
+                } else if (*cache.references(*before) < *cache.references(*copy.page)) {
+                    broken = "a page is referred to without the page before it";
+                }
+            }
         }
-        if (!node.listed) continue;
-        listed += PageCount(1);
-        if (!node.parent) continue;
-        ++children[static_cast<std::size_t>(node.parent->value)];
-        const Node& parent = at(*node.parent);
-        if (!parent.listed) return "a cached page lost its parent";
-        if (node.references > parent.references) return "a page is referred to without its parent";
-    }
-    if (cached != cached_) return "cached pages are miscounted";
-    if (referenced != referenced_) return "referenced pages are miscounted";
-    PageCount found;
-    for (const auto& entry : table_) {
-        if (entry) found += PageCount(at(*entry).listed ? 1 : 0);
-    }
-    if (found != listed) return "the table and the pages disagree";
-    for (std::size_t i = 0; i < nodes_.size(); ++i) {
-        const Node& node = nodes_[i];
-        const PageId page(static_cast<std::int32_t>(i));
-        if (node.children != children[i]) return "children are miscounted";
-        const bool evictable = node.listed && node.references == 0 && node.children == 0;
-        if (evictable != node.in_heap.has_value()) return "the heap is not the evictable leaves";
-        if (node.in_heap && heap_[*node.in_heap] != page) return "the heap lost a page's place";
-        if (node.in_heap && *node.in_heap > 0 &&
-            goes_before(page, heap_[(*node.in_heap - 1) / 2])) {
-            return "the heap is out of order";
+        if (!broken && placed != cache.cached_count() + cache.referenced_count()) {
+            broken = "a sealed page has no node";
         }
-        if (node.listed && !shared_) return "a page is listed though sharing is off";
-    }
-    return std::nullopt;
+    };
+    each_group([&]<class G>() {
+        check.template operator()<G, Device>();
+        check.template operator()<G, Host>();
+    });
+    return broken;
 }
+
+#define TOKENSPEED_FOR_GROUP(G)                                                       \
+    template PrefixIndex::Shelved<G> PrefixIndex::shelve(SealedPage<G>&&,             \
+                                                         const NodeRef&) noexcept;    \
+    template void PrefixIndex::stow(Storing<G>&&, const Retired&) noexcept;           \
+    template void PrefixIndex::release(PageRef<G, Device>&&, std::uint64_t) noexcept; \
+    template void PrefixIndex::release(PageRef<G, Host>&&, std::uint64_t) noexcept;   \
+    template bool PrefixIndex::evict<G, Device>(bool) noexcept;                       \
+    template bool PrefixIndex::evict<G, Host>(bool) noexcept;
+TOKENSPEED_FOR_GROUP(Full)
+TOKENSPEED_FOR_GROUP(Window)
+TOKENSPEED_FOR_GROUP(Latent)
+TOKENSPEED_FOR_GROUP(Recurrent)
+#undef TOKENSPEED_FOR_GROUP
 
 }  // namespace tokenspeed::control

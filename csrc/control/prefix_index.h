@@ -1,4 +1,4 @@
-// The prefix index: sealed pages by content, shared by counted references, evicted leaf first.
+// The prefix index: sealed pages by content, for every cache group and tier.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 #include <span>
 #include <vector>
 
-#include "hash.h"
-#include "pages.h"
+#include "content_tree.h"
+#include "tier_cache.h"
 
 namespace tokenspeed::control {
 
@@ -21,117 +21,200 @@ struct CacheEvents {
     std::vector<std::int32_t> tokens;       // page_size of them for each stored page
 };
 
-// The content of one page: its tokens, and everything before them through hash and salt.
-struct PageContent {
-    Hash128 hash;
-    std::uint64_t salt;
-    std::span<const std::int32_t> tokens;
+// A page that left the device, on its way to the host: the next launched step copies it first,
+// before anything can write to where it was.
+template <class G>
+struct Leaving {
+    NodeRef node;
+    PageId<G> source;
+    OpenPage<G, Host> target;
+};
+// The copy, lent to the step that makes it.
+template <class G>
+struct Storing {
+    NodeRef node;
+    InFlight<OpenPage<G, Host>> target;
 };
 
-// Owns every sealed page. A page is found by its content: chained hash, then parent, salt and
-// tokens, so that no collision ever serves another prompt's KV. Each content is held once.
+// Owns every page of every group and tier; those in use by requests are lent to them. A content is
+// held once a group and tier, and found while every group holds what a prompt needs of it: all
+// pages of a full or latent group, the last window of a sliding one, a checkpoint of a recurrence.
 //
-// Whoever refers to a page refers to all pages before it, so an unreferenced page has only
-// unreferenced pages after it: everything unreferenced can go, leaves before their parents, least
-// recently released first. Look-up, release and eviction of a page are O(1) or O(log pages) and
-// allocate nothing.
+// Of a full or latent group, whoever refers to a page refers to all pages before it, and a page
+// goes only after those that continue it. What leaves the device goes to the host where there is
+// one.
 class PrefixIndex {
   public:
-    // Off, sealed pages are neither found nor kept.
-    PrefixIndex(PagePool& pool, TokenCount page_size, bool shared);
+    // Not shared, sealed pages are neither found nor kept.
+    PrefixIndex(std::span<const GroupConfig> groups, TokenCount page_size, std::int32_t slots_max,
+                TokenCount context_max, bool shared);
     PrefixIndex(const PrefixIndex&) = delete;
     PrefixIndex& operator=(const PrefixIndex&) = delete;
     ~PrefixIndex();
 
-    // Takes a reference to each page of the longest cached run of `hashes`, one hash per page of
-    // `tokens`, and appends it to `run`, whose capacity must suffice.
-    void match(std::span<const Hash128> hashes, std::span<const std::int32_t> tokens,
-               std::uint64_t salt, std::vector<PageRef>& run) noexcept;
+    template <class G>
+    bool has() const noexcept {
+        return tier<G, Device>().present();
+    }
+    template <class G, class T = Device>
+    TierCache<G, T>& tier() noexcept {
+        return pick<T>(tiers_.template of<G>());
+    }
+    template <class G, class T = Device>
+    const TierCache<G, T>& tier() const noexcept {
+        return pick<T>(tiers_.template of<G>());
+    }
+    const ContentTree& tree() const noexcept { return tree_; }
 
-    // Length of the run `match` would find, without taking it; by hash alone. O(log pages).
+    // --- pages ---
+
+    // A free page, evicting for it if need be.
+    template <class G, class T = Device>
+    [[nodiscard]] std::optional<FreePage<G, T>> take() noexcept {
+        if (tier<G, T>().free_count() == PageCount(0)) evict<G, T>(true);
+        return tier<G, T>().pool().take();
+    }
+    template <class G>
+    PageCount available() const noexcept {
+        return tier<G, Device>().available();
+    }
+    template <class G, class P>
+    void give(P&& page) noexcept {
+        tier<G, Device>().pool().give(std::forward<P>(page));
+    }
+
+    // The first page of a window group that a token after `written` others may still read.
+    std::size_t window_begin(TokenCount written) const noexcept {
+        const std::int32_t first = written.value - window_.value + 1;
+        return first <= 0 ? 0 : static_cast<std::size_t>(first / page_size_.value);
+    }
+    // Pages between two kept states of a recurrence.
+    std::int32_t checkpoint_pages() const noexcept { return checkpoint_pages_; }
+
+    // --- content ---
+
+    // The longest run of pages that every group can serve, `path` the nodes of as many or more;
+    // `path` must have room for all hashes. `host` says whether the host's copies count.
+    std::size_t match(std::span<const Hash128> hashes, std::span<const std::int32_t> tokens,
+                      std::uint64_t salt, bool host, std::vector<NodeId>& path) const noexcept;
+    // About as long a run, by hash alone. O(log pages).
     PageCount peek(std::span<const Hash128> hashes) const noexcept;
 
+    NodeRef link(NodeId node) noexcept { return tree_.link(node); }
+    // The node of a page's content, made if it is not there.
+    NodeRef enter(const PageContent& content, const NodeRef* parent) noexcept;
+    void release(std::vector<NodeRef>&& trail) noexcept;
+
+    // A reference to what a tier holds of a node.
+    template <class G, class T>
+    std::optional<PageRef<G, T>> refer(NodeId node) noexcept {
+        const auto page = tree_.copy<G, T>(node).page;
+        if (!page) return std::nullopt;
+        return tier<G, T>().refer(*page);
+    }
+    template <class G>
     struct Shelved {
-        PageRef ref;                          // to the page that holds this content
-        std::optional<SealedPage> duplicate;  // the page brought, if another held it already
+        PageRef<G> ref;                          // to the page that holds this content
+        std::optional<SealedPage<G>> duplicate;  // the page brought, if another held it already
     };
-    // `parent` is the page before it in the same request, if it is not the first.
-    [[nodiscard]] Shelved shelve(SealedPage&& page, const PageRef* parent,
-                                 const PageContent& content);
+    template <class G>
+    [[nodiscard]] Shelved<G> shelve(SealedPage<G>&& page, const NodeRef& node) noexcept;
 
     // Gives back references, the deepest page first, all as recently used as each other.
-    void release(std::vector<PageRef>&& run) noexcept;
+    template <class G, class T>
+    void release(std::vector<PageRef<G, T>>&& run) noexcept {
+        ++clock_;
+        for (; !run.empty(); run.pop_back()) release(std::move(run.back()), clock_);
+    }
+    template <class G, class T>
+    void release(PageRef<G, T>&& ref) noexcept {
+        release(std::move(ref), ++clock_);
+    }
+    // What fell behind the window will hardly be wanted again, and goes first.
+    void release_behind(PageRef<Window>&& ref) noexcept { release(std::move(ref), 0); }
 
-    // Frees the least recently released leaf that nothing refers to.
-    bool evict();
-    // Frees every page that nothing refers to.
-    void clear();
+    // --- tiers ---
 
-    PageCount cached_count() const noexcept { return cached_; }  // unreferenced, evictable
-    PageCount referenced_count() const noexcept { return referenced_; }
+    template <class G>
+    std::vector<Leaving<G>>& leaving() noexcept {
+        return leaving_.template of<G>();
+    }
+    template <class G>
+    const std::vector<Leaving<G>>& leaving() const noexcept {
+        return leaving_.template of<G>();
+    }
+    // The step that made the copy has retired.
+    template <class G>
+    void stow(Storing<G>&& stored, const Retired& done) noexcept;
+
+    // Frees every page that nothing refers to, on every tier.
+    void clear() noexcept;
+
+    PageCounts cached_counts() const noexcept;
     std::int64_t evictions() const noexcept { return evictions_; }
+    std::int64_t stores() const noexcept { return stores_; }
 
     // Switching on first reports the present content, parents before children.
     void record(bool on);
     CacheEvents take_events();
 
-    // For audits: the reference count of a page, nothing if the index does not own it.
-    std::optional<std::int32_t> references(PageId page) const noexcept;
     // For audits: the first broken invariant, nothing if all hold.
     std::optional<const char*> broken() const;
 
   private:
-    struct Node {
-        std::optional<SealedPage> page;
-        Hash128 hash{};
-        std::uint64_t salt = 0;
-        std::optional<PageId> parent;
-        std::int32_t references = 0;
-        std::int32_t children = 0;
-        std::uint64_t released = 0;          // when the last reference went
-        std::optional<std::size_t> in_heap;  // where, while it may be evicted
-        bool listed = false;
+    template <class G>
+    struct Tiers {
+        TierCache<G, Device> device;
+        TierCache<G, Host> host;
     };
-
-    Node& at(PageId page) noexcept { return nodes_[static_cast<std::size_t>(page.value)]; }
-    const Node& at(PageId page) const noexcept {
-        return nodes_[static_cast<std::size_t>(page.value)];
+    template <class T, class Both>
+    static auto& pick(Both& tiers) noexcept {
+        if constexpr (std::is_same_v<T, Device>) {
+            return tiers.device;
+        } else {
+            return tiers.host;
+        }
     }
-    std::span<std::int32_t> tokens_of(PageId page) noexcept;
-    std::optional<PageId> find(const PageContent& content,
-                               std::optional<PageId> parent) const noexcept;
-    bool contains(const Hash128& hash) const noexcept;
-    PageRef refer(PageId page) noexcept;
-    void drop(PageRef&& ref, std::uint64_t now) noexcept;
-    void report_stored(PageId page);
-    void report_removed(PageId page);
-
-    // An open-addressed table from hash to page: linear probing, at most half full.
-    std::size_t home(const Hash128& hash) const noexcept { return hash.lo & (table_.size() - 1); }
-    std::size_t after(std::size_t place) const noexcept {
-        return (place + 1) & (table_.size() - 1);
+    template <class G>
+    bool leads() const noexcept {
+        return G::kKind == lead_;
     }
-    void enlist(PageId page) noexcept;
-    void delist(PageId page) noexcept;
+    template <class G>
+    bool held(NodeId node, bool host) const noexcept {
+        return tree_.copy<G, Device>(node).page || (host && tree_.copy<G, Host>(node).page);
+    }
 
-    // A binary heap of the evictable leaves, least recently released on top.
-    bool goes_before(PageId a, PageId b) const noexcept;
-    void heap_place(std::size_t place, PageId page) noexcept;
-    void heap_settle(std::size_t place, PageId page) noexcept;
-    void heap_push(PageId page) noexcept;
-    void heap_remove(PageId page) noexcept;
+    template <class G, class T>
+    void release(PageRef<G, T>&& ref, std::uint64_t now) noexcept;
+    template <class G, class T>
+    bool evict(bool keep) noexcept;
+    // Offers a page to eviction, or withholds it, as its references and children are.
+    template <class G, class T>
+    void settle(NodeId node) noexcept;
+    template <class G, class T>
+    void settle_parent(NodeId node) noexcept;
+    template <class G, class T>
+    PageId<G, T> put(SealedPage<G, T>&& page, NodeId node) noexcept;
+    template <class G, class T>
+    void discard(NodeId node) noexcept;
+    bool evict_any() noexcept;
+    // The node's content is lost, and what continues it is of no use without it.
+    void abandon(NodeId node) noexcept;
+    void report_stored(NodeId node);
+    void report_removed(NodeId node);
 
-    PagePool& pool_;
     TokenCount page_size_;
-    bool shared_;
-    std::vector<Node> nodes_;           // by page
-    std::vector<std::int32_t> tokens_;  // by page, page_size each
-    std::vector<std::optional<PageId>> table_;
-    std::vector<PageId> heap_;
-    PageCount cached_;
-    PageCount referenced_;
+    TokenCount window_;
+    std::int32_t checkpoint_pages_ = 1;
+    GroupKind lead_;  // the group whose pages stand for the content when it is reported
+    ContentTree tree_;
+    PerGroup<Tiers> tiers_;
+    template <class G>
+    using LeavingList = std::vector<Leaving<G>>;
+    PerGroup<LeavingList> leaving_;
     std::uint64_t clock_ = 0;
     std::int64_t evictions_ = 0;
+    std::int64_t stores_ = 0;
     bool recording_ = false;
     CacheEvents events_;
 };

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <string>
 
@@ -11,14 +12,50 @@ namespace tokenspeed::control {
 
 namespace {
 
-// One lambda for each alternative of a variant; a missing one does not compile.
-template <class... F>
-struct Overloaded : F... {
-    using F::operator()...;
-};
-
 std::string text(std::int64_t number) {
     return std::to_string(number);
+}
+
+const char* name_of(GroupKind kind) {
+    constexpr std::array names{"full", "window", "latent", "recurrent"};
+    return names[static_cast<std::size_t>(kind)];
+}
+
+void check_group(const Config& config, const GroupConfig& group) {
+    const std::string name = std::string("the ") + name_of(group.kind) + " cache group";
+    if (group.pages < 1) {
+        throw ConfigError(name + " must have at least 1 page, but has " + text(group.pages));
+    }
+    if (group.host_pages < 0) {
+        throw ConfigError(name + " must have at least 0 pages on the host, but has " +
+                          text(group.host_pages));
+    }
+    if (static_cast<std::int64_t>(group.pages) * config.page_size >
+        std::numeric_limits<std::int32_t>::max()) {
+        throw ConfigError("pages * page_size must be below 2^31, but is " + text(group.pages) +
+                          " * " + text(config.page_size) + "; lower --kv-cache-size-bytes");
+    }
+    if (group.kind == GroupKind::kWindow) {
+        if (group.window < 1) {
+            throw ConfigError("the window must hold at least 1 token, but holds " +
+                              text(group.window));
+        }
+        // What one request may hold at once: its window, and the chunks of all steps in flight.
+        const std::int64_t tokens = std::min<std::int64_t>(
+            config.context_max, group.window + static_cast<std::int64_t>(config.overlap_depth + 1) *
+                                                   config.step_tokens_max);
+        const std::int64_t least = (tokens - 1) / config.page_size + 2;
+        if (group.pages < least) {
+            throw ConfigError("the window cache group must have at least " + text(least) +
+                              " pages, for the window and the tokens of a step, but has " +
+                              text(group.pages) +
+                              "; raise --kv-cache-size-bytes or lower --max-step-tokens");
+        }
+    }
+    if (group.kind == GroupKind::kRecurrent && group.checkpoint_pages < 1) {
+        throw ConfigError("checkpoint_pages must be at least 1, but is " +
+                          text(group.checkpoint_pages));
+    }
 }
 
 const Config& checked(const Config& config) {
@@ -26,7 +63,6 @@ const Config& checked(const Config& config) {
         if (value < 1)
             throw ConfigError(std::string(name) + " must be at least 1, but is " + text(value));
     };
-    positive("pages", config.pages);
     positive("page_size", config.page_size);
     positive("slots_max", config.slots_max);
     positive("step_tokens_max", config.step_tokens_max);
@@ -38,10 +74,15 @@ const Config& checked(const Config& config) {
         throw ConfigError("step_tokens_max (" + text(config.step_tokens_max) +
                           ") must be at least slots_max (" + text(config.slots_max) + ")");
     }
-    if (static_cast<std::int64_t>(config.pages) * config.page_size >
-        std::numeric_limits<std::int32_t>::max()) {
-        throw ConfigError("pages * page_size must be below 2^31, but is " + text(config.pages) +
-                          " * " + text(config.page_size) + "; lower --kv-cache-size-bytes");
+    if (config.groups.empty()) throw ConfigError("a model keeps at least one cache group");
+    for (std::size_t i = 0; i < config.groups.size(); ++i) {
+        check_group(config, config.groups[i]);
+        for (std::size_t j = 0; j < i; ++j) {
+            if (config.groups[i].kind == config.groups[j].kind) {
+                throw ConfigError(std::string("there are two ") + name_of(config.groups[i].kind) +
+                                  " cache groups; layers of one kind share one");
+            }
+        }
     }
     return config;
 }
@@ -53,23 +94,53 @@ Scheduler::Scheduler(const Config& config)
       context_max_(config.context_max),
       step_tokens_max_(config.step_tokens_max),
       slots_max_(config.slots_max),
-      store_(PageCount(config.pages), page_size_, config.slots_max, config.prefix_cache),
+      store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache),
       ledger_(static_cast<std::size_t>(config.overlap_depth)),
+      transfers_(config.slots_max),
+      loading_(config.slots_max),
+      receiving_(config.slots_max),
       prefilling_(config.slots_max),
       decoding_(config.slots_max),
       stepping_(config.slots_max),
-      doomed_(config.slots_max) {
+      sending_(config.slots_max),
+      doomed_(config.slots_max),
+      cancelled_(config.slots_max) {
     order_.reserve(static_cast<std::size_t>(config.slots_max));
+    each_group([&]<class G>() { news_of<G>().kind = G::kKind; });
 }
 
-// Pages are linear to the end: what is held is given back, what flies is taken to have retired.
+// Pages are linear to the end: what is held is given back, what flies or travels is taken to be
+// over.
 Scheduler::~Scheduler() {
     store_.index.record(false);
-    while (!order_.empty()) apply(running(order_.back()).id());
+    for (const auto& arrival : arrivals_) {
+        if (const auto* queued = std::get_if<Queued>(&arrival)) {
+            places_.erase(queued->request->id().value);
+        }
+    }
+    std::vector<std::int64_t> live;
+    for (const auto& [id, place] : places_) live.push_back(id);
+    for (const std::int64_t id : live) apply(RequestId(id));
     while (!flights_.empty()) {
         const Retired done = ledger_.retire();
-        for (const Row& row : flights_.front().rows) land_doomed(row.slot, done);
+        Flight& flight = flights_.front();
+        each_group([&]<class G>() {
+            for (auto& stored : flight.stores.of<G>())
+                store_.index.stow<G>(std::move(stored), done);
+        });
+        for (const Row& row : flight.rows) {
+            if (doomed_.at(row.slot)) land_doomed(row.slot, done);
+        }
         flights_.pop_front();
+    }
+    for (std::int32_t slot = 0; transfers_.under_way() > 0; ++slot) {
+        if (cancelled_.at(SlotId(slot))) {
+            static_cast<void>(
+                arrive(cancelled_.take(SlotId(slot)), transfers_.arrive(SlotId(slot)), store_));
+        } else if (sending_.at(SlotId(slot))) {
+            static_cast<void>(
+                arrive(sending_.take(SlotId(slot)), transfers_.arrive(SlotId(slot)), store_));
+        }
     }
 }
 
@@ -87,6 +158,10 @@ void Scheduler::submit(Submission&& wish) {
     if (wish.min_new_tokens < 0) {
         throw InvalidParameter("min_new_tokens must be at least 0, but is " +
                                text(wish.min_new_tokens));
+    }
+    if (wish.handover == Handover::kReceive && wish.prompt.size() < 2) {
+        throw InvalidParameter(
+            "a request whose KV is received must hold a prompt and the token sampled after it");
     }
     if (const auto bad = std::ranges::find_if(wish.prompt, [](auto token) { return token < 0; });
         bad != wish.prompt.end()) {
@@ -117,6 +192,13 @@ void Scheduler::abort(RequestId request) {
     if (places_.contains(request.value)) arrivals_.emplace_back(request);
 }
 
+void Scheduler::transferred(TransferId transfer, bool complete) {
+    if (!transfers_.owner(transfer)) {
+        throw EngineError("no transfer " + text(transfer.value) + " is under way");
+    }
+    arrivals_.emplace_back(Report{transfer, complete});
+}
+
 void Scheduler::apply_events() {
     for (; !arrivals_.empty(); arrivals_.pop_front()) {
         std::visit([&](auto&& event) { apply(std::move(event)); }, std::move(arrivals_.front()));
@@ -124,9 +206,9 @@ void Scheduler::apply_events() {
 }
 
 void Scheduler::apply(Queued&& submitted) {
-    if (fits(*submitted.request, store_.pages.total())) {
-        auto& place = queued_[submitted.request->order()];
-        place.emplace(std::move(submitted));
+    if (fits(*submitted.request, store_.index)) {
+        queued_.reserve(submitted.request->order());
+        queued_.put(std::move(submitted));
     } else {
         reserve_endings(1);
         conclude(finish(std::move(submitted), FinishReason::kRejected));
@@ -142,20 +224,90 @@ void Scheduler::apply(RequestId aborted) {
         conclude(on(Abort{}, std::move(request), store_));
     };
     std::visit(
-        Overloaded{[&](Queued&& request) { conclude(on(Abort{}, std::move(request), store_)); },
-                   [&](Prefilling&& request) { seated(std::move(request)); },
-                   [&](Decoding&& request) { seated(std::move(request)); },
-                   [&](Stepping&& request) { seated(std::move(request)); },
-                   [&](Doomed&& request) { doomed_.put(on(Abort{}, std::move(request), store_)); }},
+        Overloaded{
+            [&](Queued&& request) { conclude(on(Abort{}, std::move(request), store_)); },
+            [&](Loading&& request) { conclude(on(Abort{}, std::move(request), store_)); },
+            [&](Receiving&& request) { conclude(on(Abort{}, std::move(request), store_)); },
+            [&](Prefilling&& request) { seated(std::move(request)); },
+            [&](Decoding&& request) { seated(std::move(request)); },
+            [&](Stepping&& request) { seated(std::move(request)); },
+            [&](Parked&& request) { conclude(on(Abort{}, std::move(request), store_)); },
+            [&](Sending&& request) { sending_.put(on(Abort{}, std::move(request), store_)); },
+            [&](Doomed&& request) { doomed_.put(on(Abort{}, std::move(request), store_)); },
+            [&](Cancelled&& request) { cancelled_.put(on(Abort{}, std::move(request), store_)); }},
         extract(found->second));
 }
 
-Scheduler::Live Scheduler::extract(const Place& place) {
-    if (!place.slot) return std::move(*queued_.extract(place.order).mapped());
-    if (prefilling_.at(*place.slot)) return prefilling_.take(*place.slot);
-    if (decoding_.at(*place.slot)) return decoding_.take(*place.slot);
-    if (stepping_.at(*place.slot)) return stepping_.take(*place.slot);
-    return doomed_.take(*place.slot);
+void Scheduler::apply(const Report& report) {
+    const auto slot = transfers_.owner(report.transfer);
+    if (!slot) return;  // Reported twice.
+    reserve_endings(1);
+    if (Loading* request = loading_.at(*slot)) {
+        reserve_arrival(*request, swaps_);
+        if (!report.complete) queued_.reserve(request->request->order());
+    }
+    if (Receiving* request = receiving_.at(*slot)) {
+        reserve_arrival(*request, swaps_);
+        if (!report.complete) queued_.reserve(request->request->order());
+    }
+    for (GroupPlan& group : news_) group.table.reserve(swaps_.capacity());
+
+    const Arrived done = transfers_.arrive(*slot);
+    const auto back = [&](Queued&& request) {
+        places_.find(request.request->id().value)->second.slot.reset();
+        queued_.put(std::move(request));
+    };
+    std::visit(Overloaded{[&](Loading&& request) {
+                              if (!report.complete)
+                                  return back(fail(std::move(request), done, store_));
+                              take_in(arrive(std::move(request), done, store_, swaps_));
+                          },
+                          [&](Receiving&& request) {
+                              if (!report.complete)
+                                  return back(fail(std::move(request), done, store_));
+                              take_in(arrive(std::move(request), done, store_, swaps_));
+                          },
+                          [&](Sending&& request) {
+                              conclude(report.complete ? arrive(std::move(request), done, store_)
+                                                       : fail(std::move(request), done, store_));
+                          },
+                          [&](Cancelled&& request) {
+                              // Its terminal event is out already.
+                              const Finished finished =
+                                  report.complete ? arrive(std::move(request), done, store_)
+                                                  : fail(std::move(request), done, store_);
+                              places_.erase(finished.id.value);
+                          }},
+               extract_travelling(*slot));
+}
+
+void Scheduler::take_in(Prefilling&& arrived) noexcept {
+    const SlotId slot = prefilling_.put(std::move(arrived)).slot.id();
+    tell_swaps(slot);
+    line_up(slot);
+}
+
+Scheduler::Live Scheduler::extract(const Place& place) noexcept {
+    if (!place.slot) {
+        if (queued_.at(place.order)) return queued_.take(place.order);
+        return parked_.take(place.order);
+    }
+    const SlotId slot = *place.slot;
+    if (loading_.at(slot)) return loading_.take(slot);
+    if (receiving_.at(slot)) return receiving_.take(slot);
+    if (prefilling_.at(slot)) return prefilling_.take(slot);
+    if (decoding_.at(slot)) return decoding_.take(slot);
+    if (stepping_.at(slot)) return stepping_.take(slot);
+    if (sending_.at(slot)) return sending_.take(slot);
+    if (doomed_.at(slot)) return doomed_.take(slot);
+    return cancelled_.take(slot);
+}
+
+Scheduler::Travelling Scheduler::extract_travelling(SlotId slot) noexcept {
+    if (loading_.at(slot)) return loading_.take(slot);
+    if (receiving_.at(slot)) return receiving_.take(slot);
+    if (sending_.at(slot)) return sending_.take(slot);
+    return cancelled_.take(slot);
 }
 
 // --- endings ------------------------------------------------------------------------------------
@@ -165,18 +317,26 @@ void Scheduler::reserve_endings(std::size_t more) {
     make_room_for(outcome_.reasons, more);
 }
 
+void Scheduler::report_end(RequestId request, FinishReason reason) noexcept {
+    outcome_.finished.push_back(request.value);
+    outcome_.reasons.push_back(static_cast<std::int32_t>(reason));
+}
+
 void Scheduler::conclude(const Finished& finished) noexcept {
-    outcome_.finished.push_back(finished.id.value);
-    outcome_.reasons.push_back(static_cast<std::int32_t>(finished.reason));
+    report_end(finished.id, finished.reason);
     places_.erase(finished.id.value);
 }
 
 // Reported now; its id and its pages come back when its last step retires.
 void Scheduler::conclude(Doomed&& doomed) noexcept {
-    outcome_.finished.push_back(doomed.id.value);
-    outcome_.reasons.push_back(static_cast<std::int32_t>(doomed.reason));
+    report_end(doomed.id, doomed.reason);
     doomed_.put(std::move(doomed));
-    ++doomed_count_;
+}
+
+// Reported now; its id and its pages come back when its transfer is over.
+void Scheduler::conclude(Cancelled&& cancelled) noexcept {
+    report_end(cancelled.id, cancelled.reason);
+    cancelled_.put(std::move(cancelled));
 }
 
 void Scheduler::leave_order(SlotId slot) noexcept {
@@ -185,11 +345,11 @@ void Scheduler::leave_order(SlotId slot) noexcept {
 
 // --- committing ---------------------------------------------------------------------------------
 
-void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens) {
+void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us) {
     if (flights_.empty()) {
         throw EngineError("no step is in flight, but step " + text(step.value) + " was committed");
     }
-    const Flight& flight = flights_.front();
+    Flight& flight = flights_.front();
     if (flight.step != step) {
         throw EngineError("steps are committed in order: wanted step " + text(flight.step.value) +
                           ", but got " + text(step.value));
@@ -204,7 +364,11 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens) {
     }
     reserve_commit(flight);
 
+    now_us_ = std::max(now_us_, now_us);
     const Retired done = ledger_.retire();
+    each_group([&]<class G>() {
+        for (auto& stored : flight.stores.of<G>()) store_.index.stow<G>(std::move(stored), done);
+    });
     std::int32_t sample = 0;
     for (const Row& row : flight.rows) {
         std::optional<std::int32_t> token;
@@ -225,15 +389,35 @@ void Scheduler::reserve_commit(const Flight& flight) {
     make_room_for(outcome_.tokens, flight.samples);
     make_room_for(outcome_.sample_indices, flight.samples);
     make_room_for(outcome_.cached_counts, flight.samples);
+    manifests_.clear();
     std::size_t swaps = 0;
     for (const Row& row : flight.rows) {
-        if (Stepping* flying = stepping_.at(row.slot)) {
-            reserve_landing(*flying, swaps_);
-            flying->request->reserve_token();
-            swaps += flying->lent.size();
+        Stepping* flying = stepping_.at(row.slot);
+        if (flying == nullptr) continue;
+        reserve_landing(*flying, swaps_);
+        flying->request->reserve_token();
+        each_group([&]<class G>() { swaps += flying->pages.of<G>().lent.size(); });
+        if (row.samples && flying->request->sends()) {
+            manifests_.emplace_back(row.slot, Manifest(*flying));
+            each_group([&]<class G>() {
+                news_of<G>().handovers.reserve(flying->pages.of<G>().sealed.size() +
+                                               flying->pages.of<G>().lent.size());
+            });
         }
     }
-    table_.reserve(swaps);
+    make_room_for(transfer_news_.ids, manifests_.size());
+    make_room_for(transfer_news_.requests, manifests_.size());
+    make_room_for(transfer_news_.kinds, manifests_.size());
+    for (GroupPlan& group : news_) group.table.reserve(swaps);
+}
+
+// Cached pages that took the place of a request's own: its page table changes.
+void Scheduler::tell_swaps(SlotId slot) noexcept {
+    for (const Swap& swap : swaps_) {
+        news_[static_cast<std::size_t>(swap.group)].table.add(
+            slot, static_cast<std::size_t>(swap.index), swap.page);
+    }
+    swaps_.clear();
 }
 
 void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std::int32_t> token,
@@ -251,36 +435,61 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
         end = flying.request->end(context_max_);
     }
     Landed landed = land(std::move(flying), done, row.start + row.count, store_, swaps_);
-    for (const Swap& swap : swaps_) {
-        table_.add(row.slot, static_cast<std::size_t>(swap.index), swap.page);
-    }
-    swaps_.clear();
+    tell_swaps(row.slot);
 
     if (end) leave_order(row.slot);
-    std::visit(Overloaded{[&](Prefilling&& request) { prefilling_.put(std::move(request)); },
-                          [&](Decoding&& request) {
-                              if (end) {
-                                  conclude(finish(std::move(request), *end, store_));
-                              } else {
-                                  decoding_.put(std::move(request));
-                              }
-                          },
-                          [&](Stepping&& request) {
-                              if (end) {
-                                  conclude(doom(std::move(request), *end, store_));
-                              } else {
-                                  stepping_.put(std::move(request));
-                              }
-                          }},
-               std::move(landed));
+    std::visit(
+        Overloaded{[&](Prefilling&& request) { prefilling_.put(std::move(request)); },
+                   [&](Decoding&& request) {
+                       if (!end) {
+                           decoding_.put(std::move(request));
+                       } else if (*end == FinishReason::kLength && request.request->sends()) {
+                           hand_over(std::move(request), *end);
+                       } else {
+                           conclude(finish(std::move(request), *end, store_));
+                       }
+                   },
+                   [&](Stepping&& request) {
+                       if (end) {
+                           conclude(doom(std::move(request), *end, store_));
+                       } else {
+                           stepping_.put(std::move(request));
+                       }
+                   }},
+        std::move(landed));
+}
+
+void Scheduler::hand_over(Decoding&& request, FinishReason reason) noexcept {
+    const SlotId slot = request.slot.id();
+    const auto manifest = std::ranges::find(
+        manifests_, slot, [](const auto& entry) -> const SlotId& { return entry.first; });
+    const TransferId transfer = transfers_.begin(slot);
+    const std::int32_t entry = tell_transfer(transfer, TransferKind::kSend, request.request->id());
+    const Sending& sending = sending_.put(
+        send(std::move(request), reason, transfer, std::move(manifest->second), store_));
+    each_group([&]<class G>() {
+        const Departures<G>& departures = sending.departures.of<G>();
+        std::int32_t index = departures.first;
+        for (const auto& ref : departures.sealed) {
+            news_of<G>().handovers.add(entry, index++, ref.id().value);
+        }
+        for (const auto& page : departures.tail) {
+            news_of<G>().handovers.add(entry, index++, page.id().value);
+        }
+    });
+}
+
+std::int32_t Scheduler::tell_transfer(TransferId transfer, TransferKind kind,
+                                      RequestId request) noexcept {
+    transfer_news_.ids.push_back(transfer.value);
+    transfer_news_.requests.push_back(request.value);
+    transfer_news_.kinds.push_back(static_cast<std::int32_t>(kind));
+    return static_cast<std::int32_t>(transfer_news_.ids.size()) - 1;
 }
 
 void Scheduler::land_doomed(SlotId slot, const Retired& done) noexcept {
     std::visit(Overloaded{[&](Doomed&& request) { doomed_.put(std::move(request)); },
-                          [&](const Finished& request) {
-                              places_.erase(request.id.value);
-                              --doomed_count_;
-                          }},
+                          [&](const Finished& request) { places_.erase(request.id.value); }},
                land(doomed_.take(slot), done, store_));
 }
 
@@ -290,56 +499,78 @@ Outcome Scheduler::take_outcome() {
     return std::exchange(outcome_, {});
 }
 
-std::vector<std::int32_t> Scheduler::tokens(RequestId request) const {
-    const auto found = places_.find(request.value);
-    if (found != places_.end()) {
-        const Place& place = found->second;
-        if (place.slot && !doomed_.at(*place.slot)) return running(*place.slot).tokens();
-        if (const auto queued = queued_.find(place.order); queued != queued_.end()) {
-            return queued->second->request->tokens();
-        }
-        for (const auto& arrival : arrivals_) {
-            const auto* submitted = std::get_if<Queued>(&arrival);
-            if (submitted != nullptr && submitted->request->id() == request) {
-                return submitted->request->tokens();
-            }
+const Request* Scheduler::find(const Place& place) const noexcept {
+    const auto in = [](const auto* state) { return state ? &*state->request : nullptr; };
+    if (place.slot) {
+        const SlotId slot = *place.slot;
+        if (const auto* found = in(loading_.at(slot))) return found;
+        if (const auto* found = in(receiving_.at(slot))) return found;
+        if (const auto* found = in(prefilling_.at(slot))) return found;
+        if (const auto* found = in(decoding_.at(slot))) return found;
+        return in(stepping_.at(slot));
+    }
+    if (const auto* found = in(queued_.at(place.order))) return found;
+    if (const auto* found = in(parked_.at(place.order))) return found;
+    for (const auto& arrival : arrivals_) {
+        const auto* submitted = std::get_if<Queued>(&arrival);
+        if (submitted != nullptr && submitted->request->order() == place.order) {
+            return &*submitted->request;
         }
     }
-    throw InvalidParameter("request " + text(request.value) + " is not live");
+    return nullptr;
+}
+
+std::vector<std::int32_t> Scheduler::tokens(RequestId request) const {
+    const auto found = places_.find(request.value);
+    const Request* live = found == places_.end() ? nullptr : find(found->second);
+    if (live == nullptr) {
+        throw InvalidParameter("request " + text(request.value) + " is not live");
+    }
+    return live->tokens();
 }
 
 Stats Scheduler::stats() const {
-    std::int64_t waiting = 0, uncached = 0;
+    std::int64_t uncached = 0, submitted = 0;
     const auto count = [&](const Queued& queued) {
         const Request& request = *queued.request;
         const auto reusable =
             (request.tokens().size() - 1) / static_cast<std::size_t>(page_size_.value);
         const PageCount cached = store_.index.peek(std::span(request.hashes()).first(reusable));
-        ++waiting;
         uncached += request.known().value - cached.value * page_size_.value;
     };
-    for (const auto& [order, queued] : queued_) {
-        if (queued) count(*queued);
-    }
+    queued_.each(count);
     for (const auto& arrival : arrivals_) {
-        if (const auto* queued = std::get_if<Queued>(&arrival)) count(*queued);
+        if (const auto* queued = std::get_if<Queued>(&arrival)) {
+            count(*queued);
+            ++submitted;
+        }
     }
-    const std::int64_t total = store_.pages.total().value;
-    const std::int64_t free = store_.pages.free_count().value;
-    const std::int64_t cached = store_.index.cached_count().value;
-    return {.running = static_cast<std::int64_t>(order_.size()),
-            .waiting = waiting,
-            .waiting_uncached_tokens = uncached,
-            .pages_total = total,
-            .pages_free = free,
-            .pages_cached = cached,
-            .pages_active = total - free - cached,
-            .steps = steps_,
-            .prompt_tokens = prompt_tokens_,
-            .cached_tokens = cached_tokens_,
-            .output_tokens = output_tokens_,
-            .retractions = retractions_,
-            .evictions = store_.index.evictions()};
+    Stats stats{};
+    each_group([&]<class G>() {
+        const auto& device = store_.index.tier<G, Device>();
+        const auto& host = store_.index.tier<G, Host>();
+        stats.pages_total += device.pool().total().value;
+        stats.pages_free += device.free_count().value;
+        stats.pages_cached += device.cached_count().value;
+        stats.host_pages_total += host.pool().total().value;
+        stats.host_pages_cached += host.cached_count().value + host.referenced_count().value;
+    });
+    stats.pages_active = stats.pages_total - stats.pages_free - stats.pages_cached;
+    stats.running = static_cast<std::int64_t>(order_.size());
+    stats.waiting = static_cast<std::int64_t>(queued_.count()) + submitted;
+    stats.parked = static_cast<std::int64_t>(parked_.count());
+    stats.transferring = static_cast<std::int64_t>(transfers_.under_way());
+    stats.waiting_uncached_tokens = uncached;
+    stats.steps = steps_;
+    stats.prompt_tokens = prompt_tokens_;
+    stats.cached_tokens = cached_tokens_;
+    stats.output_tokens = output_tokens_;
+    stats.retractions = retractions_;
+    stats.parkings = parkings_;
+    stats.evictions = store_.index.evictions();
+    stats.stores = store_.index.stores();
+    stats.loads = loads_;
+    return stats;
 }
 
 bool Scheduler::flush_cache() {

@@ -7,24 +7,27 @@
 // The same calls give the same plans: every choice goes by priority, then arrival.
 #pragma once
 
+#include <array>
 #include <deque>
-#include <map>
 #include <optional>
 #include <span>
 #include <unordered_map>
 #include <variant>
 #include <vector>
 
+#include "containers.h"
 #include "errors.h"
+#include "overloaded.h"
 #include "plan.h"
 #include "policy.h"
 #include "requests.h"
 #include "steps.h"
+#include "transfers.h"
 
 namespace tokenspeed::control {
 
 struct Config {
-    std::int32_t pages;
+    std::vector<GroupConfig> groups;  // at most one of each kind
     std::int32_t page_size;
     std::int32_t slots_max;
     std::int32_t step_tokens_max;
@@ -45,10 +48,15 @@ class Scheduler {
     // Queued until the next plan; an unknown id may just have finished, and is ignored.
     void abort(RequestId request);
 
-    // Nothing when nothing can run now, or as many steps are in flight as may be.
-    [[nodiscard]] std::optional<Plan> plan();
+    // Queued until the next plan: a transfer is over, and brought its pages or failed. Throws
+    // EngineError unless it is under way.
+    void transferred(TransferId transfer, bool complete);
+
+    // Nothing when nothing can run now, or as many steps are in flight as may be. A plan without
+    // rows starts transfers. Time is `now_us`, in microseconds that never go back.
+    [[nodiscard]] std::optional<Plan> plan(std::int64_t now_us);
     // Throws EngineError unless `step` is the oldest in flight and `tokens` are its samples.
-    void commit(StepId step, std::span<const std::int32_t> tokens);
+    void commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us);
     [[nodiscard]] Outcome take_outcome();
 
     // Prompt and output so far. Throws InvalidParameter if the request is not live.
@@ -71,84 +79,98 @@ class Scheduler {
         TokenCount count;
         bool samples;
     };
+    template <class G>
+    using Stores = std::vector<Storing<G>>;
     struct Flight {
         StepId step;
         std::vector<Row> rows;
         std::size_t samples;
+        PerGroup<Stores> stores;
     };
-    // Where an id leads: to its place in the queue, or to the slot whose state holds it.
+    // Where an id leads: to the slot whose state holds it, or to its place in a line.
     struct Place {
         Order order;
         std::optional<SlotId> slot;
     };
-    // One container for each state that holds a slot: by slot, at most one of them filled.
-    template <class State>
-    class Shelf {
-      public:
-        explicit Shelf(std::int32_t slots) : places_(static_cast<std::size_t>(slots)) {}
-        State* at(SlotId slot) noexcept {
-            auto& place = places_[static_cast<std::size_t>(slot.value)];
-            return place ? &*place : nullptr;
-        }
-        const State* at(SlotId slot) const noexcept {
-            const auto& place = places_[static_cast<std::size_t>(slot.value)];
-            return place ? &*place : nullptr;
-        }
-        State& put(State&& state) noexcept {
-            auto& place = places_[static_cast<std::size_t>(state.slot.id().value)];
-            return place.emplace(std::move(state));
-        }
-        State take(SlotId slot) noexcept {
-            auto& place = places_[static_cast<std::size_t>(slot.value)];
-            State state = std::move(*place);
-            place.reset();
-            return state;
-        }
-        template <class Visit>
-        void each(Visit&& visit) const {
-            for (const auto& place : places_) {
-                if (place) visit(*place);
-            }
-        }
-
-      private:
-        std::vector<std::optional<State>> places_;
+    struct Report {
+        TransferId transfer;
+        bool complete;
     };
-    using Live = std::variant<Queued, Prefilling, Decoding, Stepping, Doomed>;
+    using Live = std::variant<Queued, Loading, Receiving, Prefilling, Decoding, Stepping, Parked,
+                              Sending, Doomed, Cancelled>;
+    using Travelling = std::variant<Loading, Receiving, Sending, Cancelled>;
 
     // --- events ---
     void apply_events();
     void apply(Queued&& submitted);
     void apply(RequestId aborted);
-    Live extract(const Place& place);
+    void apply(const Report& report);
+    Live extract(const Place& place) noexcept;
+    Travelling extract_travelling(SlotId slot) noexcept;
+    // A transfer brought it in: it runs from now on.
+    void take_in(Prefilling&& request) noexcept;
 
     // --- endings: each reports the one terminal event of its request ---
     void reserve_endings(std::size_t more);
     void conclude(const Finished& finished) noexcept;
     void conclude(Doomed&& doomed) noexcept;
+    void conclude(Cancelled&& cancelled) noexcept;
+    void report_end(RequestId request, FinishReason reason) noexcept;
     void leave_order(SlotId slot) noexcept;
 
     // --- drafting a step ---
     enum class Room { kReady, kWait, kGone };
+    void make_slot();
     void draft_decodes();
     void draft_prefills();
-    bool admit_head(std::optional<Order> before);
+    bool seat_next(std::optional<Order> before);
+    bool seat_parked(const Order& order);
+    bool seat_queued(const Order& order);
     void draft(SlotId slot, TokenCount start, TokenCount count, bool samples);
+    Room draft_chunk(std::size_t rank);
+    void undraft(SlotId slot) noexcept;
+    TokenCount chunk_from(TokenCount fed, const Request& request) const noexcept;
+    TokenCount last_reusable(const Request& request) const noexcept;
     const Request& running(SlotId slot) const noexcept;
     bool decodes_next(const Stepping& request) const noexcept;
-    Room find_page(std::size_t rank);
+    Room find_pages(std::size_t rank, TokenCount end);
+    template <class G>
+    Room find_pages(std::size_t rank, TokenCount end);
+    Room make_way(std::size_t rank);
+    void promise_checkpoint(SlotId slot, TokenCount end);
     void retract_from(SlotId slot);
+    void retract_parked(const Order& order);
+    void park_from(SlotId slot);
+    void line_up(SlotId slot) noexcept;
+    void bind(SlotId slot, RequestId request) noexcept;
+    template <class State>
+    void tell_table(const State& request) noexcept;
+    void reserve_seat(const Request& request);
     void seat(Queued&& queued, Admission&& ticket) noexcept;
+    void seat(Queued&& queued, LoadAdmission&& ticket) noexcept;
+    void seat(Queued&& queued, ReceiveAdmission&& ticket) noexcept;
+    void count_admission(const Request& request, bool first) noexcept;
+    std::int32_t tell_transfer(TransferId transfer, TransferKind kind, RequestId request) noexcept;
 
     // --- launching it ---
     Plan launch_drafts();
+    void launch_stores(Flight& flight) noexcept;
     void launch_row(const Row& row, std::int32_t index, Berth&& berth, Plan& plan) noexcept;
+    template <class G>
+    void tell_pages(const Row& row, const Stepping& request, StepId step) noexcept;
 
     // --- its return ---
     void reserve_commit(const Flight& flight);
+    void tell_swaps(SlotId slot) noexcept;
     void land_row(const Row& row, const Retired& done, std::optional<std::int32_t> token,
                   std::int32_t sample);
+    void hand_over(Decoding&& request, FinishReason reason) noexcept;
     void land_doomed(SlotId slot, const Retired& done) noexcept;
+    const Request* find(const Place& place) const noexcept;
+    template <class G>
+    GroupPlan& news_of() noexcept {
+        return news_[static_cast<std::size_t>(G::kKind)];
+    }
 
     TokenCount page_size_;
     TokenCount context_max_;
@@ -156,15 +178,21 @@ class Scheduler {
     std::int32_t slots_max_;
     Store store_;
     StepLedger ledger_;
-
-    std::deque<std::variant<Queued, RequestId>> arrivals_;  // submissions and aborts, as they came
-    std::unordered_map<std::int64_t, Place> places_;        // looked up by id, never iterated
-    std::map<Order, std::optional<Queued>> queued_;  // an empty entry is room for one about to come
+    TransferLedger transfers_;
+    std::int64_t now_us_ = 0;
+    // Submissions, aborts and transfers that are over, as they came.
+    std::deque<std::variant<Queued, RequestId, Report>> arrivals_;
+    std::unordered_map<std::int64_t, Place> places_;  // looked up by id, never iterated
+    Line<Queued> queued_;
+    Line<Parked> parked_;
+    Shelf<Loading> loading_;
+    Shelf<Receiving> receiving_;
     Shelf<Prefilling> prefilling_;
     Shelf<Decoding> decoding_;
     Shelf<Stepping> stepping_;
+    Shelf<Sending> sending_;
     Shelf<Doomed> doomed_;
-    std::size_t doomed_count_ = 0;
+    Shelf<Cancelled> cancelled_;
     std::vector<SlotId> order_;  // slots of Prefilling, Decoding and Stepping by Order
     std::deque<Flight> flights_;
 
@@ -176,22 +204,24 @@ class Scheduler {
     std::optional<SlotId> resting_;  // left out of this plan, so that it can be retracted
 
     // Said in the next plan.
-    TableDeltas table_;
+    std::array<GroupPlan, kGroupKinds> news_;
+    Transfers transfer_news_;
     std::vector<std::int32_t> bound_slots_;
     std::vector<std::int64_t> bound_requests_;
     std::vector<Swap> swaps_;
+    std::vector<std::pair<SlotId, Manifest>> manifests_;
 
     // The head of the queue that did not fit, and the room it wants: no probe before that.
     struct Blocked {
         Order order;
-        PageCount wanted;
+        PageCounts wanted;
     };
     std::optional<Blocked> blocked_;
 
     Outcome outcome_;
     std::int64_t arrivals_seen_ = 0;
     std::int64_t steps_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, output_tokens_ = 0;
-    std::int64_t retractions_ = 0;
+    std::int64_t retractions_ = 0, parkings_ = 0, loads_ = 0;
 };
 
 }  // namespace tokenspeed::control

@@ -1,34 +1,24 @@
 // Running slots: the seats of the execution plane, taken by a running request.
 #pragma once
 
-#include <cassert>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "ids.h"
+#include "linear.h"
 
 namespace tokenspeed::control {
 
-// The right to one running slot; linear as a page is.
-class [[nodiscard]] Slot {
+// The right to one running slot.
+class [[nodiscard]] Slot : public Linear<SlotId> {
   public:
-    Slot(Slot&& other) noexcept : id_(other.id_), held_(std::exchange(other.held_, false)) {}
-    Slot& operator=(Slot&& other) noexcept {
-        assert(!held_ && "a slot was overwritten instead of returned");
-        id_ = other.id_;
-        held_ = std::exchange(other.held_, false);
-        return *this;
-    }
-    ~Slot() { assert(!held_ && "a slot was dropped instead of returned"); }
-
-    SlotId id() const noexcept { return id_; }
+    Slot(Slot&&) noexcept = default;
+    Slot& operator=(Slot&&) noexcept = default;
 
   private:
     friend class SlotPool;
-    explicit Slot(SlotId id) noexcept : id_(id) {}
-    SlotId id_;
-    bool held_ = true;
+    explicit Slot(SlotId id) noexcept : Linear(id) {}
 };
 
 class SlotPool {
@@ -40,7 +30,7 @@ class SlotPool {
     SlotPool(const SlotPool&) = delete;
     SlotPool& operator=(const SlotPool&) = delete;
     ~SlotPool() {
-        for (Slot& slot : free_) slot.held_ = false;
+        for (Slot& slot : free_) static_cast<void>(slot.melt());
     }
 
     bool empty() const noexcept { return free_.empty(); }

@@ -7,7 +7,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        pages: int,
+        groups: list[tuple[int, int, int, int, int]],
         page_size: int,
         slots_max: int,
         step_tokens_max: int,
@@ -24,22 +24,35 @@ class Scheduler:
         stop_token_ids: npt.NDArray[np.int32],
         salt: int,
         priority: int,
+        handover: int,
     ) -> None: ...
     def abort(self, request: int) -> None: ...
+    def transferred(self, transfer: int, complete: bool) -> None: ...
     def plan(
-        self,
+        self, now_us: int
     ) -> (
-        tuple[int, int, int, int, int, int, int, npt.NDArray[np.int32], npt.NDArray[np.int64]]
+        tuple[
+            int,
+            int,
+            int,
+            int,
+            int,
+            int,
+            int,
+            npt.NDArray[np.int32],
+            npt.NDArray[np.int64],
+            list[tuple[int, tuple[int, int, int, int, int, int, int], npt.NDArray[np.int32]]],
+        ]
         | None
     ): ...
-    def commit(self, step: int, tokens: npt.NDArray[np.int32]) -> None: ...
+    def commit(self, step: int, tokens: npt.NDArray[np.int32], now_us: int) -> None: ...
     def take_outcome(
         self,
     ) -> tuple[int, int, npt.NDArray[np.int32], npt.NDArray[np.int64]]: ...
     def tokens(self, request: int) -> npt.NDArray[np.int32]: ...
     def stats(
         self,
-    ) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]: ...
+    ) -> tuple[int, ...]: ...
     def flush_cache(self) -> bool: ...
     def record_cache_events(self, on: bool) -> None: ...
     def take_cache_events(

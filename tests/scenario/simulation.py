@@ -1,4 +1,4 @@
-"""A device that can tell whose KV it reads: runs plans against a pool of (token, position, salt).
+"""A device that can tell whose KV it reads: runs plans against pools of (token, position, salt).
 
 What a row sees is gathered through page tables built from the plans' deltas, as on a real device,
 and compared with what its request should see. The sampled token is a function of what was
@@ -12,12 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from tests.scenario.storage import NOTHING, GroupStorage, Row
 from tokenspeed.control import Scheduler
-from tokenspeed.core.step import FinishReason, Int32Array, StepPlan
+from tokenspeed.core.step import (
+    FinishReason,
+    GroupPlan,
+    Handover,
+    Int32Array,
+    StepPlan,
+    TransferKind,
+)
 
 __all__ = ["Client", "Simulation", "i32", "sample"]
-
-NOTHING = -1  # An entry of the pool or of a page table that was never written.
 
 
 def i32(*values: int) -> Int32Array:
@@ -39,12 +45,15 @@ class Client:
     stop_token_ids: tuple[int, ...] = ()
     salt: int = 0
     priority: int = 0
+    handover: Handover = Handover.NONE
     expected: list[int] = field(default_factory=list)
     reason: FinishReason = FinishReason.LENGTH
     output: list[int] = field(default_factory=list)
     cached: int | None = None
     aborted: bool = False
     finished: FinishReason | None = None
+    sent: bool = False
+    failed: bool = False  # a transfer of it
     stays: list[int] = field(default_factory=list)  # tokens known at each admission
 
     def run_alone(self, vocabulary: int, context_max: int) -> None:
@@ -57,7 +66,8 @@ class Client:
             if len(self.expected) > self.min_new_tokens and token in self.stop_token_ids:
                 self.reason = FinishReason.STOP
                 return
-            if len(self.expected) == self.max_new_tokens or len(history) == context_max:
+            most = 1 if self.handover is Handover.SEND else self.max_new_tokens
+            if len(self.expected) == most or len(history) == context_max:
                 return
 
 
@@ -65,7 +75,7 @@ class Client:
 class Flight:
     plan: StepPlan
     tokens: Int32Array
-    reads: dict[int, set[int]]  # page to requests
+    reads: list[dict[int, set[int]]]  # of each group, page to requests
 
 
 class Simulation:
@@ -81,10 +91,11 @@ class Simulation:
         self.flights: deque[Flight] = deque()
         self.plans: list[StepPlan] = []
         self.keep_plans = False
-        cells = config.pages * config.page_size
-        self.pool = np.full((3, cells), NOTHING, dtype=np.int64)  # token, position, salt
-        width = -(-config.context_max // config.page_size)
-        self.table = np.full((config.slots_max, width), NOTHING, dtype=np.int64)
+        self.groups = [
+            GroupStorage(group, config) for group in sorted(config.groups, key=lambda g: g.kind)
+        ]
+        self.transfers: dict[int, tuple[StepPlan, int]] = {}  # under way: its plan, and which
+        self.now_us = 0
         self.last = np.full(config.slots_max, NOTHING, dtype=np.int64)
         self.bound = np.full(config.slots_max, NOTHING, dtype=np.int64)
 
@@ -101,6 +112,7 @@ class Simulation:
             stop_token_ids=i32(*client.stop_token_ids),
             salt=client.salt,
             priority=client.priority,
+            handover=client.handover,
         )
         self.clients[request] = client
         self.live.add(request)
@@ -117,7 +129,8 @@ class Simulation:
 
     def launch(self) -> StepPlan | None:
         """Plans a step and runs it on the device; its tokens wait to be committed."""
-        plan = self.scheduler.plan()
+        self.now_us += 1000
+        plan = self.scheduler.plan(self.now_us)
         self.audit()
         self.collect()
         if plan is not None:
@@ -128,9 +141,27 @@ class Simulation:
 
     def commit(self) -> None:
         flight = self.flights.popleft()
-        self.scheduler.commit(flight.plan.step, flight.tokens)
+        self.scheduler.commit(flight.plan.step, flight.tokens, self.now_us)
         self.audit()
         self.collect(flight)
+
+    def transfer(self, transfer: int, *, complete: bool = True) -> None:
+        """Ends a transfer under way; it did what it should, or failed."""
+        plan, which = self.transfers.pop(transfer)
+        request = int(plan.transfers.requests[which])
+        client = self.clients[request]
+        kind = TransferKind(plan.transfers.kinds[which])
+        if complete and kind is not TransferKind.LOAD:
+            known = client.prompt if kind is TransferKind.SEND else client.prompt[:-1]
+            for index, group in enumerate(self.groups):
+                if kind is TransferKind.SEND:
+                    group.check_sent(plan, index, which, known, self._salt(request))
+                else:
+                    group.receive(plan, index, which, known, self._salt(request))
+        client.sent = complete and kind is TransferKind.SEND
+        client.failed = client.failed or not complete
+        self.scheduler.transferred(transfer, complete=complete)
+        self.audit()
 
     def step(self) -> StepPlan | None:
         """One turn of the engine loop at overlap depth 0."""
@@ -142,16 +173,19 @@ class Simulation:
     def drain(self, *, turns_max: int = 100_000) -> None:
         """Runs until nothing is left to run, at the depth of the configuration."""
         for _ in range(turns_max):
+            for transfer in list(self.transfers):
+                self.transfer(transfer)
             planned = self.launch() is not None
             if self.flights and (not planned or len(self.flights) > self.config.overlap_depth):
                 self.commit()
-            elif not planned:
+            elif not planned and not self.transfers:
                 break
         else:
             raise AssertionError("the scheduler does not come to rest")
         assert not self.live, f"requests {sorted(self.live)} never ended"
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.pages_active) == (0, 0, 0)
+        assert (stats.parked, stats.transferring) == (0, 0)
 
     def collect(self, flight: Flight | None = None) -> None:
         """Takes the outcome and checks it against what each client should get."""
@@ -168,7 +202,7 @@ class Simulation:
             assert flight is not None and flight.tokens[index] == token
             assert token == client.expected[len(client.output)]
             client.output.append(token)
-            assert client.cached in (None, cached)
+            assert client.cached in (None, cached) or client.failed
             client.cached = cached
             assert cached < len(client.prompt)
         for request, number in zip(
@@ -184,9 +218,10 @@ class Simulation:
             self.scheduler.audit()
 
     def _check_end(self, client: Client) -> None:
-        capacity = self.config.pages * self.config.page_size
+        whole = [g.group.pages for g in self.groups if g.group.kind in (0, 2)]
+        capacity = min(whole, default=2**31) * self.config.page_size
         if client.finished is FinishReason.ABORT:
-            assert client.aborted
+            assert client.aborted or (client.handover is Handover.SEND and not client.sent)
         elif client.finished is FinishReason.REJECTED:
             assert len(client.prompt) + 1 > capacity
         elif len(client.output) < len(client.expected):
@@ -194,6 +229,8 @@ class Simulation:
             assert len(client.prompt) + len(client.output) - 1 == capacity
         else:
             assert client.finished is client.reason
+            at_stop = client.reason is FinishReason.STOP
+            assert client.sent or at_stop or client.handover is not Handover.SEND
 
     # --- the device ---
 
@@ -201,70 +238,83 @@ class Simulation:
         client = self.clients[request]
         return np.concatenate([client.prompt, np.array(client.expected, dtype=np.int32)])
 
+    def _salt(self, request: int) -> int:
+        return self.clients[request].salt % 2**63
+
     def _run(self, plan: StepPlan) -> Flight:
-        (group,) = plan.groups
-        size = self.config.page_size
-        assert len(plan.token_ids) == len(group.kv_slots) <= self.config.step_tokens_max
+        assert len(plan.token_ids) <= self.config.step_tokens_max
+        assert [group.kind for group in plan.groups] == [g.group.kind for g in self.groups]
         for slot, request in zip(plan.bound_slots, plan.bound_requests, strict=True):
-            stays = self.clients[int(request)].stays
-            stays.append(len(self.clients[int(request)].output))
-            assert len(stays) < 3 or stays[-1] > stays[-2], "retracted again without progress"
+            client = self.clients[int(request)]
+            client.stays.append(len(client.output))
+            again = len(client.stays) > 2 and client.stays[-1] == client.stays[-2]
+            assert client.failed or not again, "retracted again without progress"
             self.bound[slot] = request
             self.last[slot] = NOTHING
-            self.table[slot] = NOTHING
-        for slot, index, page in zip(
-            group.table_slots, group.table_indices, group.table_pages, strict=True
-        ):
-            self.table[slot, index] = page
-        assert len(set(plan.row_slots.tolist())) == len(plan.row_slots)
+            for group in self.groups:
+                group.bind(slot)
+        for which, transfer in enumerate(plan.transfers.ids.tolist()):
+            self.transfers[transfer] = (plan, which)
+        for storage, part in zip(self.groups, plan.groups, strict=True):
+            storage.begin(part)
 
-        reads: dict[int, set[int]] = {}
-        spans = list(zip(plan.query_starts[:-1], plan.query_starts[1:], strict=True))
-        for row, (slot, start) in enumerate(zip(plan.row_slots, plan.context_lens, strict=True)):
-            request = int(self.bound[slot])
-            first, last = spans[row]
-            count = int(last - first)
-            tokens = plan.token_ids[first:last].astype(np.int64)
-            if row < plan.decode_count:
-                assert count == 1
-                tokens = self.last[[slot]]
-            cells = group.kv_slots[first:last].astype(np.int64)
-            positions = np.arange(start, start + count)
-            assert (cells == self.table[slot, positions // size] * size + positions % size).all()
-            for flight in self.flights:
-                for page in set((cells // size).tolist()):
-                    others = flight.reads.get(page, set()) - {request}
-                    assert not others, f"page {page} is rewritten while {others} read it"
-            self.pool[0, cells] = tokens
-            self.pool[1, cells] = positions
-            self.pool[2, cells] = self.clients[request].salt % 2**63
-            pages = self.table[slot, : -(-(start + count) // size)].tolist()
-            for page in pages:
-                reads.setdefault(page, set()).add(request)
-
-        tokens_S = []
-        samples = plan.sample_rows.tolist()
-        for row, (slot, start) in enumerate(zip(plan.row_slots, plan.context_lens, strict=True)):
-            request = int(self.bound[slot])
-            end = int(start + spans[row][1] - spans[row][0])
-            positions = np.arange(end)
-            cells = self.table[slot, positions // size] * size + positions % size
-            seen = self.pool[:, cells]
-            expected = self._history(request)
-            assert (seen[1] == positions).all(), f"request {request} sees wrong positions"
-            salt = self.clients[request].salt % 2**63
-            assert (seen[2] == salt).all(), f"request {request} sees another salt"
-            # A doomed row runs past the end of its request; nobody will see its token.
-            shown = min(end, len(expected))
-            assert (seen[0, :shown] == expected[:shown]).all(), (
-                f"request {request} sees other tokens"
-            )
-            if row in samples:
-                position = plan.sample_positions[samples.index(row)]
-                assert position == end - len(self.clients[request].prompt)
-                self.last[slot] = sample(seen[0], self.vocabulary)
-                tokens_S.append(int(self.last[slot]))
-            else:
-                assert row >= plan.decode_count
+        rows = self._rows(plan)
+        reads = [
+            self._feed(g, part, rows) for g, part in zip(self.groups, plan.groups, strict=True)
+        ]
+        samples = dict(zip(plan.sample_rows.tolist(), plan.sample_positions.tolist(), strict=True))
         assert plan.sample_rows.tolist() == sorted(samples)
+        tokens_S = []
+        for index, row in enumerate(rows):
+            for group in self.groups:
+                group.check(row)
+            if index not in samples:
+                assert index >= plan.decode_count
+                continue
+            end = row.start + len(row.tokens)
+            assert samples[index] == end - len(self.clients[row.request].prompt)
+            self.last[row.slot] = sample(row.history[:end], self.vocabulary)
+            tokens_S.append(int(self.last[row.slot]))
+        for group, part in zip(self.groups, plan.groups, strict=True):
+            group.end(part)
         return Flight(plan, np.array(tokens_S, dtype=np.int32), reads)
+
+    def _rows(self, plan: StepPlan) -> list[Row]:
+        assert len(set(plan.row_slots.tolist())) == len(plan.row_slots)
+        rows = []
+        for index, (slot, start) in enumerate(
+            zip(plan.row_slots.tolist(), plan.context_lens.tolist(), strict=True)
+        ):
+            tokens = plan.token_ids[plan.query_starts[index] : plan.query_starts[index + 1]]
+            if index < plan.decode_count:
+                assert len(tokens) == 1
+                tokens = self.last[[slot]].astype(np.int32)
+            request = int(self.bound[slot])
+            rows.append(
+                Row(
+                    slot=slot,
+                    request=request,
+                    start=start,
+                    tokens=tokens,
+                    salt=self._salt(request),
+                    history=self._history(request),
+                )
+            )
+        return rows
+
+    def _feed(self, group: GroupStorage, part: GroupPlan, rows: list[Row]) -> dict[int, set[int]]:
+        """Writes every row's KV, then says which pages the step reads for whom."""
+        index = self.groups.index(group)
+        reads: dict[int, set[int]] = {}
+        at = 0
+        for row in rows:
+            for page in group.written(row):
+                for flight in self.flights:
+                    others = flight.reads[index].get(page, set()) - {row.request}
+                    assert not others, f"page {page} is rewritten while {others} read it"
+            kv_slots = part.kv_slots[at : at + len(row.tokens)]
+            at += len(row.tokens) if group.paged else 0
+            for page in group.write(row, kv_slots):
+                reads.setdefault(page, set()).add(row.request)
+        assert at == len(part.kv_slots)
+        return reads

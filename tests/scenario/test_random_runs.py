@@ -1,35 +1,73 @@
 """Seeded random runs: whatever happens in whatever order, every request gets what it gets alone,
-exactly one end, and not a page is lost. 42,000 events, and a million more with the slow ones."""
+exactly one end, and not a page is lost. 100,000 events, and a million more with the slow ones."""
 
+import dataclasses
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.scenario.simulation import Simulation
+from tokenspeed.core.config import CacheGroup, CacheGroupKind
+from tokenspeed.core.step import Handover
 
 # Tight pools, so that eviction, retraction and waiting are common rather than rare.
-FIELDS = ("pages", "page_size", "slots_max", "step_tokens_max", "context_max")
-WORLDS = {
-    "roomy": (200, 4, 8, 32, 120),
-    "tight": (24, 4, 6, 16, 120),
-    "starved": (9, 4, 5, 8, 64),
-    "single tokens": (30, 1, 3, 5, 40),
-    "wide pages": (6, 16, 4, 7, 200),
+FIELDS = ("page_size", "slots_max", "step_tokens_max", "context_max")
+FULL, WINDOW, LATENT, RECURRENT = CacheGroupKind
+WORLDS: dict[str, tuple[tuple[CacheGroup, ...], tuple[int, ...]]] = {
+    "roomy": ((CacheGroup(pages=200),), (4, 8, 32, 120)),
+    "tight": ((CacheGroup(pages=24),), (4, 6, 16, 120)),
+    "starved": ((CacheGroup(pages=9),), (4, 5, 8, 64)),
+    "single tokens": ((CacheGroup(pages=30),), (1, 3, 5, 40)),
+    "wide pages": ((CacheGroup(pages=6),), (16, 4, 7, 200)),
+    "host": ((CacheGroup(pages=14, host_pages=20),), (4, 5, 16, 100)),
+    "crowded host": ((CacheGroup(pages=12, host_pages=3),), (2, 4, 8, 40)),
+    "window": (
+        (CacheGroup(pages=40), CacheGroup(kind=WINDOW, pages=24, window=10)),
+        (4, 6, 12, 100),
+    ),
+    "window with hosts": (
+        (
+            CacheGroup(kind=LATENT, pages=22, host_pages=30),
+            CacheGroup(kind=WINDOW, pages=20, host_pages=5, window=6),
+        ),
+        (3, 5, 8, 80),
+    ),
+    "window alone": ((CacheGroup(kind=WINDOW, pages=22, window=7),), (2, 4, 6, 60)),
+    "recurrent": (
+        (CacheGroup(kind=RECURRENT, pages=9, checkpoint_pages=2),),
+        (4, 5, 16, 90),
+    ),
+    "hybrid": (
+        (
+            CacheGroup(pages=30, host_pages=16),
+            CacheGroup(kind=WINDOW, pages=20, window=5),
+            CacheGroup(kind=RECURRENT, pages=12, host_pages=6, checkpoint_pages=1),
+        ),
+        (4, 5, 10, 90),
+    ),
 }
 
 
 def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simulation:
     rng = random.Random(f"{seed} {world} {depth} {cache}")
-    sizes = dict(zip(FIELDS, WORLDS[world], strict=True))
-    config = SimpleNamespace(**sizes, overlap_depth=depth, prefix_cache=cache)
+    groups, sizes = WORLDS[world]
+    config = SimpleNamespace(
+        groups=_with_room(groups, sizes, depth),
+        overlap_depth=depth,
+        prefix_cache=cache,
+        **dict(zip(FIELDS, sizes, strict=True)),
+    )
     simulation = Simulation(config, vocabulary=rng.choice([3, 12, 60]))
-    capacity = min(config.context_max - 1, config.pages * config.page_size + 2)
+    whole = [group.pages for group in groups if group.kind in (FULL, LATENT)]
+    capacity = min(config.context_max - 1, min(whole, default=99) * config.page_size + 2)
     next_id = 0
     for _ in range(events):
         draw = rng.random()
         if draw < 0.12 and len(simulation.live) < 14:
-            simulation.submit(next_id, _prompt(rng, simulation, capacity), **_wishes(rng))
+            prompt = _prompt(rng, simulation, capacity)
+            simulation.submit(next_id, prompt, **_wishes(rng, len(prompt)))
             next_id += 1
         elif draw < 0.15 and next_id:
             live = sorted(simulation.live)
@@ -37,12 +75,35 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         elif draw < 0.155:
             simulation.scheduler.flush_cache()
             simulation.audit()
+        elif draw < 0.25 and simulation.transfers:
+            simulation.transfer(
+                rng.choice(sorted(simulation.transfers)), complete=rng.random() < 0.8
+            )
         elif draw < 0.58 and simulation.flights:
             simulation.commit()
         else:
             simulation.launch()
     simulation.drain()
     return simulation
+
+
+def _with_room(
+    groups: tuple[CacheGroup, ...], sizes: tuple[int, ...], depth: int
+) -> tuple[CacheGroup, ...]:
+    """A window group must hold the window and the chunks of all steps in flight."""
+    page_size, _, step_tokens_max, _ = sizes
+    return tuple(
+        dataclasses.replace(
+            group,
+            pages=max(
+                group.pages,
+                (group.window + (depth + 1) * step_tokens_max - 1) // page_size + 2,
+            ),
+        )
+        if group.window is not None
+        else group
+        for group in groups
+    )
 
 
 def _prompt(rng: random.Random, simulation: Simulation, capacity: int) -> list[int]:
@@ -56,8 +117,12 @@ def _prompt(rng: random.Random, simulation: Simulation, capacity: int) -> list[i
     return (base + fresh)[: rng.choice([capacity, capacity // 2])] or [0]
 
 
-def _wishes(rng: random.Random) -> dict[str, object]:
+def _wishes(rng: random.Random, prompt_count: int) -> dict[str, Any]:
+    handover = rng.choice([*[Handover.NONE] * 8, Handover.SEND, Handover.RECEIVE])
+    if prompt_count < 2:
+        handover = Handover.NONE
     return {
+        "handover": handover,
         "max_new_tokens": rng.choice([1, 2, 5, 20, 1000]),
         "min_new_tokens": rng.choice([0, 0, 2]),
         "stop_token_ids": tuple(rng.sample(range(60), rng.choice([0, 1, 4]))),

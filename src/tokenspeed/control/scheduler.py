@@ -1,13 +1,27 @@
 """The scheduler's typed face: names the parts of the buffers that the C++ control plane returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenspeed import _control
 from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.step import GroupPlan, Int32Array, Int64Array, StepOutcome, StepPlan
+from tokenspeed.core.step import (
+    NO_CARGO,
+    NO_MOVES,
+    NO_TRANSFERS,
+    Cargo,
+    GroupPlan,
+    Handover,
+    Int32Array,
+    Int64Array,
+    Moves,
+    StepOutcome,
+    StepPlan,
+    Transfers,
+)
 
 __all__ = ["CacheEvents", "Scheduler", "SchedulerStats"]
 
@@ -17,32 +31,47 @@ class SchedulerStats:
     """Where the scheduler stands.
 
     Attributes:
-        running, waiting: requests with and without a slot.
+        running, waiting: requests that steps take along, and those queued for a slot.
+        parked: requests that gave their slot to a more urgent one and keep their pages.
+        transferring: transfers under way.
         waiting_uncached_tokens: tokens of waiting requests that the cache does not hold now.
-        pages_total: pages of the pool, each of them one of the three below.
+        pages_total: pages of the device, of all groups, each of them one of the three below.
         pages_free: without content.
         pages_cached: sealed, in use by no request, evictable.
         pages_active: held by a request, or read by a step in flight.
+        host_pages_total, host_pages_cached: pages of the host, and those with content.
         steps: steps launched.
         prompt_tokens, cached_tokens: of admitted requests, and how many of them came from cache.
         output_tokens: tokens sampled that belong to a request's output.
         retractions: requests sent back to the queue for want of pages.
-        evictions: cached pages that made room for others.
+        parkings: requests that gave up their slot.
+        evictions: cached pages of the device that made room for others.
+        stores, loads: pages copied to the host and back.
     """
 
     running: int
     waiting: int
+    parked: int
+    transferring: int
     waiting_uncached_tokens: int
     pages_total: int
     pages_free: int
     pages_cached: int
     pages_active: int
+    host_pages_total: int
+    host_pages_cached: int
     steps: int
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
     retractions: int
+    parkings: int
     evictions: int
+    stores: int
+    loads: int
+
+
+_STATS = tuple(field.name for field in fields(SchedulerStats))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +103,16 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         """Raises `ConfigError` if the configuration contradicts itself."""
         self._native = _control.Scheduler(
-            pages=config.pages,
+            groups=[
+                (
+                    group.kind,
+                    group.pages,
+                    group.host_pages,
+                    group.window or 0,
+                    group.checkpoint_pages or 0,
+                )
+                for group in config.groups
+            ],
             page_size=config.page_size,
             slots_max=config.slots_max,
             step_tokens_max=config.step_tokens_max,
@@ -93,6 +131,7 @@ class Scheduler:
         stop_token_ids: Int32Array,
         salt: int = 0,
         priority: int = 0,
+        handover: Handover = Handover.NONE,
     ) -> None:
         """Queues a request; the next `plan` takes it up.
 
@@ -104,65 +143,73 @@ class Scheduler:
             stop_token_ids: tokens that end the request; the one that does is its last token.
             salt: unsigned 64-bit; requests share cached pages only within a salt.
             priority: lower goes first; within a priority, whoever came first.
+            handover: whether another engine takes or brings the request's KV.
 
         Raises:
             InvalidParameter: an id in use, an empty prompt, a negative token id or limit.
             ContextOverflow: the prompt leaves no room for a token.
         """
         self._native.submit(
-            request, prompt, max_new_tokens, min_new_tokens, stop_token_ids, salt, priority
+            request,
+            prompt,
+            max_new_tokens,
+            min_new_tokens,
+            stop_token_ids,
+            salt,
+            priority,
+            handover,
         )
 
     def abort(self, request: int) -> None:
         """Ends a request at the next `plan`; an unknown id may just have finished: ignored."""
         self._native.abort(request)
 
-    def plan(self) -> StepPlan | None:
+    def transferred(self, transfer: int, *, complete: bool) -> None:
+        """Says at the next `plan` that a transfer is over, and whether it did what it should.
+
+        Raises:
+            EngineError: no such transfer is under way.
+        """
+        self._native.transferred(transfer, complete)
+
+    def plan(self, now_us: int) -> StepPlan | None:
         """Applies what was queued, then launches a step and says what it runs.
 
         None if nothing can run now, or `overlap_depth + 1` steps are uncommitted. Requests that
         ended on the way (aborted, rejected) are in the next outcome in either case.
+
+        Args:
+            now_us: the time, in microseconds that never go back. The control plane reads no
+                clock: the same calls give the same plans.
         """
-        planned = self._native.plan()
+        planned = self._native.plan(now_us)
         if planned is None:
             return None
-        step, decode_count, rows, tokens, samples, bound, writes, parts, bound_requests = planned
-        starts = rows
-        lens = starts + rows + 1
-        ids = lens + rows
-        kv = ids + tokens
-        sampled = kv + tokens
-        positions = sampled + samples
-        slots = positions + samples
-        table = slots + bound
+        step, decode_count, rows, tokens, samples, bound, transfers, parts, ids, groups = planned
+        take = _Reader(parts)
+        name = _Reader(ids)
         return StepPlan(
             step=step,
             decode_count=decode_count,
-            row_slots=parts[:starts],
-            query_starts=parts[starts:lens],
-            context_lens=parts[lens:ids],
-            token_ids=parts[ids:kv],
-            sample_rows=parts[sampled:positions],
-            sample_positions=parts[positions:slots],
-            bound_slots=parts[slots:table],
-            bound_requests=bound_requests,
-            groups=(
-                GroupPlan(
-                    kv_slots=parts[kv:sampled],
-                    table_slots=parts[table : table + writes],
-                    table_indices=parts[table + writes : table + 2 * writes],
-                    table_pages=parts[table + 2 * writes :],
-                ),
-            ),
+            row_slots=take(rows),
+            query_starts=take(rows + 1),
+            context_lens=take(rows),
+            token_ids=take(tokens),
+            sample_rows=take(samples),
+            sample_positions=take(samples),
+            bound_slots=take(bound),
+            bound_requests=name(bound),
+            transfers=_transfers(transfers, name, take),
+            groups=tuple([_group_plan(*group) for group in groups]),
         )
 
-    def commit(self, step: int, tokens: Int32Array) -> None:
+    def commit(self, step: int, tokens: Int32Array, now_us: int) -> None:
         """Retires the oldest uncommitted step with the tokens [S] it sampled.
 
         Raises:
             EngineError: it is not the oldest, or there are more or fewer tokens than it samples.
         """
-        self._native.commit(step, tokens)
+        self._native.commit(step, tokens, now_us)
 
     def take_outcome(self) -> StepOutcome:
         """What happened to requests since the last call."""
@@ -183,21 +230,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Where the scheduler stands. O(waiting requests)."""
         stats = self._native.stats()
-        return SchedulerStats(
-            running=stats[0],
-            waiting=stats[1],
-            waiting_uncached_tokens=stats[2],
-            pages_total=stats[3],
-            pages_free=stats[4],
-            pages_cached=stats[5],
-            pages_active=stats[6],
-            steps=stats[7],
-            prompt_tokens=stats[8],
-            cached_tokens=stats[9],
-            output_tokens=stats[10],
-            retractions=stats[11],
-            evictions=stats[12],
-        )
+        return SchedulerStats(**dict(zip(_STATS, stats, strict=True)))
 
     def flush_cache(self) -> bool:
         """Forgets every cached page in use by no request; False if requests are live."""
@@ -224,3 +257,50 @@ class Scheduler:
     def audit(self) -> None:
         """Counts every page, reference and slot. O(pages); raises `EngineError` on a wrong one."""
         self._native.audit()
+
+
+class _Reader:
+    """Takes parts off a buffer, one after the other."""
+
+    def __init__(self, buffer: npt.NDArray[Any]) -> None:
+        self._buffer = buffer
+        self._at = 0
+
+    def __call__(self, count: int) -> npt.NDArray[Any]:
+        begin = self._at
+        self._at = begin + count
+        return self._buffer[begin : self._at]
+
+
+def _transfers(count: int, ids: _Reader, kinds: _Reader) -> Transfers:
+    if not count:
+        return NO_TRANSFERS
+    return Transfers(ids=ids(count), requests=ids(count), kinds=kinds(count))
+
+
+def _group_plan(
+    kind: int, counts: tuple[int, int, int, int, int, int, int], parts: Int32Array
+) -> GroupPlan:
+    tokens, writes, stores, copies, saves, loads, handovers = counts
+    take = _Reader(parts)
+
+    def moves(count: int) -> Moves:
+        return Moves(sources=take(count), targets=take(count)) if count else NO_MOVES
+
+    def cargo(count: int) -> Cargo:
+        if not count:
+            return NO_CARGO
+        return Cargo(transfers=take(count), elsewhere=take(count), pages=take(count))
+
+    return GroupPlan(
+        kind=kind,
+        kv_slots=take(tokens),
+        table_slots=take(writes),
+        table_indices=take(writes),
+        table_pages=take(writes),
+        stores=moves(stores),
+        copies=moves(copies),
+        saves=moves(saves),
+        loads=cargo(loads),
+        handovers=cargo(handovers),
+    )

@@ -1,11 +1,12 @@
 """Configuration: frozen, resolved once, never patched."""
 
+import enum
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenspeed.core.errors import ConfigError
 
-__all__ = ["EngineConfig", "KVSpec", "SchedulerConfig"]
+__all__ = ["CacheGroup", "CacheGroupKind", "EngineConfig", "KVSpec", "SchedulerConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +32,59 @@ class KVSpec:
         return 2 * self.layers * self.kv_heads * self.head_dim * element
 
 
+class CacheGroupKind(enum.IntEnum):
+    """What a cache group keeps of the past. The numbers are the control plane's."""
+
+    FULL = 0
+    """Every position may be read."""
+    WINDOW = 1
+    """Only the last positions are read; pages behind the window return at once."""
+    LATENT = 2
+    """As full, of compressed KV (multi-head latent attention)."""
+    RECURRENT = 3
+    """A state that each step overwrites; a page is one state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """Layers that keep the same kind of past, with pages and a page table of their own.
+
+    Attributes:
+        kind: what is kept.
+        pages: pages of the pool on the device.
+        host_pages: pages of the pool on the host, to which pages that leave the device go; 0 for
+            none.
+        window: tokens a query sees, itself included; of a window group.
+        checkpoint_pages: pages between two states that are kept; of a recurrent group.
+    """
+
+    kind: CacheGroupKind = CacheGroupKind.FULL
+    pages: int
+    host_pages: int = 0
+    window: int | None = None
+    checkpoint_pages: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, value in (
+            ("pages", 1, self.pages),
+            ("host_pages", 0, self.host_pages),
+            ("window", 1, self.window),
+            ("checkpoint_pages", 1, self.checkpoint_pages),
+        ):
+            if value is not None and not least <= value < 2**31:
+                raise ConfigError(f"{name} must be in [{least}, 2^31), but is {value}")
+        if (self.kind is CacheGroupKind.WINDOW) != (self.window is not None):
+            raise ConfigError("a window group has a window, and no other group has")
+        if (self.kind is CacheGroupKind.RECURRENT) != (self.checkpoint_pages is not None):
+            raise ConfigError("a recurrent group has checkpoint_pages, and no other group has")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What the control plane needs to know.
 
     Attributes:
-        pages: pages in the pool.
+        groups: the model's cache groups, at most one of each kind.
         page_size: token positions of a page.
         slots_max: requests that may run at once.
         step_tokens_max: tokens of a step, decode rows and prefill chunks together.
@@ -45,7 +93,7 @@ class SchedulerConfig:
         prefix_cache: whether sealed pages are shared and kept.
     """
 
-    pages: int
+    groups: tuple[CacheGroup, ...]
     page_size: int = 32
     slots_max: int = 64
     step_tokens_max: int = 512
@@ -54,7 +102,7 @@ class SchedulerConfig:
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("pages", "page_size", "slots_max", "step_tokens_max", "context_max"):
+        for name in ("page_size", "slots_max", "step_tokens_max", "context_max"):
             value = getattr(self, name)
             if not 1 <= value < 2**31:
                 raise ConfigError(f"{name} must be in [1, 2^31), but is {value}")

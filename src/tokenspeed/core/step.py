@@ -1,16 +1,32 @@
 """The values that cross between the control plane and the execution plane, once per step.
 
 Legend of sizes: R rows, T tokens, S sampled rows, B slots newly bound, D page-table entries
-written, K events.
+written, K events, M pages moved, X transfers begun.
 """
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FinishReason", "GroupPlan", "SampledLogprobs", "StepOutcome", "StepPlan", "StepResult"]
+__all__ = [
+    "NO_CARGO",
+    "NO_MOVES",
+    "NO_TRANSFERS",
+    "Cargo",
+    "FinishReason",
+    "GroupPlan",
+    "Handover",
+    "Moves",
+    "SampledLogprobs",
+    "StepOutcome",
+    "StepPlan",
+    "StepResult",
+    "TransferKind",
+    "Transfers",
+]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -30,20 +46,105 @@ class FinishReason(enum.IntEnum):
     """It can never fit: its pages exceed the pool."""
 
 
+class Handover(enum.IntEnum):
+    """Where a request's KV comes from or goes to, beside this engine."""
+
+    NONE = 0
+    SEND = 1
+    """It ends after its first token, and another engine takes its KV."""
+    RECEIVE = 2
+    """Another engine brings the KV of all its tokens but the last."""
+
+
+class TransferKind(enum.IntEnum):
+    """What a transfer does. The numbers are the control plane's."""
+
+    LOAD = 0
+    """Pages of the host are copied to pages of the device."""
+    SEND = 1
+    """Another engine reads pages of the device."""
+    RECEIVE = 2
+    """Another engine writes pages of the device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlan:
-    """Where one cache group's KV goes in a step.
+class Transfers:
+    """Transfers that a plan begins, after its stores. Each is reported when it is over.
 
     Attributes:
-        kv_slots: [T] destination of each token: page * page_size + offset.
-        table_slots, table_indices, table_pages: [D] the page table's changes since the last
-            plan: table[slot, index] = page, to be applied in order before the forward.
+        ids: [X] names to report them by.
+        requests: [X] whose they are.
+        kinds: [X] `TransferKind`s.
     """
 
+    ids: Int64Array
+    requests: Int64Array
+    kinds: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """Pages to be copied, one to one: sources [M], targets [M]."""
+
+    sources: Int32Array
+    targets: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cargo:
+    """Pages that transfers move.
+
+    Attributes:
+        transfers: [M] which of the plan's X transfers moves the page.
+        elsewhere: [M] for a load, the page of the host; else the index of the page in the request.
+        pages: [M] the page of the device.
+    """
+
+    transfers: Int32Array
+    elsewhere: Int32Array
+    pages: Int32Array
+
+
+def _nothing(dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    nothing = np.empty(0, dtype=dtype)
+    nothing.flags.writeable = False
+    return nothing
+
+
+_INT32, _INT64 = _nothing(np.int32), _nothing(np.int64)
+NO_MOVES = Moves(sources=_INT32, targets=_INT32)
+NO_CARGO = Cargo(transfers=_INT32, elsewhere=_INT32, pages=_INT32)
+NO_TRANSFERS = Transfers(ids=_INT64, requests=_INT64, kinds=_INT32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan:
+    """One cache group's part of a step, in the order it is to be done.
+
+    Attributes:
+        kind: the number of its `CacheGroupKind`.
+        stores: pages of the device copied to pages of the host, before anything else is written.
+        loads, handovers: pages of the transfers that begin now.
+        copies: states copied before the forward: a recurrence begins as the one it goes on from.
+            A row whose context is 0 begins with the state of nothing.
+        table_slots, table_indices, table_pages: [D] the page table's changes since the last
+            plan: table[slot, index] = page, to be applied in order before the forward. Of a
+            recurrent group, entry 0 is the page of the state.
+        kv_slots: [T] destination of each token: page * page_size + offset; [0] of a recurrent
+            group.
+        saves: states copied after the forward, to be kept.
+    """
+
+    kind: int = 0
     kv_slots: Int32Array
     table_slots: Int32Array
     table_indices: Int32Array
     table_pages: Int32Array
+    stores: Moves = NO_MOVES
+    copies: Moves = NO_MOVES
+    saves: Moves = NO_MOVES
+    loads: Cargo = NO_CARGO
+    handovers: Cargo = NO_CARGO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +166,8 @@ class StepPlan:
         sample_positions: [S] index of the output token about to be sampled (0 for the first):
             the counter of the request's random stream.
         bound_slots, bound_requests: [B] requests that took a slot since the last plan.
-        groups: the KV side, one entry per cache group.
+        transfers: transfers that begin now. A plan may begin some and have no rows.
+        groups: the KV side, one entry per cache group, in the order of their kinds.
     """
 
     step: int
@@ -78,6 +180,7 @@ class StepPlan:
     sample_positions: Int32Array
     bound_slots: Int32Array
     bound_requests: Int64Array
+    transfers: Transfers = NO_TRANSFERS
     groups: tuple[GroupPlan, ...]
 
 

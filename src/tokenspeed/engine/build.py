@@ -5,7 +5,7 @@ import torch
 from tokenspeed import loader
 from tokenspeed.cache import KVPools
 from tokenspeed.control import Scheduler
-from tokenspeed.core.config import EngineConfig, SchedulerConfig
+from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         # A CPU runs the forward on the very cores that would plan meanwhile.
         overlap_depth = 1 if device.type == "cuda" else 0
     scheduler_config = SchedulerConfig(
-        pages=pages,
+        groups=(CacheGroup(pages=pages),),
         page_size=config.page_size,
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,

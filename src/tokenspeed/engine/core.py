@@ -1,6 +1,7 @@
 """The engine: requests in, one step after the other, tokens out."""
 
 import secrets
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ class EngineCore:
 
     def step(self) -> StepOutputs | None:
         """Plan, launch, commit once. None when nothing came of it."""
-        plan = self.control.plan()
+        plan = self.control.plan(_now_us())
         if plan is not None:
             self._bind(plan)
             self._in_flight.append((plan.step, self.runner.launch(plan)))
@@ -134,7 +135,7 @@ class EngineCore:
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap_depth):
             step, launched = self._in_flight.popleft()
             result = launched.result()
-            self.control.commit(step, result.tokens)
+            self.control.commit(step, result.tokens, _now_us())
             logprobs = result.logprobs
         return self._outputs(self.control.take_outcome(), logprobs)
 
@@ -184,6 +185,10 @@ class Engine:
 
     core: EngineCore
     info: EngineInfo
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 def _columns(outcome: StepOutcome, logprobs: SampledLogprobs) -> LogprobColumns:

@@ -5,6 +5,6 @@ Decoding begin(RequestBox&& box, Slot&& slot) {
     static_cast<void>(box), static_cast<void>(slot);
     return Decoding{};
 #else
-    return Decoding{std::move(box), std::move(slot), {}, std::nullopt};
+    return Decoding{std::move(box), std::move(slot), {}, {}};
 #endif
 }

@@ -1,8 +1,8 @@
 // A reference is one share of a page, not the page.
-// wants: no matching function for call to '.*PagePool::give\(.*RefKind
-void free(std::vector<PageRef>&& run, Store& store) {
+// wants: no matching function for call to '.*PagePool<.*>::give\(.*RefKind
+void free(std::vector<PageRef<Full>>&& run, Store& store) {
 #ifdef MISUSE
-    store.pages.give(std::move(run.back()));
+    store.index.give<Full>(std::move(run.back()));
 #else
     store.index.release(std::move(run));
 #endif

@@ -1,8 +1,8 @@
 // There is no empty page to start from.
-// wants: use of deleted function '.*Page<.*>::Page\(\) \[with Kind = .*OpenKind\]
-OpenPage start(FreePage&& page) {
+// wants: no matching function for call to '.*Page<.*OpenKind.*>::Page\(\)'
+OpenPage<Full> start(FreePage<Full>&& page) {
 #ifdef MISUSE
-    OpenPage fresh;
+    OpenPage<Full> fresh;
     static_cast<void>(page);
     return fresh;
 #else

@@ -1,13 +1,13 @@
 // The table may not claim what no code does.
 // wants: static assertion failed: the table in events.h and the transitions disagree
 namespace tokenspeed::control {
-struct Parked {
+struct Dormant {
     RequestBox request;
-    std::vector<PageRef> sealed;
+    std::vector<PageRef<Full>> sealed;
 };
-Next<Queued> verdict(Retract, const Parked&);
+Next<Queued> verdict(Retract, const Dormant&);
 #ifndef MISUSE
-Queued retract(Parked&& request, Store& store) noexcept;
+Queued retract(Dormant&& request, Store& store) noexcept;
 #endif
-static_assert(table::total<Retract>(States<Parked>{}));
+static_assert(table::total<Retract>(States<Dormant>{}));
 }  // namespace tokenspeed::control

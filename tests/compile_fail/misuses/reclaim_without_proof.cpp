@@ -1,6 +1,6 @@
 // A lease ends with its step, not when somebody wants the page.
 // wants: no matching function for call to 'reclaim\(.*InFlight<
-OpenPage back(InFlight<OpenPage>&& lease, const Retired& done) {
+OpenPage<Full> back(InFlight<OpenPage<Full>>&& lease, const Retired& done) {
 #ifdef MISUSE
     return reclaim(std::move(lease), lease.until());
 #else

@@ -1,6 +1,6 @@
 // What a step in flight writes is not yet what its hash says.
-// wants: too few arguments to function '.*SealedPage .*seal\(
-SealedPage share(OpenPage&& page, const Retired& done) {
+// wants: no matching function for call to 'seal\(.*OpenKind.*&>::type\)'
+SealedPage<Full> share(OpenPage<Full>&& page, const Retired& done) {
 #ifdef MISUSE
     static_cast<void>(done);
     return seal(std::move(page));

@@ -1,6 +1,6 @@
 // A sealed page is shared: nothing may tell a step to write to it.
-// wants: invalid initialization of reference of type 'const .*InFlight<.*Open
-std::int32_t where(OpenPage&& page, const Retired& done, StepId step) {
+// wants: no matching function for call to 'kv_slot\(.*SealedKind
+std::int32_t where(OpenPage<Full>&& page, const Retired& done, StepId step) {
 #ifdef MISUSE
     const auto lease = lend(seal(std::move(page), done), step);
 #else

@@ -8,6 +8,7 @@ import pytest
 from tests.scenario.simulation import i32
 from tests.unit.control.worlds import world
 from tokenspeed.control import Scheduler
+from tokenspeed.core.config import CacheGroup, CacheGroupKind
 from tokenspeed.core.errors import ConfigError, ContextOverflow, EngineError, InvalidParameter
 
 
@@ -65,29 +66,34 @@ def test_tokens_of_a_request_that_is_not_live() -> None:
 def test_steps_are_committed_in_order_and_once() -> None:
     w = world(overlap_depth=1)
     with pytest.raises(EngineError, match="no step is in flight"):
-        w.scheduler.commit(0, i32())
+        w.scheduler.commit(0, i32(), 0)
     w.submit(1, [1, 2], max_new_tokens=9)
     first, second = w.launch(), w.launch()
     with pytest.raises(EngineError, match=f"wanted step {first.step}, but got {second.step}"):
-        w.scheduler.commit(second.step, i32(1))
+        w.scheduler.commit(second.step, i32(1), 0)
     with pytest.raises(EngineError, match="samples 1 tokens, but got 2"):
-        w.scheduler.commit(first.step, i32(1, 2))
+        w.scheduler.commit(first.step, i32(1, 2), 0)
     with pytest.raises(EngineError, match="negative token"):
-        w.scheduler.commit(first.step, i32(-1))
+        w.scheduler.commit(first.step, i32(-1), 0)
     w.commit()
     with pytest.raises(EngineError, match="wanted step"):
-        w.scheduler.commit(first.step, i32(1))
+        w.scheduler.commit(first.step, i32(1), 0)
     w.drain()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pages": 0}, "pages must be at least 1"),
         ({"page_size": 0}, "page_size must be at least 1"),
         ({"overlap_depth": -1}, "overlap_depth must be at least 0"),
         ({"step_tokens_max": 7}, "step_tokens_max .7. must be at least slots_max .8."),
-        ({"pages": 2**30}, "must be below 2.31"),
+        ({"groups": (CacheGroup(pages=2**30),)}, "must be below 2.31"),
+        ({"groups": ()}, "at least one cache group"),
+        ({"groups": (CacheGroup(pages=9), CacheGroup(pages=9))}, "two full cache groups"),
+        (
+            {"groups": (CacheGroup(kind=CacheGroupKind.WINDOW, pages=4, window=9),)},
+            "window cache group must have at least 8 pages",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused(changes, message) -> None:

@@ -147,11 +147,18 @@ def test_plan_arrays_are_contiguous_and_of_their_type() -> None:
     w = world()
     w.submit(1, range(5), max_new_tokens=3)
     plan = w.step()
-    arrays = [getattr(plan, f.name) for f in dataclasses.fields(plan)[2:-1]]
     (group,) = plan.groups
-    arrays += [getattr(group, f.name) for f in dataclasses.fields(group)]
+    arrays = [
+        value
+        for part in (plan, plan.transfers, group, group.stores, group.loads)
+        for value in (getattr(part, f.name) for f in dataclasses.fields(part))
+        if isinstance(value, np.ndarray)
+    ]
+    assert len(arrays) == 8 + 3 + 4 + 2 + 3
+    names = [plan.bound_requests, plan.transfers.ids, plan.transfers.requests]
+    assert all(any(a is name for a in arrays) for name in names)
     assert plan.bound_requests.dtype == np.int64
-    assert {a.dtype for a in arrays if a is not plan.bound_requests} == {np.dtype(np.int32)}
+    assert {a.dtype for a in arrays if all(a is not name for name in names)} == {np.dtype(np.int32)}
     assert all(a.flags.c_contiguous and a.ndim == 1 for a in arrays)
 
 

@@ -73,7 +73,7 @@ def test_equal_prompts_that_run_together_end_up_on_the_same_pages(depth: int) ->
         while len(w.flights) > depth:
             w.commit()
     w.launch()
-    tables = {tuple(w.table[slot, :2].tolist()) for slot in range(4)}
+    tables = {tuple(w.groups[0].table[slot, :2].tolist()) for slot in range(4)}
     assert len(tables) == 1, "the later ones moved to the pages of the first"
     w.drain()
 

@@ -4,14 +4,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.scenario.simulation import Simulation
+from tokenspeed.core.config import CacheGroup
 
 __all__ = ["world"]
 
 
 def world(**changes: Any) -> Simulation:
-    """A roomy world with pages of 4 tokens, but for the changes."""
+    """A roomy world with pages of 4 tokens, but for the changes; `pages` is of a full group."""
     config = {
-        "pages": 64,
+        "groups": (CacheGroup(pages=changes.pop("pages", 64)),),
         "page_size": 4,
         "slots_max": 8,
         "step_tokens_max": 16,

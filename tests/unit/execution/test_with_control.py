@@ -35,7 +35,7 @@ def generate(
     in_flight: deque = deque()
     unfinished = len(requests)
     while unfinished:
-        plan = control.plan()
+        plan = control.plan(0)
         if plan is not None:
             bound = zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
             for slot, request in bound:
@@ -51,7 +51,7 @@ def generate(
             in_flight.append((plan.step, runner.launch(plan)))
         if in_flight and (plan is None or len(in_flight) > config.overlap_depth):
             step, launched = in_flight.popleft()
-            control.commit(step, launched.result().tokens)
+            control.commit(step, launched.result().tokens, 0)
         outcome = control.take_outcome()
         for request, token in zip(outcome.requests.tolist(), outcome.tokens.tolist(), strict=True):
             outputs[request].append(token)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tokenspeed.cache import KVPools
-from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.config import CacheGroup, SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import GroupPlan, StepPlan
 from tokenspeed.execution import Runner
@@ -62,13 +62,16 @@ def tiny_model(seed: int = 0) -> Model:
 
 
 def config_of(**changes: int) -> SchedulerConfig:
-    sizes = {"pages": 32, "page_size": 4, "slots_max": 8, "step_tokens_max": 64, "context_max": 64}
-    return SchedulerConfig(**{**sizes, **changes})
+    groups = (CacheGroup(pages=changes.pop("pages", 32)),)
+    sizes = {"page_size": 4, "slots_max": 8, "step_tokens_max": 64, "context_max": 64}
+    return SchedulerConfig(groups=groups, **{**sizes, **changes})
 
 
 def runner_of(config: SchedulerConfig, model: Model | None = None) -> Runner:
     model = model or tiny_model()
-    pools = KVPools(model.kv_specs(), pages=config.pages, page_size=config.page_size, device=CPU)
+    pools = KVPools(
+        model.kv_specs(), pages=config.groups[0].pages, page_size=config.page_size, device=CPU
+    )
     return Runner(model, pools, config, device=CPU, threads=1)
 
 
@@ -88,7 +91,7 @@ class Planner:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.free = list(range(config.pages))
+        self.free = list(range(config.groups[0].pages))
         self.step = 0
 
     def plan(

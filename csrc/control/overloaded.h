@@ -1,0 +1,11 @@
+// One lambda for each alternative of a variant; a missing one does not compile.
+#pragma once
+
+namespace tokenspeed::control {
+
+template <class... F>
+struct Overloaded : F... {
+    using F::operator()...;
+};
+
+}  // namespace tokenspeed::control
