@@ -10,6 +10,7 @@ from tokenspeed.bench.config import SimulationConfig
 from tokenspeed.bench.replay import simulate
 from tokenspeed.bench.report import Report, summarise
 from tokenspeed.bench.trace import BLOCK_TOKENS, Trace, TraceRequest
+from tokenspeed.core.config import CacheGroup
 from tokenspeed.core.errors import ConfigError
 
 __all__ = ["Oversubscription", "oversubscription"]
@@ -54,10 +55,11 @@ def oversubscription(config: SimulationConfig, *, devices_per_replica: int) -> O
     """
     scheduler = config.scheduler
     mean_tokens = sum(_PROMPT_TOKENS) / 2 + sum(_ANSWER_TOKENS) / 4
-    fitting = int(scheduler.pages * scheduler.page_size / mean_tokens)
+    fitting = int(scheduler.groups[0].pages * scheduler.page_size / mean_tokens)
     if fitting < 4:
         raise ConfigError(
-            f"the pool of {scheduler.pages * scheduler.page_size} tokens holds {fitting} requests "
+            f"the pool of {scheduler.groups[0].pages * scheduler.page_size} tokens "
+            f"holds {fitting} requests "
             f"of this experiment; give it room for 4, --kv-tokens {int(4.5 * mean_tokens)}"
         )
     users = 2 * fitting
@@ -73,7 +75,7 @@ def oversubscription(config: SimulationConfig, *, devices_per_replica: int) -> O
             speed=1.0,
             scheduler=dataclasses.replace(
                 scheduler,
-                pages=pages,
+                groups=(CacheGroup(pages=pages),),
                 slots_max=users,
                 step_tokens_max=max(users, scheduler.step_tokens_max),
             ),
@@ -86,9 +88,9 @@ def oversubscription(config: SimulationConfig, *, devices_per_replica: int) -> O
             baselines=None,
         )
 
-    crowded = run(users, scheduler.pages)
-    half = run(fitting, scheduler.pages)
-    roomy = run(users, 2 * scheduler.pages)
+    crowded = run(users, scheduler.groups[0].pages)
+    half = run(fitting, scheduler.groups[0].pages)
+    roomy = run(users, 2 * scheduler.groups[0].pages)
     return Oversubscription(
         users=users,
         crowded=crowded,

@@ -66,7 +66,7 @@ class Replica:
         """Plan and start as many steps as may be in flight; whether any was."""
         launched = False
         while len(self._flights) <= self._depth:
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan(now_us)
             if plan is None:
                 break
             launched = True
@@ -81,7 +81,7 @@ class Replica:
     def commit(self) -> None:
         """Retire the oldest step in flight."""
         flight = self._flights.popleft()
-        self._scheduler.commit(flight.step, flight.tokens)
+        self._scheduler.commit(flight.step, flight.tokens, flight.end_us)
 
     def take_outcome(self) -> StepOutcome:
         """What happened to requests since the last call."""

@@ -142,14 +142,18 @@ def simulate_command(
     """Drive the real scheduler over a trace in virtual time, with step times instead of a GPU."""
     with reported(log_level):
         from tokenspeed import bench  # noqa: PLC0415
-        from tokenspeed.core.config import SchedulerConfig  # noqa: PLC0415
+        from tokenspeed.core.config import CacheGroup, SchedulerConfig  # noqa: PLC0415
 
         chosen = _hardware(hardware)
         config = bench.SimulationConfig(
             step_time=_step_time(chosen.step_time, step_time or []),
             jitter=jitter,
             scheduler=SchedulerConfig(
-                pages=(chosen.kv_tokens if kv_tokens is None else kv_tokens) // page_size,
+                groups=(
+                    CacheGroup(
+                        pages=(chosen.kv_tokens if kv_tokens is None else kv_tokens) // page_size
+                    ),
+                ),
                 page_size=page_size,
                 slots_max=max_running,
                 step_tokens_max=max_step_tokens,
@@ -182,7 +186,7 @@ def simulate_command(
         beside = None
         if scale == 1 if optimum is None else optimum:
             beside = bench.find_baselines(
-                read, results, pages=config.scheduler.pages, page_size=page_size
+                read, results, pages=config.scheduler.groups[0].pages, page_size=page_size
             )
         summary = bench.summarise(
             results,
@@ -296,7 +300,7 @@ def _oversubscription_table(found: "Oversubscription") -> Table:
         table.add_row(
             name,
             f"{users:,}",
-            f"{scheduler.pages * scheduler.page_size:,}",
+            f"{scheduler.groups[0].pages * scheduler.page_size:,}",
             f"{summary.finished:,} of {summary.requests:,}",
             f"{summary.output_tpm:,.0f}",
             f"{summary.retractions:,}",

@@ -79,7 +79,10 @@ def test_twice_the_pages_lose_no_request_and_little_throughput() -> None:
         pages=2000, slots_max=64, step_time=HARDWARE["h200-32b"].step_time, step_tokens_max=2048
     )
     found = oversubscription(config, devices_per_replica=1)
-    assert found.crowded.config.scheduler.pages * 2 == found.roomy.config.scheduler.pages
+    assert (
+        found.crowded.config.scheduler.groups[0].pages * 2
+        == found.roomy.config.scheduler.groups[0].pages
+    )
     for summary in (found.crowded, found.half, found.roomy):
         assert summary.finished == summary.requests
     assert found.crowded.requests == 2 * found.half.requests

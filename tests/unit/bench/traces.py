@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenspeed.bench import SimulationConfig, StepTime, Trace, TraceRequest
-from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.config import CacheGroup, SchedulerConfig
 
 __all__ = ["DJANGO", "MOONCAKE", "configured", "sessions", "trace_of"]
 
@@ -28,6 +28,7 @@ def configured(**changes: Any) -> SimulationConfig:
     for name in list(changes):
         if name in scheduler or name == "overlap_depth":
             scheduler[name] = changes.pop(name)
+    scheduler["groups"] = (CacheGroup(pages=scheduler.pop("pages")),)
     return SimulationConfig(
         **{"step_time": LINEAR, "scheduler": SchedulerConfig(**scheduler), **changes}
     )
