@@ -10,6 +10,8 @@ __all__ = ["CacheAware", "LeastLoaded", "RoundRobin", "Router", "make_router"]
 # A prompt follows its prefix only if at least this part of it was seen there: a shared system
 # prompt is no reason to crowd.
 _MATCH_PART_MIN = 0.5
+# So few requests crowd nobody, whatever the others have: a moved session computes its prompt anew.
+_CROWD_MIN = 4
 
 
 class Router(Protocol):
@@ -57,7 +59,8 @@ class CacheAware:
     """Where the session was, or else the longest prefix; elsewhere if that is overloaded.
 
     The bound on load is that of consistent hashing with bounded loads (Mirrokni et al., 2018): no
-    replica takes more than `load_bound` times its share of the requests on their way.
+    replica takes more than `load_bound` times its share of the requests on their way, once it has
+    more than a few.
     """
 
     def __init__(self, load_bound: float) -> None:
@@ -68,7 +71,8 @@ class CacheAware:
 
     def choose(self, request: TraceRequest, copy: int, loads: list[int]) -> int:
         """The replica that likely holds the prompt's prefix, within the bound."""
-        share_max = math.ceil(self._load_bound * (sum(loads) + 1) / len(loads))
+        share = math.ceil(self._load_bound * (sum(loads) + 1) / len(loads))
+        share_max = max(share, _CROWD_MIN)
         chosen = self._known(request, copy)
         if chosen is None or loads[chosen] + 1 > share_max:
             chosen = self._least_loaded.choose(request, copy, loads)

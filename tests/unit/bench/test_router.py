@@ -57,8 +57,9 @@ def test_a_shared_system_prompt_is_no_reason_to_crowd() -> None:
 def test_no_replica_takes_more_than_its_bound() -> None:
     router = CacheAware(load_bound=1.5)
     home = router.choose(request(session="a"), 0, [0, 0])
-    loads = [4, 0] if home == 0 else [0, 4]
-    moved = router.choose(request(session="a"), 0, loads)
+    few, many = ([3, 0], [4, 0]) if home == 0 else ([0, 3], [0, 4])
+    assert router.choose(request(session="a"), 0, few) == home
+    moved = router.choose(request(session="a"), 0, many)
     assert moved != home
     # The session lives there from now on.
     assert router.choose(request(session="a"), 0, [2, 2]) == moved
