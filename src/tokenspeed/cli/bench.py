@@ -289,12 +289,12 @@ def _table(summary: "Report") -> Table:
 
 def _oversubscription_table(found: "Oversubscription") -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("RUN", "USERS", "POOL, TOKENS", "FINISHED", "TPM", "RETRACTIONS"):
+    for name in ("RUN", "USERS", "POOL TOKENS", "FINISHED", "TPM", "RETRACTIONS"):
         table.add_column(name, justify="left" if name == "RUN" else "right", no_wrap=True)
     for name, users, summary in (
-        ("crowded: twice the pages of the pool", found.users, found.crowded),
-        ("half the users, who fit", found.users // 2, found.half),
-        ("all users, a pool twice as large", found.users, found.roomy),
+        ("twice too many", found.users, found.crowded),
+        ("half the users", found.users // 2, found.half),
+        ("twice the pool", found.users, found.roomy),
     ):
         scheduler = summary.config.scheduler
         table.add_row(
@@ -306,8 +306,8 @@ def _oversubscription_table(found: "Oversubscription") -> Table:
             f"{summary.retractions:,}",
         )
     table.caption = (
-        f"crowded gives {found.of_half:.1%} of the throughput of the users who fit, and "
-        f"{found.of_roomy:.1%} of that of the larger pool"
+        f"twice too many users get {found.of_half:.1%} of the throughput of half the users, and "
+        f"{found.of_roomy:.1%} of that of twice the pool"
     )
     table.caption_justify = "left"
     return table
