@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "requests.h"
+#include "states.h"
 
 namespace tokenspeed::control {
 

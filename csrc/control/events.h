@@ -8,7 +8,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "requests.h"
+#include "admission.h"
+#include "transitions.h"
 
 namespace tokenspeed::control {
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "prefix_index.h"
 #include "requests.h"
 
 namespace tokenspeed::control {

@@ -15,14 +15,17 @@
 #include <variant>
 #include <vector>
 
+#include "admission.h"
 #include "containers.h"
 #include "errors.h"
 #include "overloaded.h"
 #include "plan.h"
 #include "policy.h"
 #include "requests.h"
+#include "states.h"
 #include "steps.h"
 #include "transfers.h"
+#include "transitions.h"
 
 namespace tokenspeed::control {
 

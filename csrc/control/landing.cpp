@@ -1,0 +1,167 @@
+// How a step's return is taken in: it retires, its tokens go to their requests, some of which end.
+
+#include <algorithm>
+#include <string>
+
+#include "room.h"
+#include "scheduler.h"
+
+namespace tokenspeed::control {
+
+namespace {
+
+std::string text(std::int64_t number) {
+    return std::to_string(number);
+}
+
+}  // namespace
+
+void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us) {
+    if (flights_.empty()) {
+        throw EngineError("no step is in flight, but step " + text(step.value) + " was committed");
+    }
+    Flight& flight = flights_.front();
+    if (flight.step != step) {
+        throw EngineError("steps are committed in order: wanted step " + text(flight.step.value) +
+                          ", but got " + text(step.value));
+    }
+    if (tokens.size() != flight.samples) {
+        throw EngineError("step " + text(step.value) + " samples " +
+                          text(static_cast<std::int64_t>(flight.samples)) + " tokens, but got " +
+                          text(static_cast<std::int64_t>(tokens.size())));
+    }
+    if (std::ranges::any_of(tokens, [](std::int32_t token) { return token < 0; })) {
+        throw EngineError("step " + text(step.value) + " returned a negative token id");
+    }
+    reserve_commit(flight);
+
+    now_us_ = std::max(now_us_, now_us);
+    const Retired done = ledger_.retire();
+    each_group([&]<class G>() {
+        for (auto& stored : flight.stores.of<G>()) store_.index.stow<G>(std::move(stored), done);
+    });
+    std::int32_t sample = 0;
+    for (const Row& row : flight.rows) {
+        std::optional<std::int32_t> token;
+        if (row.samples) token = tokens[static_cast<std::size_t>(sample)];
+        if (doomed_.at(row.slot)) {
+            land_doomed(row.slot, done);
+        } else {
+            land_row(row, done, token, sample);
+        }
+        if (row.samples) ++sample;
+    }
+    flights_.pop_front();
+}
+
+void Scheduler::reserve_commit(const Flight& flight) {
+    reserve_endings(flight.samples);
+    make_room_for(outcome_.requests, flight.samples);
+    make_room_for(outcome_.tokens, flight.samples);
+    make_room_for(outcome_.sample_indices, flight.samples);
+    make_room_for(outcome_.cached_counts, flight.samples);
+    manifests_.clear();
+    std::size_t swaps = 0;
+    for (const Row& row : flight.rows) {
+        Stepping* flying = stepping_.at(row.slot);
+        if (flying == nullptr) continue;
+        reserve_landing(*flying, swaps_);
+        flying->request->reserve_token();
+        each_group([&]<class G>() { swaps += flying->pages.of<G>().lent.size(); });
+        if (row.samples && flying->request->sends()) {
+            manifests_.emplace_back(row.slot, Manifest(*flying));
+            each_group([&]<class G>() {
+                news_of<G>().handovers.reserve(flying->pages.of<G>().sealed.size() +
+                                               flying->pages.of<G>().lent.size());
+            });
+        }
+    }
+    make_room_for(transfer_news_.ids, manifests_.size());
+    make_room_for(transfer_news_.requests, manifests_.size());
+    make_room_for(transfer_news_.kinds, manifests_.size());
+    for (GroupPlan& group : news_) group.table.reserve(swaps);
+}
+
+// Cached pages that took the place of a request's own: its page table changes.
+void Scheduler::tell_swaps(SlotId slot) noexcept {
+    for (const Swap& swap : swaps_) {
+        news_[static_cast<std::size_t>(swap.group)].table.add(
+            slot, static_cast<std::size_t>(swap.index), swap.page);
+    }
+    swaps_.clear();
+}
+
+void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std::int32_t> token,
+                         std::int32_t sample) {
+    Stepping flying = stepping_.take(row.slot);
+    std::optional<FinishReason> end;
+    if (token) {
+        flying.request->append(*token);
+        flying.pending -= TokenCount(1);
+        outcome_.requests.push_back(flying.request->id().value);
+        outcome_.tokens.push_back(*token);
+        outcome_.sample_indices.push_back(sample);
+        outcome_.cached_counts.push_back(flying.request->cached().value);
+        ++output_tokens_;
+        end = flying.request->end(context_max_);
+    }
+    Landed landed = land(std::move(flying), done, row.start + row.count, store_, swaps_);
+    tell_swaps(row.slot);
+
+    if (end) leave_order(row.slot);
+    std::visit(
+        Overloaded{[&](Prefilling&& request) { prefilling_.put(std::move(request)); },
+                   [&](Decoding&& request) {
+                       if (!end) {
+                           decoding_.put(std::move(request));
+                       } else if (*end == FinishReason::kLength && request.request->sends()) {
+                           hand_over(std::move(request), *end);
+                       } else {
+                           conclude(finish(std::move(request), *end, store_));
+                       }
+                   },
+                   [&](Stepping&& request) {
+                       if (end) {
+                           conclude(doom(std::move(request), *end, store_));
+                       } else {
+                           stepping_.put(std::move(request));
+                       }
+                   }},
+        std::move(landed));
+}
+
+void Scheduler::hand_over(Decoding&& request, FinishReason reason) noexcept {
+    const SlotId slot = request.slot.id();
+    const auto manifest = std::ranges::find(
+        manifests_, slot, [](const auto& entry) -> const SlotId& { return entry.first; });
+    const TransferId transfer = transfers_.begin(slot);
+    const std::int32_t entry = tell_transfer(transfer, TransferKind::kSend, request.request->id());
+    const Sending& sending = sending_.put(
+        send(std::move(request), reason, transfer, std::move(manifest->second), store_));
+    each_group([&]<class G>() {
+        const Departures<G>& departures = sending.departures.of<G>();
+        std::int32_t index = departures.first;
+        for (const auto& ref : departures.sealed) {
+            news_of<G>().handovers.add(entry, index++, ref.id().value);
+        }
+        for (const auto& page : departures.tail) {
+            news_of<G>().handovers.add(entry, index++, page.id().value);
+        }
+    });
+}
+
+std::int32_t Scheduler::tell_transfer(TransferId transfer, TransferKind kind,
+                                      RequestId request) noexcept {
+    transfer_news_.ids.push_back(transfer.value);
+    transfer_news_.requests.push_back(request.value);
+    transfer_news_.kinds.push_back(static_cast<std::int32_t>(kind));
+    return static_cast<std::int32_t>(transfer_news_.ids.size()) - 1;
+}
+
+void Scheduler::land_doomed(SlotId slot, const Retired& done) noexcept {
+    std::visit(Overloaded{[&](Doomed&& request) { doomed_.put(std::move(request)); },
+                          [&](const Finished& request) { places_.erase(request.id.value); }},
+               land(doomed_.take(slot), done, store_));
+}
+
+}  // namespace tokenspeed::control
