@@ -84,7 +84,7 @@ def engine_step_us(running: int) -> list[float]:
     last: dict[int, int] = {}
     for request in range(1, running + 1):
         prompt = rng.integers(0, 1000, CONTEXT_TOKENS, dtype=np.int32)
-        core.submit(Submit(request, prompt.tobytes(), params, outputs_max, None, 0, 0))
+        core.submit(Submit(request, prompt.tobytes(), params, outputs_max, None, 0, 0, None))
         last[request] = int(prompt[-1])
     counts = dict.fromkeys(last, 0)
     found: list[float] = []

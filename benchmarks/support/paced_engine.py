@@ -78,6 +78,8 @@ def build(config: EngineConfig) -> Engine:
         overlap_depth=0,
         weights_size_bytes=0,
         kv_size_bytes=0,
+        tps_floor=None,
+        tps_alone=None,
     )
     return Engine(core=core, info=info)
 

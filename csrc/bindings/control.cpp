@@ -100,10 +100,11 @@ nb::object plan(control::Scheduler& scheduler, std::int64_t now_us) {
 
 nb::object take_outcome(control::Scheduler& scheduler) {
     const auto outcome = scheduler.take_outcome();
-    return nb::make_tuple(outcome.requests.size(), outcome.finished.size(),
-                          join<std::int32_t>(outcome.tokens, outcome.sample_indices,
-                                             outcome.cached_counts, outcome.reasons),
-                          join<std::int64_t>(outcome.requests, outcome.finished));
+    return nb::make_tuple(
+        outcome.requests.size(), outcome.finished.size(),
+        join<std::int32_t>(outcome.tokens, outcome.sample_indices, outcome.cached_counts,
+                           outcome.reasons, outcome.retries_ms),
+        join<std::int64_t>(outcome.requests, outcome.finished));
 }
 
 nb::object take_cache_events(control::Scheduler& scheduler) {
@@ -120,7 +121,7 @@ nb::tuple stats(const control::Scheduler& scheduler) {
                           s.pages_total, s.pages_free, s.pages_cached, s.pages_active,
                           s.host_pages_total, s.host_pages_cached, s.steps, s.prompt_tokens,
                           s.cached_tokens, s.output_tokens, s.retractions, s.parkings, s.evictions,
-                          s.stores, s.loads);
+                          s.stores, s.loads, s.refusals);
 }
 
 }  // namespace
@@ -137,25 +138,27 @@ NB_MODULE(_control, module) {
             "__init__",
             [](control::Scheduler* self, const std::vector<Group>& groups, std::int32_t page_size,
                std::int32_t slots_max, std::int32_t step_tokens_max, std::int32_t context_max,
-               std::int32_t overlap_depth, bool prefix_cache) {
-                new (self)
-                    control::Scheduler({group_configs(groups), page_size, slots_max,
-                                        step_tokens_max, context_max, overlap_depth, prefix_cache});
+               std::int32_t overlap_depth, bool prefix_cache, std::optional<double> tps_floor,
+               std::optional<std::int64_t> queue_timeout_us) {
+                new (self) control::Scheduler({group_configs(groups), page_size, slots_max,
+                                               step_tokens_max, context_max, overlap_depth,
+                                               prefix_cache, tps_floor, queue_timeout_us});
             },
             nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
-            "context_max"_a, "overlap_depth"_a, "prefix_cache"_a)
+            "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "tps_floor"_a.none(),
+            "queue_timeout_us"_a.none())
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,
                std::int64_t max_new_tokens, std::int64_t min_new_tokens,
                const Tokens& stop_token_ids, std::uint64_t salt, std::int32_t priority,
-               std::int32_t handover) {
+               std::int32_t handover, std::uint64_t tenant) {
                 self.submit({control::RequestId(request), copy(prompt), copy(stop_token_ids),
                              max_new_tokens, min_new_tokens, salt, priority,
-                             static_cast<control::Handover>(handover)});
+                             static_cast<control::Handover>(handover), control::TenantId(tenant)});
             },
             "request"_a, "prompt"_a.noconvert(), "max_new_tokens"_a, "min_new_tokens"_a,
-            "stop_token_ids"_a.noconvert(), "salt"_a, "priority"_a, "handover"_a)
+            "stop_token_ids"_a.noconvert(), "salt"_a, "priority"_a, "handover"_a, "tenant"_a)
         .def(
             "abort",
             [](control::Scheduler& self, std::int64_t request) {
@@ -184,6 +187,29 @@ NB_MODULE(_control, module) {
             },
             "request"_a)
         .def("stats", stats)
+        .def(
+            "observe",
+            [](control::Scheduler& self, std::int64_t prefill_tokens, std::int64_t decode_rows,
+               std::int64_t decode_context, double prefill_pairs, std::int64_t took_us) {
+                self.observe({prefill_tokens, decode_rows, decode_context, prefill_pairs}, took_us);
+            },
+            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "decode_context"_a,
+            "prefill_pairs"_a, "took_us"_a)
+        .def(
+            "predict_us",
+            [](const control::Scheduler& self, std::int64_t prefill_tokens,
+               std::int64_t decode_rows, std::int64_t decode_context, double prefill_pairs) {
+                return self.step_times().predict_us(
+                    {prefill_tokens, decode_rows, decode_context, prefill_pairs});
+            },
+            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "decode_context"_a,
+            "prefill_pairs"_a)
+        .def(
+            "interval_bound_us",
+            [](const control::Scheduler& self, std::int32_t context) {
+                return self.interval_bound_us(control::TokenCount(context));
+            },
+            "context"_a)
         .def("flush_cache", &control::Scheduler::flush_cache)
         .def("record_cache_events", &control::Scheduler::record_cache_events, "on"_a)
         .def("take_cache_events", take_cache_events)

@@ -43,28 +43,50 @@ void FairQueue::part(LineId id) noexcept {
     }
 }
 
-void FairQueue::wait(LineId id, std::int64_t arrival) {
+void FairQueue::wait(LineId id, std::int64_t arrival, std::int64_t tokens) {
     Line& line = at(id);
     const bool pauses = line.arrivals.empty();
-    line.arrivals.insert(arrival);
+    line.arrivals.emplace(arrival, tokens);
+    line.tokens += tokens;
     if (!pauses) return;
     if (const auto least = least_served(line.priority, &line)) {
         line.served = std::max(line.served, *least);
     }
 }
 
-void FairQueue::leave(LineId line, std::int64_t arrival) noexcept {
-    at(line).arrivals.erase(arrival);
+void FairQueue::leave(LineId id, std::int64_t arrival) noexcept {
+    Line& line = at(id);
+    const auto found = line.arrivals.find(arrival);
+    if (found == line.arrivals.end()) return;
+    line.tokens -= found->second;
+    line.arrivals.erase(found);
 }
 
 std::optional<FairQueue::Turn> FairQueue::head() const noexcept {
     std::optional<Turn> first;
     for (const Line& line : lines_) {
         if (line.arrivals.empty()) continue;
-        const Turn turn{line.priority, line.served, *line.arrivals.begin()};
+        const Turn turn{line.priority, line.served, line.arrivals.begin()->first};
         if (!first || turn < *first) first = turn;
     }
     return first;
+}
+
+FairQueue::Backlog FairQueue::ahead(LineId id, std::int64_t tokens) const noexcept {
+    const Line& own = at(id);
+    Backlog backlog;
+    for (const Line& line : lines_) {
+        if (line.arrivals.empty() || line.priority > own.priority) continue;
+        const auto waiting = static_cast<double>(line.tokens);
+        double share = 1.0;
+        if (line.priority == own.priority && &line != &own && line.tokens > 0) {
+            const auto even = static_cast<double>(own.served + own.tokens + tokens - line.served);
+            share = std::clamp(even / waiting, 0.0, 1.0);
+        }
+        backlog.requests += share * static_cast<double>(line.arrivals.size());
+        backlog.tokens += share * waiting;
+    }
+    return backlog;
 }
 
 std::optional<std::int64_t> FairQueue::least_served(std::int32_t priority,

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -32,7 +31,8 @@ class FairQueue {
     [[nodiscard]] LineId join(std::int32_t priority, TenantId tenant);
     void part(LineId line) noexcept;
 
-    void wait(LineId line, std::int64_t arrival);
+    // It waits for its turn, with so many tokens of its prompt to compute.
+    void wait(LineId line, std::int64_t arrival, std::int64_t tokens);
     // Waits no more; no effect on one that does not wait.
     void leave(LineId line, std::int64_t arrival) noexcept;
 
@@ -51,13 +51,23 @@ class FairQueue {
     // The first of those who wait. O(lines).
     std::optional<Turn> head() const noexcept;
 
+    // What waits and will have its turn before a newcomer to a line.
+    struct Backlog {
+        double requests = 0;
+        double tokens = 0;
+    };
+    // More urgent lines, its own, and of the other tenants as much as evens out what each was given
+    // once the newcomer's `tokens` are done. O(lines).
+    Backlog ahead(LineId line, std::int64_t tokens) const noexcept;
+
   private:
     struct Line {
         std::int32_t priority;
         TenantId tenant;
         std::int64_t served = 0;
         std::int32_t live = 0;
-        std::set<std::int64_t> arrivals{};  // of those who wait
+        std::map<std::int64_t, std::int64_t> arrivals{};  // of those who wait, and their tokens
+        std::int64_t tokens = 0;
     };
     Line& at(LineId line) noexcept { return lines_[static_cast<std::size_t>(line.value)]; }
     const Line& at(LineId line) const noexcept {

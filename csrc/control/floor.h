@@ -21,6 +21,9 @@ namespace tokenspeed::control {
 
 class Floor {
   public:
+    // Steps in a row that prompts may be left out of.
+    static constexpr std::int32_t kPatience = 128;
+
     // No floor where there is no rate.
     explicit Floor(std::optional<double> tokens_per_s) noexcept {
         if (tokens_per_s) bound_us_ = 1e6 / *tokens_per_s;
@@ -67,7 +70,6 @@ class Floor {
     }
 
     static constexpr double kShareOfAlone = 0.9;
-    static constexpr std::int32_t kPatience = 128;
     std::optional<double> bound_us_;
     std::int32_t late_for_ = 0;  // steps in a row in which no prompt came on though one wanted to
 };

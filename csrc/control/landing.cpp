@@ -51,7 +51,15 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
         }
         if (row.samples) ++sample;
     }
+    // What a user waits for is the whole turn: from the step before, if others ran, to this one. A
+    // step that only moved pages tells nothing.
+    if (!flight.rows.empty()) {
+        model_.observe(flight.work,
+                       now_us_ - std::max(flight.began_us, returned_us_.value_or(flight.began_us)));
+    }
     flights_.pop_front();
+    returned_us_.reset();
+    if (!order_.empty()) returned_us_ = now_us_;
 }
 
 void Scheduler::reserve_commit(const Flight& flight) {
@@ -104,6 +112,7 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
         outcome_.cached_counts.push_back(flying.request->cached().value);
         ++output_tokens_;
         end = flying.request->end(context_max_);
+        if (end) answers_.add(flying.request->outputs());
     }
     Landed landed = land(std::move(flying), done, row.start + row.count, store_, swaps_);
     tell_swaps(row.slot);
@@ -160,7 +169,7 @@ std::int32_t Scheduler::tell_transfer(TransferId transfer, TransferKind kind,
 
 void Scheduler::land_doomed(SlotId slot, const Retired& done) noexcept {
     std::visit(Overloaded{[&](Doomed&& request) { doomed_.put(std::move(request)); },
-                          [&](const Finished& request) { places_.erase(request.id.value); }},
+                          [&](const Finished& request) { forget(request.id); }},
                land(doomed_.take(slot), done, store_));
 }
 

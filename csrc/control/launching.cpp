@@ -40,7 +40,8 @@ Plan Scheduler::launch_drafts() {
     plan.sample_rows.reserve(samples);
     plan.sample_positions.reserve(samples);
     plan.groups.reserve(kGroupKinds);
-    Flight& flight = flights_.emplace_back(Flight{StepId(0), rows_, samples, {}});
+    Flight& flight = flights_.emplace_back(
+        Flight{StepId(0), rows_, samples, {}, drafted_work(), returned_us_.value_or(now_us_)});
     try {
         each_group([&]<class G>() {
             if (!store_.index.has<G>()) return;

@@ -98,6 +98,7 @@ struct Outcome {
     std::vector<std::int32_t> cached_counts;
     std::vector<std::int64_t> finished;
     std::vector<std::int32_t> reasons;
+    std::vector<std::int32_t> retries_ms;  // when to come back, for those refused; else 0
 };
 
 struct Stats {
@@ -105,7 +106,7 @@ struct Stats {
     std::int64_t pages_total, pages_free, pages_cached, pages_active;
     std::int64_t host_pages_total, host_pages_cached;
     std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, retractions, parkings;
-    std::int64_t evictions, stores, loads;
+    std::int64_t evictions, stores, loads, refusals;
 };
 
 }  // namespace tokenspeed::control

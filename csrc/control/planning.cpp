@@ -9,6 +9,7 @@ namespace tokenspeed::control {
 std::optional<Plan> Scheduler::plan(std::int64_t now_us) {
     now_us_ = std::max(now_us_, now_us);
     apply_events();
+    refuse_late();
     if (ledger_.full()) return std::nullopt;
     rows_.clear();
     budget_ = step_tokens_max_;
@@ -32,6 +33,7 @@ const Request& Scheduler::running(SlotId slot) const noexcept {
 void Scheduler::draft(SlotId slot, TokenCount start, TokenCount count, bool samples) {
     rows_.push_back({slot, start, count, samples});
     budget_ -= count.value;
+    turns_.charge(line_of(slot), count.value);
 }
 
 // Takes a request's row out of the plan again.
@@ -39,6 +41,7 @@ void Scheduler::undraft(SlotId slot) noexcept {
     const auto row = std::ranges::find(rows_, slot, &Row::slot);
     if (row == rows_.end()) return;
     budget_ += row->count.value;
+    turns_.charge(line_of(slot), -row->count.value);
     if (row - rows_.begin() < decode_count_) --decode_count_;
     rows_.erase(row);
 }
@@ -69,29 +72,55 @@ void Scheduler::draft_decodes() {
     }
 }
 
-// Running prompts and waiting ones share what the decode rows left of the step, in order: a long
-// prompt that runs does not keep out a more urgent one that waits.
+// Running prompts and waiting ones share what the decode rows left of the step, turn by turn: a
+// long prompt that runs keeps out neither a more urgent one nor that of a tenant given less.
 void Scheduler::draft_prefills() {
-    for (std::size_t rank = 0; budget_ > 0;) {
-        if (rank == order_.size()) {
-            if (!seat_next(std::nullopt)) return;
-        } else if (!seat_next(running(order_[rank]).order()) && draft_chunk(rank) != Room::kGone) {
-            ++rank;
-        }
+    served_.assign(static_cast<std::size_t>(slots_max_), false);
+    full_ = false;
+    const std::size_t before = rows_.size();
+    std::size_t rank = 0;
+    bool wanted = turns_.head().has_value();
+    while (budget_ > 0) {
+        const auto turn = next_turn(rank);
+        wanted = wanted || turn;
+        if (seat_next(turn)) continue;
+        if (!turn) break;
+        served_[static_cast<std::size_t>(order_[rank].value)] = true;
+        draft_chunk(rank);
     }
+    floor_.launched(wanted, rows_.size() > before);
+}
+
+// The running prompt whose turn it is, and its rank in the order.
+std::optional<FairQueue::Turn> Scheduler::next_turn(std::size_t& rank) const noexcept {
+    std::optional<FairQueue::Turn> first;
+    for (std::size_t other = 0; other < order_.size(); ++other) {
+        const SlotId slot = order_[other];
+        if (served_[static_cast<std::size_t>(slot.value)] || resting_ == slot) continue;
+        if (prompt_left(slot) <= TokenCount(0)) continue;
+        const auto turn = turns_.turn(line_of(slot), running(slot).order().arrival);
+        if (first && *first < turn) continue;
+        first = turn;
+        rank = other;
+    }
+    return first;
+}
+
+// What of its known tokens is still to be fed; what decodes has none.
+TokenCount Scheduler::prompt_left(SlotId slot) const noexcept {
+    if (decoding_.at(slot)) return TokenCount(0);
+    const Stepping* flies = stepping_.at(slot);
+    return running(slot).known() - (flies ? flies->fed : prefilling_.at(slot)->fed);
 }
 
 // Drafts a row of what the request has still to feed.
 Scheduler::Room Scheduler::draft_chunk(std::size_t rank) {
     const SlotId slot = order_[rank];
-    if (resting_ == slot || budget_ == 0) return Room::kWait;
-    const Prefilling* rests = prefilling_.at(slot);
-    const Stepping* flies = stepping_.at(slot);
-    if (rests == nullptr && flies == nullptr) return Room::kWait;
-    const TokenCount fed = rests != nullptr ? rests->fed : flies->fed;
     const TokenCount known = running(slot).known();
-    if (fed >= known) return Room::kWait;
-    const TokenCount chunk = std::min(chunk_from(fed, running(slot)), TokenCount(budget_));
+    const TokenCount fed = known - prompt_left(slot);
+    const TokenCount chunk =
+        chunk_within_floor(fed, std::min(chunk_from(fed, running(slot)), TokenCount(budget_)));
+    if (chunk == TokenCount(0)) return Room::kWait;
     const Room room = find_pages(rank, fed + chunk);
     if (room != Room::kReady) return room;
     promise_checkpoint(slot, fed + chunk);
@@ -145,7 +174,7 @@ Scheduler::Room Scheduler::find_pages(std::size_t rank, TokenCount end) {
 }
 
 // Finds the pages of a group that the request's first `end` tokens need. When the cache has
-// nothing left to evict, whoever comes last in order gives way.
+// nothing left to evict, another request gives way.
 template <class G>
 Scheduler::Room Scheduler::find_pages(std::size_t rank, TokenCount end) {
     const SlotId slot = order_[rank];
@@ -169,8 +198,8 @@ Scheduler::Room Scheduler::find_pages(std::size_t rank, TokenCount end) {
     }
 }
 
-// Frees pages for the request: the last in order of those who hold any gives way. In flight it
-// cannot: then it is left out of this plan, and gives way once its step retired.
+// Frees pages for the request: one that comes after it in order gives way. In flight it cannot:
+// then it is left out of this plan, and gives way once its step retired.
 Scheduler::Room Scheduler::make_way(std::size_t rank) {
     const SlotId slot = order_[rank];
     if (const Parked* parked = parked_.last();
@@ -195,7 +224,7 @@ Scheduler::Room Scheduler::make_way(std::size_t rank) {
         }
         return Room::kGone;
     }
-    while (victim > rank && !may_be_retracted(running(order_[victim]))) --victim;
+    victim = cheapest_victim(rank);
     // All behind it are about to make progress, after which one of them gives way.
     if (victim == rank && rank + 1 < order_.size()) return Room::kWait;
     if (stepping_.at(order_[victim])) {
@@ -210,6 +239,7 @@ Scheduler::Room Scheduler::make_way(std::size_t rank) {
 void Scheduler::retract_from(SlotId slot) {
     const Request& request = running(slot);
     queued_.reserve(request.order());
+    wait(request);
     places_.find(request.id().value)->second.slot.reset();
     leave_order(slot);
     undraft(slot);
@@ -223,6 +253,7 @@ void Scheduler::retract_from(SlotId slot) {
 
 void Scheduler::retract_parked(const Order& order) {
     queued_.reserve(order);
+    wait(*parked_.at(order)->request);
     queued_.put(retract(parked_.take(order), store_));
     ++retractions_;
 }

@@ -55,6 +55,10 @@ void Request::hash_full_pages() noexcept {
     }
 }
 
+TokenCount Request::outputs_max() const noexcept {
+    return clamp(wish_.max_new_tokens);
+}
+
 bool Request::exhausted(TokenCount pending, TokenCount context_max) const noexcept {
     const TokenCount most = sends() ? TokenCount(1) : clamp(wish_.max_new_tokens);
     return outputs() + pending >= most || known() + pending >= context_max;

@@ -8,13 +8,20 @@
 #include <vector>
 
 #include "content_tree.h"
+#include "fair_queue.h"
 #include "hash.h"
 #include "ids.h"
 
 namespace tokenspeed::control {
 
 // The numbers are core.step.FinishReason's.
-enum class FinishReason : std::int32_t { kStop = 1, kLength = 2, kAbort = 3, kRejected = 4 };
+enum class FinishReason : std::int32_t {
+    kStop = 1,
+    kLength = 2,
+    kAbort = 3,
+    kRejected = 4,
+    kRefused = 5,
+};
 
 // Priority first (lower is more urgent), then arrival.
 struct Order {
@@ -40,6 +47,7 @@ struct Submission {
     std::uint64_t salt;
     std::int32_t priority;
     Handover handover;
+    TenantId tenant;
 };
 
 // What a request is, whatever its state: its wishes and its tokens, hashed as pages fill.
@@ -50,6 +58,8 @@ class Request {
     RequestId id() const noexcept { return wish_.id; }
     Order order() const noexcept { return order_; }
     std::uint64_t salt() const noexcept { return wish_.salt; }
+    TenantId tenant() const noexcept { return wish_.tenant; }
+    TokenCount outputs_max() const noexcept;
     TokenCount page_size() const noexcept { return page_size_; }
     bool sends() const noexcept { return wish_.handover == Handover::kSend; }
     bool receives() const noexcept {

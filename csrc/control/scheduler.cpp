@@ -74,6 +74,13 @@ const Config& checked(const Config& config) {
         throw ConfigError("step_tokens_max (" + text(config.step_tokens_max) +
                           ") must be at least slots_max (" + text(config.slots_max) + ")");
     }
+    if (config.tps_floor && !(*config.tps_floor > 0)) {
+        throw ConfigError("tps_floor must be above 0, but is " + std::to_string(*config.tps_floor));
+    }
+    if (config.queue_timeout_us && *config.queue_timeout_us < 1) {
+        throw ConfigError("queue_timeout_us must be at least 1, but is " +
+                          text(*config.queue_timeout_us));
+    }
     if (config.groups.empty()) throw ConfigError("a model keeps at least one cache group");
     for (std::size_t i = 0; i < config.groups.size(); ++i) {
         check_group(config, config.groups[i]);
@@ -104,7 +111,11 @@ Scheduler::Scheduler(const Config& config)
       stepping_(config.slots_max),
       sending_(config.slots_max),
       doomed_(config.slots_max),
-      cancelled_(config.slots_max) {
+      cancelled_(config.slots_max),
+      floor_(config.tps_floor),
+      queue_timeout_us_(config.queue_timeout_us),
+      lines_(static_cast<std::size_t>(config.slots_max), LineId(0)),
+      served_(static_cast<std::size_t>(config.slots_max), false) {
     order_.reserve(static_cast<std::size_t>(config.slots_max));
     each_group([&]<class G>() { news_of<G>().kind = G::kKind; });
 }
@@ -115,7 +126,7 @@ Scheduler::~Scheduler() {
     store_.index.record(false);
     for (const auto& arrival : arrivals_) {
         if (const auto* queued = std::get_if<Queued>(&arrival)) {
-            places_.erase(queued->request->id().value);
+            forget(queued->request->id());
         }
     }
     std::vector<std::int64_t> live;
@@ -178,11 +189,13 @@ void Scheduler::submit(Submission&& wish) {
     const std::int64_t id = wish.id.value;
     const Order order{wish.priority, arrivals_seen_};
     Queued queued(RequestBox(std::move(wish), order, page_size_));
-    const auto place = places_.emplace(id, Place{order, std::nullopt}).first;
+    const LineId line = turns_.join(order.priority, queued.request->tenant());
     try {
+        places_.emplace(id, Place{order, line, std::nullopt});
         arrivals_.emplace_back(std::move(queued));
     } catch (...) {
-        places_.erase(place);
+        places_.erase(id);
+        turns_.part(line);
         throw;
     }
     ++arrivals_seen_;
@@ -206,13 +219,23 @@ void Scheduler::apply_events() {
 }
 
 void Scheduler::apply(Queued&& submitted) {
-    if (fits(*submitted.request, store_.index)) {
-        queued_.reserve(submitted.request->order());
-        queued_.put(std::move(submitted));
-    } else {
+    const Request& request = *submitted.request;
+    if (!fits(request, store_.index)) {
         reserve_endings(1);
         conclude(finish(std::move(submitted), FinishReason::kRejected));
+        return;
     }
+    if (queue_timeout_us_) {
+        const auto wait_us = expected_wait_us(request);
+        if (wait_us && *wait_us > *queue_timeout_us_) {
+            refuse(std::move(submitted), wait_us);
+            return;
+        }
+        deadlines_.push_back({request.order(), now_us_ + *queue_timeout_us_});
+    }
+    queued_.reserve(request.order());
+    wait(request);
+    queued_.put(std::move(submitted));
 }
 
 void Scheduler::apply(RequestId aborted) {
@@ -251,6 +274,10 @@ void Scheduler::apply(const Report& report) {
         if (!report.complete) queued_.reserve(request->request->order());
     }
     for (GroupPlan& group : news_) group.table.reserve(swaps_.capacity());
+    if (!report.complete) {
+        if (const Loading* request = loading_.at(*slot)) wait(*request->request);
+        if (const Receiving* request = receiving_.at(*slot)) wait(*request->request);
+    }
 
     const Arrived done = transfers_.arrive(*slot);
     const auto back = [&](Queued&& request) {
@@ -276,7 +303,7 @@ void Scheduler::apply(const Report& report) {
                               const Finished finished =
                                   report.complete ? arrive(std::move(request), done, store_)
                                                   : fail(std::move(request), done, store_);
-                              places_.erase(finished.id.value);
+                              forget(finished.id);
                           }},
                extract_travelling(*slot));
 }
@@ -289,7 +316,10 @@ void Scheduler::take_in(Prefilling&& arrived) noexcept {
 
 Scheduler::Live Scheduler::extract(const Place& place) noexcept {
     if (!place.slot) {
-        if (queued_.at(place.order)) return queued_.take(place.order);
+        if (queued_.at(place.order)) {
+            turns_.leave(place.line, place.order.arrival);
+            return queued_.take(place.order);
+        }
         return parked_.take(place.order);
     }
     const SlotId slot = *place.slot;
@@ -315,16 +345,18 @@ Scheduler::Travelling Scheduler::extract_travelling(SlotId slot) noexcept {
 void Scheduler::reserve_endings(std::size_t more) {
     make_room_for(outcome_.finished, more);
     make_room_for(outcome_.reasons, more);
+    make_room_for(outcome_.retries_ms, more);
 }
 
-void Scheduler::report_end(RequestId request, FinishReason reason) noexcept {
+void Scheduler::report_end(RequestId request, FinishReason reason, std::int32_t retry_ms) noexcept {
     outcome_.finished.push_back(request.value);
     outcome_.reasons.push_back(static_cast<std::int32_t>(reason));
+    outcome_.retries_ms.push_back(retry_ms);
 }
 
 void Scheduler::conclude(const Finished& finished) noexcept {
     report_end(finished.id, finished.reason);
-    places_.erase(finished.id.value);
+    forget(finished.id);
 }
 
 // Reported now; its id and its pages come back when its last step retires.
@@ -337,6 +369,13 @@ void Scheduler::conclude(Doomed&& doomed) noexcept {
 void Scheduler::conclude(Cancelled&& cancelled) noexcept {
     report_end(cancelled.id, cancelled.reason);
     cancelled_.put(std::move(cancelled));
+}
+
+// Its id is free again.
+void Scheduler::forget(RequestId request) noexcept {
+    const auto found = places_.find(request.value);
+    turns_.part(found->second.line);
+    places_.erase(found);
 }
 
 void Scheduler::leave_order(SlotId slot) noexcept {
@@ -420,6 +459,7 @@ Stats Scheduler::stats() const {
     stats.evictions = store_.index.evictions();
     stats.stores = store_.index.stores();
     stats.loads = loads_;
+    stats.refusals = refusals_;
     return stats;
 }
 

@@ -4,7 +4,8 @@
 //               and launches them as one step
 //     commit()  retires the oldest step, hands its tokens to their requests, ends those that stop
 //
-// The same calls give the same plans: every choice goes by priority, then arrival.
+// The same calls give the same plans. Requests that run go by priority, then arrival; waiting ones
+// and prompts not yet computed take turns: priority, tokens given to the tenant, arrival.
 #pragma once
 
 #include <array>
@@ -18,11 +19,15 @@
 #include "admission.h"
 #include "containers.h"
 #include "errors.h"
+#include "fair_queue.h"
+#include "floor.h"
+#include "outputs.h"
 #include "overloaded.h"
 #include "plan.h"
 #include "policy.h"
 #include "requests.h"
 #include "states.h"
+#include "step_time.h"
 #include "steps.h"
 #include "transfers.h"
 #include "transitions.h"
@@ -37,6 +42,8 @@ struct Config {
     std::int32_t context_max;
     std::int32_t overlap_depth;
     bool prefix_cache;
+    std::optional<double> tps_floor;               // the least tokens a second of whoever decodes
+    std::optional<std::int64_t> queue_timeout_us;  // the longest wait before a request is refused
 };
 
 class Scheduler {
@@ -66,6 +73,15 @@ class Scheduler {
     std::vector<std::int32_t> tokens(RequestId request) const;
     Stats stats() const;
 
+    // A step took so long elsewhere: for knowing the machine before the first request.
+    void observe(const StepWork& work, std::int64_t took_us) noexcept {
+        model_.observe(work, took_us);
+    }
+    const StepTimeModel& step_times() const noexcept { return model_; }
+    // The longest interval between two tokens that keeps the promise to a user of so long a
+    // context, in microseconds; nothing where no floor is held.
+    std::optional<double> interval_bound_us(TokenCount context) const noexcept;
+
     // Frees every cached page that nothing refers to; true if that is all of them.
     bool flush_cache();
     void record_cache_events(bool on) { store_.index.record(on); }
@@ -89,10 +105,13 @@ class Scheduler {
         std::vector<Row> rows;
         std::size_t samples;
         PerGroup<Stores> stores;
+        StepWork work;
+        std::int64_t began_us;
     };
     // Where an id leads: to the slot whose state holds it, or to its place in a line.
     struct Place {
         Order order;
+        LineId line;
         std::optional<SlotId> slot;
     };
     struct Report {
@@ -118,19 +137,41 @@ class Scheduler {
     void conclude(const Finished& finished) noexcept;
     void conclude(Doomed&& doomed) noexcept;
     void conclude(Cancelled&& cancelled) noexcept;
-    void report_end(RequestId request, FinishReason reason) noexcept;
+    void report_end(RequestId request, FinishReason reason, std::int32_t retry_ms = 0) noexcept;
     void leave_order(SlotId slot) noexcept;
+    void forget(RequestId request) noexcept;
+
+    // --- judgement ---
+    LineId line_of(RequestId request) const noexcept {
+        return places_.find(request.value)->second.line;
+    }
+    LineId line_of(SlotId slot) const noexcept {
+        return lines_[static_cast<std::size_t>(slot.value)];
+    }
+    void wait(const Request& request);
+    TokenCount uncached_of(const Request& request) const noexcept;
+    StepWork drafted_work() const noexcept;
+    bool floor_admits(const Request& newcomer, std::optional<SlotId> but) const noexcept;
+    TokenCount chunk_within_floor(TokenCount context, TokenCount most) const noexcept;
+    PageCount reserve_for(const Request& newcomer);
+    std::size_t cheapest_victim(std::size_t rank) const noexcept;
+    double cost_of_return(SlotId slot) const noexcept;
+    std::optional<std::int64_t> expected_wait_us(const Request& newcomer) const noexcept;
+    void refuse(Queued&& request, std::optional<std::int64_t> wait_us);
+    void refuse_late();
 
     // --- drafting a step ---
     enum class Room { kReady, kWait, kGone };
     void make_slot();
     void draft_decodes();
     void draft_prefills();
-    bool seat_next(std::optional<Order> before);
+    std::optional<FairQueue::Turn> next_turn(std::size_t& rank) const noexcept;
+    bool seat_next(const std::optional<FairQueue::Turn>& before);
     bool seat_parked(const Order& order);
     bool seat_queued(const Order& order);
     void draft(SlotId slot, TokenCount start, TokenCount count, bool samples);
     Room draft_chunk(std::size_t rank);
+    TokenCount prompt_left(SlotId slot) const noexcept;
     void undraft(SlotId slot) noexcept;
     TokenCount chunk_from(TokenCount fed, const Request& request) const noexcept;
     TokenCount last_reusable(const Request& request) const noexcept;
@@ -196,6 +237,20 @@ class Scheduler {
     Shelf<Sending> sending_;
     Shelf<Doomed> doomed_;
     Shelf<Cancelled> cancelled_;
+    StepTimeModel model_;
+    Floor floor_;
+    FairQueue turns_;
+    OutputHistory answers_;
+    std::optional<std::int64_t> queue_timeout_us_;
+    struct Deadline {
+        Order order;
+        std::int64_t at_us;
+    };
+    std::deque<Deadline> deadlines_;  // of those never admitted, as they came
+    std::vector<LineId> lines_;       // by slot
+    std::vector<Growth> growths_;
+    std::optional<std::int64_t> returned_us_;  // when a step returned last to others that run
+    bool full_ = false;                        // whoever asked for a slot last was given none
     std::vector<SlotId> order_;  // slots of Prefilling, Decoding and Stepping by Order
     std::deque<Flight> flights_;
 
@@ -205,6 +260,7 @@ class Scheduler {
     std::int32_t decode_count_ = 0;
     bool starved_ = false;           // a decode row had to do without its page
     std::optional<SlotId> resting_;  // left out of this plan, so that it can be retracted
+    std::vector<bool> served_;       // by slot: its prompt had its turn in this plan
 
     // Said in the next plan.
     std::array<GroupPlan, kGroupKinds> news_;
@@ -224,7 +280,7 @@ class Scheduler {
     Outcome outcome_;
     std::int64_t arrivals_seen_ = 0;
     std::int64_t steps_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, output_tokens_ = 0;
-    std::int64_t retractions_ = 0, parkings_ = 0, loads_ = 0;
+    std::int64_t retractions_ = 0, parkings_ = 0, loads_ = 0, refusals_ = 0;
 };
 
 }  // namespace tokenspeed::control

@@ -16,7 +16,7 @@ void Scheduler::make_slot() {
     const std::int32_t held = running(slot).order().priority;
     const bool urgent = (queued != nullptr && queued->request->order().priority < held) ||
                         (parked != nullptr && parked->request->order().priority < held);
-    if (!urgent) return;
+    if (!urgent || (queued != nullptr && !floor_admits(*queued->request, slot))) return;
     if (decoding_.at(slot)) {
         park_from(slot);
     } else if (const Stepping* flies = stepping_.at(slot); flies && decodes_next(*flies)) {
@@ -33,18 +33,26 @@ void Scheduler::park_from(SlotId slot) {
     ++parkings_;
 }
 
-// Seats the first in line if it comes before a given place in the order and has all it needs.
-// Nobody overtakes one that does not fit.
-bool Scheduler::seat_next(std::optional<Order> before) {
-    if (budget_ == 0 || starved_ || store_.slots.empty()) return false;
-    const Queued* queued = queued_.head();
+// Seats whoever's turn it is if that comes before a given turn and it has all it needs. Nobody
+// overtakes one that does not fit, in this plan. Who gave up a slot comes before all of its
+// priority.
+bool Scheduler::seat_next(const std::optional<FairQueue::Turn>& before) {
+    const auto head = turns_.head();
     const Parked* parked = parked_.head();
-    if (queued == nullptr && parked == nullptr) return false;
-    const bool resumes = queued == nullptr ||
-                         (parked != nullptr && parked->request->order() < queued->request->order());
-    const Order order = resumes ? parked->request->order() : queued->request->order();
-    if (before && *before < order) return false;
-    return resumes ? seat_parked(order) : seat_queued(order);
+    if (full_ || (!head && parked == nullptr)) return false;
+    if (parked != nullptr) {
+        const Order order = parked->request->order();
+        if ((!head || order.priority <= head->priority) &&
+            (!before || order.priority <= before->priority)) {
+            full_ = starved_ || store_.slots.empty();
+            return !full_ && seat_parked(order);
+        }
+    }
+    if (!head || (before && *before < *head)) return false;
+    // A slot is of no use to a prompt that the floor leaves no room for.
+    if (chunk_within_floor(TokenCount(0), TokenCount(1)) == TokenCount(0)) return false;
+    full_ = starved_ || store_.slots.empty() || !seat_queued({head->priority, head->arrival});
+    return !full_;
 }
 
 bool Scheduler::seat_parked(const Order& order) {
@@ -59,10 +67,11 @@ bool Scheduler::seat_parked(const Order& order) {
 }
 
 bool Scheduler::seat_queued(const Order& order) {
+    if (!floor_admits(*queued_.at(order)->request, std::nullopt)) return false;
     for (;;) {
         const Queued& queued = *queued_.at(order);
         const Request& request = *queued.request;
-        const PageCount reserve = admission_reserve(order_.size(), request);
+        const PageCount reserve = reserve_for(request);
         const auto still_blocked = [&] {
             if (!blocked_ || blocked_->order != order) return false;
             bool blocked = false;
@@ -77,6 +86,7 @@ bool Scheduler::seat_queued(const Order& order) {
             reserve_seat(request);
             auto probed = probe(queued, reserve, TokenCount(step_tokens_max_), store_);
             const auto sit = [&](auto&& ticket) {
+                turns_.leave(line_of(request.id()), order.arrival);
                 seat(queued_.take(order), std::move(ticket));
                 return true;
             };
@@ -117,7 +127,9 @@ void Scheduler::reserve_seat(const Request& request) {
 }
 
 void Scheduler::bind(SlotId slot, RequestId request) noexcept {
-    places_.find(request.value)->second.slot = slot;
+    Place& place = places_.find(request.value)->second;
+    place.slot = slot;
+    lines_[static_cast<std::size_t>(slot.value)] = place.line;
     bound_slots_.push_back(slot.value);
     bound_requests_.push_back(request.value);
 }

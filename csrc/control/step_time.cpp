@@ -18,9 +18,9 @@ constexpr double kInertia = 0.01;
 // only so far off, unless as many before it were off the same way: then the machine has changed.
 constexpr double kStrayRatio = 2.0;
 constexpr std::int32_t kStraysMax = 4;
-constexpr std::int64_t kTrustedAfter = 8;
-// The spread is the 99th percentile of time over prediction, by steps of stochastic approximation.
-constexpr double kQuantile = 0.99;
+// The spread is a percentile of time over prediction, by stochastic approximation; 99.5 and not 99,
+// so that the few that come while it learns do not use up the one in a hundred.
+constexpr double kQuantile = 0.995;
 constexpr double kSpreadPace = 0.05;
 constexpr double kSpreadMax = 2.0;
 
@@ -68,7 +68,7 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     if (took_us <= 0) return;
     auto time = static_cast<double>(took_us);
     const double predicted = predict_us(work);
-    if (observations_ >= kTrustedAfter && predicted > 0) {
+    if (trusted() && predicted > 0) {
         if (work.decode_rows > 0) learn_spread(predicted, time);
         time = calm(predicted, time);
     }

@@ -50,7 +50,8 @@ class StepTimeModel {
 
     // What 99 of 100 steps with decode rows stay under, in predicted times: 1 or a little more.
     double spread() const noexcept { return spread_; }
-    std::int64_t observations() const noexcept { return observations_; }
+    // Whether enough steps were seen to build on.
+    bool trusted() const noexcept { return observations_ >= kTrustedAfter; }
     // Microseconds for: a step, a prompt token, a decode row, a token of its context, a pair.
     static constexpr std::size_t kTerms = 5;
     const std::array<double, kTerms>& coefficients() const noexcept { return cost_us_; }
@@ -76,6 +77,7 @@ class StepTimeModel {
     double spread_ = 1.05;
     std::int32_t strays_ = 0;  // surprises in a row, too slow (positive) or too fast (negative)
     std::int64_t observations_ = 0;
+    static constexpr std::int64_t kTrustedAfter = 8;
 };
 
 }  // namespace tokenspeed::control

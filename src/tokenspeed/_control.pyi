@@ -14,6 +14,8 @@ class Scheduler:
         context_max: int,
         overlap_depth: int,
         prefix_cache: bool,
+        tps_floor: float | None,
+        queue_timeout_us: int | None,
     ) -> None: ...
     def submit(
         self,
@@ -25,6 +27,7 @@ class Scheduler:
         salt: int,
         priority: int,
         handover: int,
+        tenant: int,
     ) -> None: ...
     def abort(self, request: int) -> None: ...
     def transferred(self, transfer: int, complete: bool) -> None: ...
@@ -53,6 +56,19 @@ class Scheduler:
     def stats(
         self,
     ) -> tuple[int, ...]: ...
+    def observe(
+        self,
+        *,
+        prefill_tokens: int,
+        decode_rows: int,
+        decode_context: int,
+        prefill_pairs: float,
+        took_us: int,
+    ) -> None: ...
+    def predict_us(
+        self, *, prefill_tokens: int, decode_rows: int, decode_context: int, prefill_pairs: float
+    ) -> float: ...
+    def interval_bound_us(self, context: int) -> float | None: ...
     def flush_cache(self) -> bool: ...
     def record_cache_events(self, on: bool) -> None: ...
     def take_cache_events(

@@ -44,6 +44,7 @@ class Client:
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     salt: int = 0
+    tenant: int = 0
     priority: int = 0
     handover: Handover = Handover.NONE
     expected: list[int] = field(default_factory=list)
@@ -111,6 +112,7 @@ class Simulation:
             min_new_tokens=client.min_new_tokens,
             stop_token_ids=i32(*client.stop_token_ids),
             salt=client.salt,
+            tenant=client.tenant,
             priority=client.priority,
             handover=client.handover,
         )
@@ -141,6 +143,7 @@ class Simulation:
 
     def commit(self) -> None:
         flight = self.flights.popleft()
+        self.now_us += 300 + 50 * len(flight.plan.token_ids)
         self.scheduler.commit(flight.plan.step, flight.tokens, self.now_us)
         self.audit()
         self.collect(flight)
@@ -224,6 +227,9 @@ class Simulation:
             assert client.aborted or (client.handover is Handover.SEND and not client.sent)
         elif client.finished is FinishReason.REJECTED:
             assert len(client.prompt) + 1 > capacity
+        elif client.finished is FinishReason.REFUSED:
+            assert self.config.queue_timeout_us is not None
+            assert client.cached is None, "who has had a token is not refused"
         elif len(client.output) < len(client.expected):
             assert client.finished is FinishReason.LENGTH
             assert len(client.prompt) + len(client.output) - 1 == capacity

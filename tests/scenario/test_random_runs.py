@@ -57,6 +57,8 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         groups=_with_room(groups, sizes, depth),
         overlap_depth=depth,
         prefix_cache=cache,
+        tps_floor=rng.choice([None, 300.0, 900.0]),
+        queue_timeout_us=rng.choice([None, None, 20_000]),
         **dict(zip(FIELDS, sizes, strict=True)),
     )
     simulation = Simulation(config, vocabulary=rng.choice([3, 12, 60]))
@@ -127,6 +129,7 @@ def _wishes(rng: random.Random, prompt_count: int) -> dict[str, Any]:
         "min_new_tokens": rng.choice([0, 0, 2]),
         "stop_token_ids": tuple(rng.sample(range(60), rng.choice([0, 1, 4]))),
         "salt": rng.choice([0, 0, 0, 7]),
+        "tenant": rng.choice([0, 1, 2]),
         "priority": rng.choice([0, 0, 0, 1, -1]),
     }
 

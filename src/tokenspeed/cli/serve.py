@@ -1,6 +1,7 @@
 """`tokenspeed serve`: the engine behind an OpenAI- and Anthropic-compatible API."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -37,6 +38,20 @@ def serve(
     reasoning_parser: Annotated[
         str | None, typer.Option(help="Reads reasoning [default: by the chat template].")
     ] = None,
+    tps_floor: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Tokens a second that every admitted user gets, or 90% of what one user alone "
+            "would; 0 turns it off.",
+        ),
+    ] = 70.0,
+    queue_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Seconds to wait for a turn before a 429 says when to retry; 0 waits on."
+        ),
+    ] = 60.0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start the engine again when it dies.")
     ] = False,
@@ -58,7 +73,9 @@ def serve(
         from tokenspeed.cli.supervisor import ServeOptions, supervise  # noqa: PLC0415
 
         options = ServeOptions(
-            engine=engine(model),
+            engine=replace(
+                engine(model), tps_floor=tps_floor or None, queue_timeout_s=queue_timeout or None
+            ),
             host=host,
             port=port,
             api_key=api_key,

@@ -210,6 +210,8 @@ class _Supervisor:
     def _announce(self, info: EngineInfo, url: str) -> None:
         ready_s = time.monotonic() - self._began_s
         print(f"TokenSpeed serves {info.model_name} at {url}/v1 (ready in {ready_s:.1f} s)")
+        if (line := _floor_line(info)) is not None:
+            print(line)
         wanted = self._options.curl
         if sys.stdout.isatty() if wanted is None else wanted:
             key = self._options.api_key is not None
@@ -251,6 +253,17 @@ def _generation_prompt(folder: Path, template: str | None) -> str:
     except TokenSpeedError as error:
         _log.warning("the chat template cannot be rendered: %s", error)
         return ""
+
+
+def _floor_line(info: EngineInfo) -> str | None:
+    """What the engine promises each user; None where it promises nothing."""
+    if info.tps_floor is None or info.tps_alone is None:
+        return None
+    held = min(info.tps_floor, 0.9 * info.tps_alone)
+    alone = f"one user alone gets about {info.tps_alone:.0f} tokens/s here"
+    if held < info.tps_floor:
+        return f"{alone}, too few for --tps-floor {info.tps_floor:g}: holding 90%, {held:.0f}"
+    return f"{alone}; every user keeps {info.tps_floor:g} (--tps-floor)"
 
 
 def _curl(model_name: str, url: str, *, with_key: bool) -> str:

@@ -20,6 +20,7 @@ from tokenspeed.core.step import (
     Moves,
     StepOutcome,
     StepPlan,
+    StepWork,
     Transfers,
 )
 
@@ -47,6 +48,7 @@ class SchedulerStats:
         parkings: requests that gave up their slot.
         evictions: cached pages of the device that made room for others.
         stores, loads: pages copied to the host and back.
+        refusals: requests that were refused because they would have waited too long.
     """
 
     running: int
@@ -69,6 +71,7 @@ class SchedulerStats:
     evictions: int
     stores: int
     loads: int
+    refusals: int
 
 
 _STATS = tuple(field.name for field in fields(SchedulerStats))
@@ -119,6 +122,8 @@ class Scheduler:
             context_max=config.context_max,
             overlap_depth=config.overlap_depth,
             prefix_cache=config.prefix_cache,
+            tps_floor=config.tps_floor,
+            queue_timeout_us=config.queue_timeout_us,
         )
 
     def submit(
@@ -132,6 +137,7 @@ class Scheduler:
         salt: int = 0,
         priority: int = 0,
         handover: Handover = Handover.NONE,
+        tenant: int = 0,
     ) -> None:
         """Queues a request; the next `plan` takes it up.
 
@@ -142,8 +148,10 @@ class Scheduler:
             min_new_tokens: a stop token among the first so many does not stop.
             stop_token_ids: tokens that end the request; the one that does is its last token.
             salt: unsigned 64-bit; requests share cached pages only within a salt.
-            priority: lower goes first; within a priority, whoever came first.
+            priority: lower goes first.
             handover: whether another engine takes or brings the request's KV.
+            tenant: unsigned 64-bit, equal for requests of one tenant. Within a priority the tenant
+                that was given the fewest tokens goes first; within a tenant, whoever came first.
 
         Raises:
             InvalidParameter: an id in use, an empty prompt, a negative token id or limit.
@@ -158,6 +166,7 @@ class Scheduler:
             salt,
             priority,
             handover,
+            tenant,
         )
 
     def abort(self, request: int) -> None:
@@ -176,7 +185,7 @@ class Scheduler:
         """Applies what was queued, then launches a step and says what it runs.
 
         None if nothing can run now, or `overlap_depth + 1` steps are uncommitted. Requests that
-        ended on the way (aborted, rejected) are in the next outcome in either case.
+        ended on the way (aborted, rejected, refused) are in the next outcome in either case.
 
         Args:
             now_us: the time, in microseconds that never go back. The control plane reads no
@@ -220,7 +229,8 @@ class Scheduler:
             sample_indices=parts[count : 2 * count],
             cached_counts=parts[2 * count : 3 * count],
             finished=ids[count : count + finished],
-            reasons=parts[3 * count :],
+            reasons=parts[3 * count : 3 * count + finished],
+            retries_ms=parts[3 * count + finished :],
         )
 
     def tokens(self, request: int) -> Int32Array:
@@ -231,6 +241,32 @@ class Scheduler:
         """Where the scheduler stands. O(waiting requests)."""
         stats = self._native.stats()
         return SchedulerStats(**dict(zip(_STATS, stats, strict=True)))
+
+    def observe(self, work: StepWork, took_us: int) -> None:
+        """Teaches the model of step times a step that ran elsewhere, to know the machine before
+        the first request; steps that are planned and committed here teach it by themselves."""
+        self._native.observe(
+            prefill_tokens=work.prefill_tokens,
+            decode_rows=work.decode_rows,
+            decode_context=work.decode_context,
+            prefill_pairs=work.prefill_pairs,
+            took_us=took_us,
+        )
+
+    def predict_us(self, work: StepWork) -> float:
+        """Microseconds a step of this work takes on average; 0 before any step was seen."""
+        return self._native.predict_us(
+            prefill_tokens=work.prefill_tokens,
+            decode_rows=work.decode_rows,
+            decode_context=work.decode_context,
+            prefill_pairs=work.prefill_pairs,
+        )
+
+    def interval_bound_us(self, context: int) -> float | None:
+        """The longest interval between two tokens that keeps the floor for a user of `context`
+        tokens: 1 / floor, or where one user alone would not get that, what is 90% of its rate.
+        None where no floor is held."""
+        return self._native.interval_bound_us(context)
 
     def flush_cache(self) -> bool:
         """Forgets every cached page in use by no request; False if requests are live."""

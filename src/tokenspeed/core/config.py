@@ -91,6 +91,8 @@ class SchedulerConfig:
         context_max: tokens of a request, prompt and output.
         overlap_depth: steps planned ahead of the oldest uncommitted one, 0 or 1.
         prefix_cache: whether sealed pages are shared and kept.
+        tps_floor: tokens a second that whoever decodes is to get; None to hold no floor.
+        queue_timeout_us: the longest wait before a request is refused; None to let all wait.
     """
 
     groups: tuple[CacheGroup, ...]
@@ -100,6 +102,8 @@ class SchedulerConfig:
     context_max: int
     overlap_depth: int = 0
     prefix_cache: bool = True
+    tps_floor: float | None = None
+    queue_timeout_us: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("page_size", "slots_max", "step_tokens_max", "context_max"):
@@ -135,6 +139,10 @@ class EngineConfig:
         threads: CPU threads of the forward; None for all the process may use.
         kernels: forced kernel solutions, op name to solution name.
         seed: base of the seeds of requests that bring none; None for a fresh one.
+        tps_floor: tokens a second that each admitted user is to get, or 90% of what one user alone
+            would get where that is less; None for the most tokens of all users together.
+        queue_timeout_s: seconds a request may wait for its turn before it is refused; None to let
+            it wait.
     """
 
     model: str
@@ -151,6 +159,8 @@ class EngineConfig:
     threads: int | None = None
     kernels: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
+    tps_floor: float | None = None
+    queue_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("cpu", "cuda"))
@@ -161,6 +171,8 @@ class EngineConfig:
         _at_least("page_size", self.page_size, 1)
         _at_least("kv_cache_size_bytes", self.kv_cache_size_bytes, 1)
         _at_least("threads", self.threads, 1)
+        _positive("tps_floor", self.tps_floor)
+        _positive("queue_timeout_s", self.queue_timeout_s)
         if self.overlap_depth not in (None, 0, 1):
             raise ConfigError(f"overlap_depth must be 0 or 1, but is {self.overlap_depth}")
 
@@ -168,6 +180,11 @@ class EngineConfig:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not 0.0 < value < 1e9:
+        raise ConfigError(f"{name} must be above 0 or None, but is {value}")
 
 
 def _at_least(name: str, value: Any, low: int) -> None:

@@ -6,7 +6,7 @@ written, K events, M pages moved, X transfers begun.
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ __all__ = [
     "StepOutcome",
     "StepPlan",
     "StepResult",
+    "StepWork",
     "TransferKind",
     "Transfers",
 ]
@@ -44,6 +45,8 @@ class FinishReason(enum.IntEnum):
     """The client, or a stop string, ended it."""
     REJECTED = 4
     """It can never fit: its pages exceed the pool."""
+    REFUSED = 5
+    """It would have waited, or did wait, for longer than the queue's limit."""
 
 
 class Handover(enum.IntEnum):
@@ -185,6 +188,37 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What a step runs, as far as its time depends on it.
+
+    Attributes:
+        prefill_tokens: prompt tokens, of all chunks.
+        decode_rows: rows of one token each.
+        decode_context: tokens of KV that the decode rows read.
+        prefill_pairs: what prefill attention visits, the sum over chunks of
+            chunk * (context + chunk / 2).
+    """
+
+    prefill_tokens: int = 0
+    decode_rows: int = 0
+    decode_context: int = 0
+    prefill_pairs: float = 0.0
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Self:
+        """The work of a plan."""
+        decodes = plan.decode_count
+        chunks = np.diff(plan.query_starts)[decodes:].astype(np.float64)
+        contexts = plan.context_lens[decodes:]
+        return cls(
+            prefill_tokens=int(chunks.sum()),
+            decode_rows=decodes,
+            decode_context=int(plan.context_lens[:decodes].sum(dtype=np.int64)),
+            prefill_pairs=float((chunks * (contexts + chunks / 2)).sum()),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampledLogprobs:
     """Log-probabilities of the rows of a step that asked for them.
 
@@ -219,6 +253,7 @@ class StepOutcome:
         sample_indices: [K] which sample of the committed step it was.
         cached_counts: [K] prompt tokens of the request served from cache at its admission.
         finished, reasons: [F] requests that reached their terminal event, and `FinishReason`s.
+        retries_ms: [F] when to try again, for those that were REFUSED; 0 for the others.
     """
 
     requests: Int64Array
@@ -227,3 +262,4 @@ class StepOutcome:
     cached_counts: Int32Array
     finished: Int64Array
     reasons: Int32Array
+    retries_ms: Int32Array

@@ -59,16 +59,22 @@ class AsyncLLM:
         *,
         salt: int = 0,
         priority: int = 0,
+        tenant: str | None = None,
     ) -> AsyncIterator[TextDelta]:
         """Complete a prompt, delta by delta. Leaving the iteration ends the request.
 
+        Requests of one `tenant` share their turns; without one those of a salt do.
+
         Raises:
             RequestError: the prompt or a parameter is wrong.
+            Overloaded: the request would wait for longer than `queue_timeout_s`.
             EngineDead: the engine is gone.
         """
         params = self.default_params() if params is None else params
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        stream = self._process.client.generate(ids, params, salt=salt, priority=priority)
+        stream = self._process.client.generate(
+            ids, params, salt=salt, priority=priority, tenant=tenant
+        )
         assembler = TextAssembler(self.tokenizer, params.stop)
         try:
             async for delta in stream:

@@ -8,6 +8,7 @@ from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.engine.core import Engine, EngineCore
+from tokenspeed.engine.pace import learn_pace, tps_alone
 from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner, resolve_dtype
@@ -61,12 +62,19 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         context_max=context_max,
         overlap_depth=overlap_depth,
         prefix_cache=config.prefix_cache,
+        tps_floor=config.tps_floor,
+        queue_timeout_us=(
+            None if config.queue_timeout_s is None else int(config.queue_timeout_s * 1e6)
+        ),
     )
     runner = Runner(model, pools, scheduler_config, device=device, threads=config.threads)
     runner.warm_up()
+    scheduler = Scheduler(scheduler_config)
+    if config.tps_floor is not None or config.queue_timeout_s is not None:
+        learn_pace(runner, scheduler_config, scheduler)
     tokenizer = loader.Tokenizer(files.tokenizer_dir)
     core = EngineCore(
-        Scheduler(scheduler_config),
+        scheduler,
         runner,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         overlap_depth=overlap_depth,
@@ -93,6 +101,8 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         overlap_depth=overlap_depth,
         weights_size_bytes=weights_size_bytes,
         kv_size_bytes=pools.size_bytes,
+        tps_floor=config.tps_floor,
+        tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),
     )
     return Engine(core=core, info=info)
 

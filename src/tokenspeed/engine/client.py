@@ -1,6 +1,7 @@
 """The asynchronous client of an engine process. Imports no torch."""
 
 import asyncio
+import hashlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,7 @@ class EngineClient:
         *,
         salt: int = 0,
         priority: int = 0,
+        tenant: str | None = None,
     ) -> TokenStream:
         """Run a request.
 
@@ -129,10 +131,13 @@ class EngineClient:
             prompt: token ids.
             params: how to sample.
             salt: prompts share cached KV only with prompts of the same 64-bit salt.
-            priority: lower goes first; equal ones go in order of arrival.
+            priority: lower goes first.
+            tenant: whose request it is. Within a priority tenants get even shares of the tokens,
+                and the requests of each go in order of arrival. None goes by the salt.
 
         Raises:
-            RequestError: the request is wrong.
+            RequestError: the request is wrong. The stream raises Overloaded where the engine would
+                let it wait too long.
             EngineDead: the engine is gone.
         """
         self._check_alive()
@@ -149,7 +154,16 @@ class EngineClient:
         )
         self._streams.add(request, stream)
         self._send(
-            Submit(request, ids.tobytes(), params, max_new_tokens, params.seed, salt, priority)
+            Submit(
+                request,
+                ids.tobytes(),
+                params,
+                max_new_tokens,
+                params.seed,
+                salt,
+                priority,
+                None if tenant is None else _tenant_number(tenant),
+            )
         )
         return stream
 
@@ -275,6 +289,10 @@ class EngineClient:
                 self.fail(f"the engine stopped: {kind}: {text}")
             case Begun() | LoadProgress() | Ready():
                 raise EngineError(f"the engine sent {type(message).__name__} twice")
+
+
+def _tenant_number(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
 def _error(kind: str, text: str) -> TokenSpeedError:

@@ -115,6 +115,7 @@ class EngineCore:
             stop_token_ids=stop_token_ids,
             salt=message.salt,
             priority=message.priority,
+            tenant=message.salt if message.tenant is None else message.tenant,
         )
         seed = message.seed if message.seed is not None else self._fresh_seed()
         self._live[message.request] = _Live(
@@ -175,6 +176,7 @@ class EngineCore:
             cached_counts=outcome.cached_counts.tobytes(),
             finished=outcome.finished.tobytes(),
             reasons=outcome.reasons.tobytes(),
+            retries_ms=outcome.retries_ms.tobytes(),
             logprobs=None if logprobs is None else _columns(outcome, logprobs),
         )
 

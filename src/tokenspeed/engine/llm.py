@@ -12,7 +12,7 @@ import msgspec
 from tokenspeed import loader
 from tokenspeed.control import SchedulerStats
 from tokenspeed.core.config import EngineConfig
-from tokenspeed.core.errors import InvalidParameter
+from tokenspeed.core.errors import InvalidParameter, Overloaded
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.outputs import Completion, GenerationOutput
@@ -79,6 +79,7 @@ class LLM:
 
         Raises:
             RequestError: a prompt or a parameter is wrong; nothing was run.
+            Overloaded: a prompt would wait for longer than `queue_timeout_s`; all are ended.
         """
         wanted: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         if not 1 <= n <= COMPLETIONS_MAX:
@@ -98,10 +99,17 @@ class LLM:
             for index in range(n)
         ]
         collectors = [self._submit(*message) for message in messages]
-        while len(self._streams):
-            self._step()
+        try:
+            while len(self._streams):
+                self._step()
+                for collector in collectors:
+                    collector.take()
+        except Overloaded:
             for collector in collectors:
-                collector.take()
+                collector.abort()
+            while len(self._streams):
+                self._step()
+            raise
         return [
             GenerationOutput(
                 prompt_token_ids=prompt,
@@ -157,6 +165,7 @@ class LLM:
             seed=None if params.seed is None else (params.seed + index) % 2**64,
             salt=0,
             priority=0,
+            tenant=None,
         )
 
     def _submit(self, prompt: list[int], params: SamplingParams, message: Submit) -> "_Collector":
@@ -189,6 +198,10 @@ class _Collector:
         self._logprobs: list[Any] | None = None
         self._end: TokenDelta | None = None
         self.cached_tokens = 0
+
+    def abort(self) -> None:
+        """End the request, if it has not ended."""
+        self._stream.abort()
 
     def take(self) -> None:
         """Take what has arrived."""

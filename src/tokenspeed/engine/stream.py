@@ -1,12 +1,14 @@
 """A request's tokens on their way to whoever asked for them."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from tokenspeed.core.errors import Overloaded
 from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.wire import LogprobColumns, StepOutputs
 
@@ -236,6 +238,7 @@ class StreamTable:
         cached = np.frombuffer(outputs.cached_counts, dtype=np.int32).tolist()
         finished = np.frombuffer(outputs.finished, dtype=np.int64).tolist()
         reasons = np.frombuffer(outputs.reasons, dtype=np.int32).tolist()
+        retries = np.frombuffer(outputs.retries_ms, dtype=np.int32).tolist()
         stop_tokens: dict[int, int | None] = {
             request: None
             for request, reason in zip(finished, reasons, strict=True)
@@ -251,9 +254,21 @@ class StreamTable:
                 if stop:
                     stop_tokens[request] = token
                 stream.push(token, count, is_stop=stop)
-        for request, reason in zip(finished, reasons, strict=True):
-            if (stream := self._streams.pop(request, None)) is not None:
+        for request, reason, retry_ms in zip(finished, reasons, retries, strict=True):
+            if (stream := self._streams.pop(request, None)) is None:
+                continue
+            if reason == FinishReason.REFUSED:
+                stream.fail(_refusal(retry_ms / 1000))
+            else:
                 stream.push_end(FinishReason(reason), stop_token_id=stop_tokens.get(request))
+
+
+def _refusal(retry_after_s: float) -> Overloaded:
+    return Overloaded(
+        "the engine is busy: the request would wait for longer than --queue-timeout allows; "
+        f"retry after {math.ceil(retry_after_s)} s",
+        retry_after_s=retry_after_s,
+    )
 
 
 def _logprobs(columns: LogprobColumns) -> list[tuple[int, TokenLogprob]]:

@@ -36,7 +36,11 @@ __all__ = [
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client may know of the engine it talks to; constant from its start to its end."""
+    """What a client may know of the engine it talks to; constant from its start to its end.
+
+    `tps_floor` is the floor it was asked for, `tps_alone` what one user alone gets at a context of
+    some hundred tokens, as measured at the start; None where no floor is held.
+    """
 
     model_name: str
     architecture: str
@@ -58,6 +62,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     overlap_depth: int
     weights_size_bytes: int
     kv_size_bytes: int
+    tps_floor: float | None
+    tps_alone: float | None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,23 +71,37 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     running: int
     waiting: int
+    parked: int
+    transferring: int
     waiting_uncached_tokens: int
     pages_total: int
     pages_free: int
     pages_cached: int
     pages_active: int
+    host_pages_total: int
+    host_pages_cached: int
     steps: int
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
     retractions: int
+    parkings: int
     evictions: int
+    stores: int
+    loads: int
+    refusals: int
     uptime_s: float
     output_tokens_per_s: float
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
-    """Run a request. `prompt` holds int32 token ids; `seed` is the request's own."""
+    """Run a request.
+
+    Attributes:
+        prompt: int32 token ids.
+        seed: the request's own.
+        tenant: 64-bit number of whoever shares its turns; None for that of the salt.
+    """
 
     request: int
     prompt: bytes
@@ -90,6 +110,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     seed: int | None
     salt: int
     priority: int
+    tenant: int | None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -168,6 +189,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     Attributes:
         requests, tokens, cached_counts: int64, int32, int32 [K], one entry a token.
         finished, reasons: int64, int32 [F], requests that ended and `FinishReason`s.
+        retries_ms: int32 [F], when to try again where the reason is REFUSED.
     """
 
     requests: bytes
@@ -175,6 +197,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     cached_counts: bytes
     finished: bytes
     reasons: bytes
+    retries_ms: bytes
     logprobs: LogprobColumns | None
 
 

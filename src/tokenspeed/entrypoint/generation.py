@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tokenspeed.engine.client import EngineClient
     from tokenspeed.engine.stream import TokenDelta, TokenLogprob, TokenStream
 
-__all__ = ["Generation", "GenerationTable"]
+__all__ = ["Generation", "GenerationTable", "tenant_of"]
 
 # A chunk costs servicer and gateway together some 60 to 100 µs of CPU, whatever it holds. Few
 # streams get each token as it comes; with many, tokens share chunks, so that streaming takes one
@@ -30,6 +31,9 @@ CHUNKS_PER_S = 200.0
 CHUNK_INTERVAL_MAX_S = 0.1
 # Below this a timer costs more than it saves.
 _CHUNK_INTERVAL_MIN_S = 0.004
+
+# The ending is a UUID.
+_TENANT = re.compile(r"tenant=([^/]+)(?:/.*)?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 
 _FINISH_WORDS = {
     FinishReason.STOP: "stop",
@@ -55,6 +59,7 @@ class Generation:
         )
         samples = samples_of(request)
         prompt = list(request.tokenized.input_ids)
+        tenant = tenant_of(request.request_id)
         self.request_id: str = request.request_id
         self._streamed = bool(request.stream)
         self._keeps_stop_token = bool(request.sampling_params.no_stop_trim)
@@ -66,7 +71,7 @@ class Generation:
                     if index == 0
                     else msgspec.structs.replace(params, seed=seeded(params.seed, index))
                 )
-                self._streams.append(client.generate(prompt, own))
+                self._streams.append(client.generate(prompt, own, tenant=tenant))
         except BaseException:
             self.abort()
             raise
@@ -93,6 +98,7 @@ class Generation:
         Raises:
             EngineDead: the engine died meanwhile.
             InvalidParameter: the prompt can never fit the KV cache.
+            Overloaded: the request would have waited for too long.
         """
         try:
             if len(self._streams) == 1:
@@ -227,6 +233,16 @@ class GenerationTable:
             return False
         generation.abort()
         return True
+
+
+def tenant_of(request_id: str) -> str | None:
+    """The tenant that a client named in its `x-request-id: tenant=NAME` or `tenant=NAME/...`.
+
+    That header is the one word of a client that the gateway hands on besides the request itself;
+    it comes with a unique ending. None where no tenant was named.
+    """
+    named = _TENANT.match(request_id)
+    return named[1] if named else None
 
 
 def _fill_logprobs(target: Any, ids: list[int], logprobs: "list[TokenLogprob]") -> None:

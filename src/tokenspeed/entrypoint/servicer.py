@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -254,5 +255,5 @@ async def _refuse(context: Any, error: Exception) -> None:
     if code is grpc.StatusCode.INTERNAL:
         _log.exception("a call failed", exc_info=error)
     if isinstance(error, Overloaded):
-        context.set_trailing_metadata((("retry-after", f"{error.retry_after_s:.0f}"),))
+        context.set_trailing_metadata((("retry-after", str(math.ceil(error.retry_after_s))),))
     await context.abort(code, message)

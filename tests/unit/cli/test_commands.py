@@ -38,6 +38,8 @@ FLAGS: dict[str, set[str]] = {
         "--api-key",
         "--tool-call-parser",
         "--reasoning-parser",
+        "--tps-floor",
+        "--queue-timeout",
         "--restart",
         "--curl",
         "--no-curl",

@@ -89,6 +89,8 @@ def test_steps_are_committed_in_order_and_once() -> None:
         ({"step_tokens_max": 7}, "step_tokens_max .7. must be at least slots_max .8."),
         ({"groups": (CacheGroup(pages=2**30),)}, "must be below 2.31"),
         ({"groups": ()}, "at least one cache group"),
+        ({"tps_floor": 0.0}, "tps_floor must be above 0"),
+        ({"queue_timeout_us": 0}, "queue_timeout_us must be at least 1"),
         ({"groups": (CacheGroup(pages=9), CacheGroup(pages=9))}, "two full cache groups"),
         (
             {"groups": (CacheGroup(kind=CacheGroupKind.WINDOW, pages=4, window=9),)},

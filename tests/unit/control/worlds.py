@@ -19,5 +19,7 @@ def world(**changes: Any) -> Simulation:
         "context_max": 128,
         "overlap_depth": 0,
         "prefix_cache": True,
+        "tps_floor": None,
+        "queue_timeout_us": None,
     }
     return Simulation(SimpleNamespace(**{**config, **changes}))

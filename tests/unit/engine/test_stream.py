@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from tokenspeed.core.errors import EngineDead
+from tokenspeed.core.errors import EngineDead, Overloaded
 from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
 from tokenspeed.engine.wire import LogprobColumns, StepOutputs
@@ -44,6 +44,7 @@ def step(
         np.array([7 for _ in tokens], dtype=np.int32).tobytes(),
         np.array([r for r, _ in ended], dtype=np.int64).tobytes(),
         np.array([r for _, r in ended], dtype=np.int32).tobytes(),
+        np.array([2500 for _ in ended], dtype=np.int32).tobytes(),
         logprobs,
     )
 
@@ -105,6 +106,16 @@ def test_iteration_ends_after_the_delta_with_a_finish_reason() -> None:
         return [delta.token_ids async for delta in stream]
 
     assert asyncio.run(run()) == [[5]]
+
+
+def test_a_refused_request_raises_and_says_when_to_come_back() -> None:
+    table, (stream, _) = StreamTable(), stream_with()
+    table.add(1, stream)
+    table.take(step([], [(1, FinishReason.REFUSED)]))
+    with pytest.raises(Overloaded, match="--queue-timeout allows; retry after 3 s") as caught:
+        stream.take()
+    assert caught.value.retry_after_s == 2.5
+    assert len(table) == 0
 
 
 def test_a_failed_stream_gives_what_arrived_and_then_raises() -> None:

@@ -38,15 +38,24 @@ class ScriptedEngine:
             overlap_depth=0,
             weights_size_bytes=1000,
             kv_size_bytes=2000,
+            tps_floor=None,
+            tps_alone=None,
         )
         self.params: list[SamplingParams] = []
+        self.tenants: list[str | None] = []
         self.streams: list[TokenStream] = []
         self.aborted: list[int] = []
         self.cache: asyncio.Queue[CacheEventBatch] = asyncio.Queue()
         self.dead = False
 
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams, *, salt: int = 0, priority: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: int = 0,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> TokenStream:
         if self.dead:
             raise EngineDead("the engine is gone")
@@ -57,6 +66,7 @@ class ScriptedEngine:
             abort=lambda: self.aborted.append(index),
         )
         self.params.append(params)
+        self.tenants.append(tenant)
         self.streams.append(stream)
         return stream
 
@@ -81,17 +91,25 @@ class ScriptedEngine:
         return EngineStats(
             running=2,
             waiting=1,
+            parked=0,
+            transferring=0,
             waiting_uncached_tokens=9,
             pages_total=64,
             pages_free=32,
             pages_cached=16,
             pages_active=16,
+            host_pages_total=0,
+            host_pages_cached=0,
             steps=5,
             prompt_tokens=100,
             cached_tokens=25,
             output_tokens=50,
             retractions=0,
+            parkings=0,
             evictions=0,
+            stores=0,
+            loads=0,
+            refusals=0,
             uptime_s=2.0,
             output_tokens_per_s=25.0,
         )

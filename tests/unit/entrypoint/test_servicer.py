@@ -16,7 +16,7 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as pb_grpc
 
-from tokenspeed.core.errors import EngineDead
+from tokenspeed.core.errors import EngineDead, Overloaded
 from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.stream import TokenLogprob
 from tokenspeed.engine.wire import CacheEventBatch
@@ -285,6 +285,40 @@ def test_a_request_that_can_never_fit_is_an_invalid_argument() -> None:
         code, details = await refused(call)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert "--kv-cache-memory" in details
+
+    served(case)
+
+
+def test_a_refused_request_is_exhausted_and_says_when_to_come_back() -> None:
+    async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
+        call = stub.Generate(generate_request(stream=True))
+        await engine.wait_for_requests(1)
+        engine.streams[0].fail(Overloaded("retry after 7 s", retry_after_s=7.2))
+        code, details = await refused(call)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details == "retry after 7 s"
+        assert ("retry-after", "8") in list(await call.trailing_metadata())
+
+    served(case)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "tenant"),
+    [
+        ("tenant=acme-01a1fd01-5796-7694-bcfb-da66891a6e2e", "acme"),
+        ("tenant=acme-2/turn-9-01a1fd01-5796-7694-bcfb-da66891a6e2e", "acme-2"),
+        ("chatcmpl-01a1fd01-5796-7694-bcfb-da66891a6e2e", None),
+        ("tenant=acme", None),
+        ("tenant=-01a1fd01-5796-7694-bcfb-da66891a6e2e", None),
+    ],
+)
+def test_the_tenant_is_what_the_request_id_names(request_id: str, tenant: str | None) -> None:
+    async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
+        call = stub.Generate(generate_request(request_id=request_id))
+        await engine.wait_for_requests(1)
+        assert engine.tenants == [tenant]
+        engine.finish(0, 1)
+        assert [message async for message in call]
 
     served(case)
 
