@@ -149,7 +149,7 @@ def test_any_order_of_events_keeps_pages_and_answers_whole(world: str, depth: in
 def test_many_orders_of_events_keep_pages_and_answers_whole(
     world: str, depth: int, cache: bool
 ) -> None:
-    for seed in range(100, 112):
+    for seed in range(100, 105):
         print(f"seed {seed}, world {world}, depth {depth}, cache {cache}")
         run(seed, world, depth=depth, cache=cache, events=3000)
 

@@ -9,12 +9,16 @@ import torch
 
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import InsufficientMemory
+from tokenspeed.core.step import Int32Array
 
 __all__ = ["KVPool", "KVPools"]
 
 
 class KVPool:
     """K and V of one cache group: per layer two tensors [P, C, H, D].
+
+    With `host_pages`, as much again for pages that left the device; on a GPU that memory is
+    pinned, so that copies run beside the forward.
 
     The memory is reserved, not written: an operating system that maps pages on first touch
     charges the process only for what requests fill. A position is read only after the step
@@ -25,30 +29,60 @@ class KVPool:
         pages: P.
         page_size: C.
         device: where the tensors live.
+        host_pages: pages of the tier on the host.
 
     Raises:
-        InsufficientMemory: the device cannot hold the pool.
+        InsufficientMemory: the device or the host cannot hold the pool.
     """
 
-    def __init__(self, spec: KVSpec, *, pages: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: KVSpec,
+        *,
+        pages: int,
+        page_size: int,
+        device: torch.device,
+        host_pages: int = 0,
+    ) -> None:
         self.spec = spec
         self.pages = pages
         self.page_size = page_size
-        shape = (pages, page_size, spec.kv_heads, spec.head_dim)
-        dtype = _ELEMENTS[spec.dtype]
+        self.host_pages = host_pages
         try:
-            self._layers = tuple(
-                (
-                    torch.empty(shape, dtype=dtype, device=device),
-                    torch.empty(shape, dtype=dtype, device=device),
-                )
-                for _ in range(spec.layers)
-            )
+            self._layers = self._tensors(pages, device)
         except (RuntimeError, MemoryError) as error:
             raise InsufficientMemory(
                 f"a KV pool of {pages} pages needs {self.size_bytes:,} bytes on {device}, "
                 "which it does not have. Lower --kv-cache-memory."
             ) from error
+        try:
+            self._host = self._tensors(
+                host_pages, torch.device("cpu"), pinned=device.type == "cuda" and host_pages > 0
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise InsufficientMemory(
+                f"a KV cache of {host_pages} pages on the host needs {self.host_size_bytes:,} "
+                "bytes, which it does not have. Lower --host-cache-memory."
+            ) from error
+
+    def _tensors(
+        self, pages: int, device: torch.device, *, pinned: bool = False
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        shape = (pages, self.page_size, self.spec.kv_heads, self.spec.head_dim)
+        dtype = _ELEMENTS[self.spec.dtype]
+
+        def tensor() -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
+        return tuple((tensor(), tensor()) for _ in range(self.spec.layers))
+
+    def store(self, pages: Int32Array, host_pages: Int32Array) -> None:
+        """Copy pages [M] of the device to pages [M] of the host."""
+        _copy(self._layers, pages, self._host, host_pages)
+
+    def load(self, host_pages: Int32Array, pages: Int32Array) -> None:
+        """Copy pages [M] of the host to pages [M] of the device."""
+        _copy(self._host, host_pages, self._layers, pages)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_PCHD and v_PCHD of layer `index` of the group."""
@@ -56,8 +90,13 @@ class KVPool:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all layers' K and V."""
+        """Bytes of all layers' K and V on the device."""
         return self.pages * self.page_size * self.spec.token_size_bytes
+
+    @property
+    def host_size_bytes(self) -> int:
+        """Bytes of all layers' K and V on the host."""
+        return self.host_pages * self.page_size * self.spec.token_size_bytes
 
 
 class KVPools:
@@ -68,16 +107,24 @@ class KVPools:
         pages: pages of each group.
         page_size: token positions of a page.
         device: where the tensors live.
+        host_pages: pages of each group's tier on the host.
 
     Raises:
-        InsufficientMemory: the device cannot hold them.
+        InsufficientMemory: the device or the host cannot hold them.
     """
 
     def __init__(
-        self, specs: Sequence[KVSpec], *, pages: int, page_size: int, device: torch.device
+        self,
+        specs: Sequence[KVSpec],
+        *,
+        pages: int,
+        page_size: int,
+        device: torch.device,
+        host_pages: int = 0,
     ) -> None:
         self.pools = tuple(
-            KVPool(spec, pages=pages, page_size=page_size, device=device) for spec in specs
+            KVPool(spec, pages=pages, page_size=page_size, device=device, host_pages=host_pages)
+            for spec in specs
         )
 
     def layer(self, group: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +135,19 @@ class KVPools:
     def size_bytes(self) -> int:
         """Bytes of all groups."""
         return sum(pool.size_bytes for pool in self.pools)
+
+
+def _copy(
+    sources: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+    from_pages: Int32Array,
+    targets: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+    to_pages: Int32Array,
+) -> None:
+    for pair, others in zip(sources, targets, strict=True):
+        for source, target in zip(pair, others, strict=True):
+            chosen = torch.from_numpy(from_pages).to(source.device, torch.int64)
+            places = torch.from_numpy(to_pages).to(target.device, torch.int64)
+            target[places] = source[chosen].to(target.device)
 
 
 _ELEMENTS = {

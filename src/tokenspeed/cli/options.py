@@ -113,6 +113,12 @@ def _engine_flags(
         str | None,
         typer.Option(metavar="SIZE", help="Memory of the KV cache, as 2GiB [default: what fits]."),
     ] = None,
+    host_cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of the host for KV that leaves a GPU [default: none]."
+        ),
+    ] = None,
     overlap_depth: Annotated[
         int | None,
         typer.Option(min=0, max=1, help="Steps planned ahead [default: by device]."),
@@ -145,6 +151,7 @@ def _engine_flags(
         "max_step_tokens": max_step_tokens,
         "page_size": page_size,
         "kv_cache_size_bytes": None if kv_cache_memory is None else parse_size(kv_cache_memory),
+        "host_cache_size_bytes": 0 if host_cache_memory is None else parse_size(host_cache_memory),
         "overlap_depth": overlap_depth,
         "prefix_cache": prefix_cache,
         "threads": threads,

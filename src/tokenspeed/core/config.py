@@ -134,6 +134,7 @@ class EngineConfig:
         max_step_tokens: tokens of one step.
         page_size: token positions of a KV page.
         kv_cache_size_bytes: bytes of the KV pool; None to choose from the memory at hand.
+        host_cache_size_bytes: bytes of the tier on the host, to which pages go that leave a device.
         overlap_depth: 0 or 1; None to choose by device.
         prefix_cache: reuse KV of shared prefixes.
         threads: CPU threads of the forward; None for all the process may use.
@@ -154,6 +155,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     page_size: int = 32
     kv_cache_size_bytes: int | None = None
+    host_cache_size_bytes: int = 0
     overlap_depth: int | None = None
     prefix_cache: bool = True
     threads: int | None = None
@@ -170,6 +172,7 @@ class EngineConfig:
         _at_least("max_step_tokens", self.max_step_tokens, 1)
         _at_least("page_size", self.page_size, 1)
         _at_least("kv_cache_size_bytes", self.kv_cache_size_bytes, 1)
+        _at_least("host_cache_size_bytes", self.host_cache_size_bytes, 0)
         _at_least("threads", self.threads, 1)
         _positive("tps_floor", self.tps_floor)
         _positive("queue_timeout_s", self.queue_timeout_s)

@@ -49,13 +49,17 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
 
     model = build_model(model_config, dtype=dtype, device=device, kernels=kernels)
     model.load_weights(checkpoint.tensors(progress=progress))
-    pools = KVPools(specs, pages=pages, page_size=config.page_size, device=device)
+    page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
+    host_pages = config.host_cache_size_bytes // page_size_bytes
+    pools = KVPools(
+        specs, pages=pages, page_size=config.page_size, device=device, host_pages=host_pages
+    )
     overlap_depth = config.overlap_depth
     if overlap_depth is None:
         # A CPU runs the forward on the very cores that would plan meanwhile.
         overlap_depth = 1 if device.type == "cuda" else 0
     scheduler_config = SchedulerConfig(
-        groups=(CacheGroup(pages=pages),),
+        groups=(CacheGroup(pages=pages, host_pages=host_pages),),
         page_size=config.page_size,
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,

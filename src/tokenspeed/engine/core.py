@@ -94,7 +94,7 @@ class EngineCore:
         self._overlap_depth = overlap_depth
         self._seeds = None if seed is None else np.random.Generator(np.random.Philox(seed))
         self._live: dict[int, _Live] = {}
-        self._in_flight: deque[tuple[int, LaunchedStep]] = deque()
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
 
     @property
     def busy(self) -> bool:
@@ -131,12 +131,15 @@ class EngineCore:
         plan = self.control.plan(_now_us())
         if plan is not None:
             self._bind(plan)
-            self._in_flight.append((plan.step, self.runner.launch(plan)))
+            self._in_flight.append((plan, self.runner.launch(plan)))
         logprobs = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap_depth):
-            step, launched = self._in_flight.popleft()
+            done, launched = self._in_flight.popleft()
             result = launched.result()
-            self.control.commit(step, result.tokens, _now_us())
+            self.control.commit(done.step, result.tokens, _now_us())
+            for transfer in done.transfers.ids.tolist():
+                # The runner does them in the step that begins them.
+                self.control.transferred(transfer, complete=True)
             logprobs = result.logprobs
         return self._outputs(self.control.take_outcome(), logprobs)
 

@@ -209,6 +209,16 @@ class Runner:
                 tokens=binding.tokens,
                 stop_token_ids=binding.stop_token_ids,
             )
+        # What leaves the device is copied before anything is written to where it was.
+        for pool, group in zip(self._pools.pools, plan.groups, strict=True):
+            if len(group.stores.sources):
+                pool.store(group.stores.sources, group.stores.targets)
+            if len(group.loads.pages):
+                pool.load(group.loads.elsewhere, group.loads.pages)
+        if not len(plan.row_slots):
+            for table, group in zip(self._tables, plan.groups, strict=True):
+                table.apply(group)
+            return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         slots_S = plan.row_slots[plan.sample_rows]
         with self._profiler.step():
             logits_SV = self._model.forward(self._batch(plan), self._pools)

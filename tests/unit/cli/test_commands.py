@@ -23,6 +23,7 @@ ENGINE_FLAGS = {
     "--max-step-tokens",
     "--page-size",
     "--kv-cache-memory",
+    "--host-cache-memory",
     "--overlap-depth",
     "--prefix-cache",
     "--no-prefix-cache",
@@ -141,7 +142,8 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
     probe.command()(takes_engine_flags(command))
     line = (
         "--served-model-name name --device cuda --dtype float32 --max-context 100 --max-running 3 "
-        "--max-step-tokens 5 --page-size 16 --kv-cache-memory 1.5GiB --overlap-depth 1 "
+        "--max-step-tokens 5 --page-size 16 --kv-cache-memory 1.5GiB "
+        "--host-cache-memory 1GiB --overlap-depth 1 "
         "--no-prefix-cache --threads 2 --kernel a.b=c --kernel d.e=f --seed 9"
     )
     result = CliRunner().invoke(probe, line.split())
@@ -157,6 +159,7 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
             max_step_tokens=5,
             page_size=16,
             kv_cache_size_bytes=3 * 2**29,
+            host_cache_size_bytes=2**30,
             overlap_depth=1,
             prefix_cache=False,
             threads=2,

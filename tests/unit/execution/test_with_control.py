@@ -7,7 +7,9 @@ import pytest
 
 from tests.unit.execution.tiny import config_of, ints, runner_of
 from tokenspeed.control import Scheduler
+from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.execution import Runner
 
 PARAMS = (
     SamplingParams(temperature=0.0, max_new_tokens=18),
@@ -24,6 +26,18 @@ def generate(
     """Tokens of each request, all submitted at once, and how often one was retracted."""
     config = config_of(**sizes)
     runner, control = runner_of(config), Scheduler(config)
+    outputs = generate_with(runner, control, config, requests)
+    runner.close()
+    return outputs, control.stats().retractions
+
+
+def generate_with(
+    runner: Runner,
+    control: Scheduler,
+    config: SchedulerConfig,
+    requests: list[tuple[list[int], SamplingParams]],
+) -> list[list[int]]:
+    """Tokens of each request, all submitted at once."""
     for request, (prompt, params) in enumerate(requests):
         control.submit(
             request,
@@ -48,16 +62,36 @@ def generate(
                     tokens=control.tokens(request) if params.needs_history else None,
                     stop_token_ids=ints([]),
                 )
-            in_flight.append((plan.step, runner.launch(plan)))
+            in_flight.append((plan, runner.launch(plan)))
         if in_flight and (plan is None or len(in_flight) > config.overlap_depth):
-            step, launched = in_flight.popleft()
-            control.commit(step, launched.result().tokens, 0)
+            done, launched = in_flight.popleft()
+            control.commit(done.step, launched.result().tokens, 0)
+            for transfer in done.transfers.ids.tolist():
+                control.transferred(transfer, complete=True)
         outcome = control.take_outcome()
         for request, token in zip(outcome.requests.tolist(), outcome.tokens.tolist(), strict=True):
             outputs[request].append(token)
         unfinished -= len(outcome.finished)
+    return outputs
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+def test_kv_that_comes_back_from_the_host_gives_the_same_tokens(overlap_depth: int) -> None:
+    random = np.random.default_rng(5)
+    params = SamplingParams(temperature=0.0, max_new_tokens=6)
+    prompts = [random.integers(0, 61, size=30).tolist() for _ in range(3)]
+    # The pool holds one of them; each comes back after the others have pushed it out.
+    config = config_of(overlap_depth=overlap_depth, pages=12, host_pages=40)
+    runner, control = runner_of(config), Scheduler(config)
+    first, again = (
+        [generate_with(runner, control, config, [(prompt, params)])[0] for prompt in prompts]
+        for _ in range(2)
+    )
+    assert first == again
+    stats = control.stats()
+    assert stats.loads >= 3 * (30 // 4) - 3
+    assert stats.stores >= stats.loads
     runner.close()
-    return outputs, control.stats().retractions
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1])

@@ -62,15 +62,20 @@ def tiny_model(seed: int = 0) -> Model:
 
 
 def config_of(**changes: int) -> SchedulerConfig:
-    groups = (CacheGroup(pages=changes.pop("pages", 32)),)
+    groups = (CacheGroup(pages=changes.pop("pages", 32), host_pages=changes.pop("host_pages", 0)),)
     sizes = {"page_size": 4, "slots_max": 8, "step_tokens_max": 64, "context_max": 64}
     return SchedulerConfig(groups=groups, **{**sizes, **changes})
 
 
 def runner_of(config: SchedulerConfig, model: Model | None = None) -> Runner:
     model = model or tiny_model()
+    (group,) = config.groups
     pools = KVPools(
-        model.kv_specs(), pages=config.groups[0].pages, page_size=config.page_size, device=CPU
+        model.kv_specs(),
+        pages=group.pages,
+        page_size=config.page_size,
+        device=CPU,
+        host_pages=group.host_pages,
     )
     return Runner(model, pools, config, device=CPU, threads=1)
 
