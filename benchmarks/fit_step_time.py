@@ -14,9 +14,8 @@ import numpy as np
 
 from tokenspeed import SamplingParams
 from tokenspeed.bench.fitting import fit_step_time
-from tokenspeed.bench.hardware import StepLoad, step_load
 from tokenspeed.core.config import EngineConfig
-from tokenspeed.core.step import StepPlan
+from tokenspeed.core.step import StepPlan, StepWork
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.core import EngineCore
 from tokenspeed.engine.wire import Submit
@@ -30,7 +29,7 @@ class TimedRunner:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.steps: list[tuple[StepLoad, float]] = []
+        self.steps: list[tuple[StepWork, float]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -39,7 +38,7 @@ class TimedRunner:
         began_s = time.perf_counter()
         launched = self._runner.launch(plan)
         launched.result()
-        self.steps.append((step_load(plan), (time.perf_counter() - began_s) * 1e6))
+        self.steps.append((StepWork.of(plan), (time.perf_counter() - began_s) * 1e6))
         return launched
 
 
@@ -48,7 +47,7 @@ def run(core: EngineCore, timed: TimedRunner, prompts: list[np.ndarray]) -> list
     timed.steps = []
     params = SamplingParams(temperature=0.0, ignore_eos=True)
     for request, prompt in enumerate(prompts):
-        core.submit(Submit(request, prompt.tobytes(), params, ANSWER_TOKENS, None, 0, 0))
+        core.submit(Submit(request, prompt.tobytes(), params, ANSWER_TOKENS, None, 0, 0, None))
     while core.busy:
         core.step()
     core.control.flush_cache()
@@ -71,7 +70,7 @@ def main() -> None:
     timed = TimedRunner(core.runner)
     core.runner = timed
     rng = np.random.Generator(np.random.Philox(0))
-    observed: list[tuple[StepLoad, float]] = []
+    observed: list[tuple[StepWork, float]] = []
     for users in USERS:
         for length in options.prompts:
             prompts = [

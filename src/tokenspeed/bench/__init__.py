@@ -2,7 +2,7 @@
 
 from tokenspeed.bench.baselines import Baselines, find_baselines
 from tokenspeed.bench.config import SimulationConfig
-from tokenspeed.bench.experiments import Oversubscription, oversubscription
+from tokenspeed.bench.experiments import FloorExperiment, Oversubscription, floor, oversubscription
 from tokenspeed.bench.hardware import HARDWARE, Hardware, StepTime
 from tokenspeed.bench.plots import check_plotting, draw
 from tokenspeed.bench.replay import simulate, simulate_file
@@ -13,6 +13,7 @@ from tokenspeed.bench.trace import Trace, TraceRequest, read_trace
 __all__ = [
     "HARDWARE",
     "Baselines",
+    "FloorExperiment",
     "Hardware",
     "Oversubscription",
     "Report",
@@ -24,6 +25,7 @@ __all__ = [
     "check_plotting",
     "draw",
     "find_baselines",
+    "floor",
     "oversubscription",
     "read_trace",
     "simulate",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenspeed.bench.optimum import optimum_hits
-from tokenspeed.bench.results import REFUSED, Results
+from tokenspeed.bench.results import Results
 from tokenspeed.bench.tokens import TraceTokens, assign_tokens
 from tokenspeed.bench.trace import Trace
 from tokenspeed.core.step import FinishReason, Int64Array
@@ -36,7 +36,7 @@ def find_baselines(trace: Trace, results: Results, *, pages: int, page_size: int
     """Hits of other caches of `pages` pages, replica by replica, requests in order of arrival."""
     tokens = assign_tokens(trace)
     read, written, names = trace_pages(trace, tokens, page_size)
-    served = (results.reasons != REFUSED) & (results.reasons != FinishReason.REJECTED)
+    served = results.reasons == FinishReason.LENGTH
     lru = optimum = 0
     for replica in range(len(results.steps)):
         (chosen,) = np.nonzero(served & (results.replica == replica))

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenspeed.bench.hardware import StepLoad, StepTime
+from tokenspeed.bench.hardware import StepTime
 from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.step import StepWork
 
 __all__ = ["fit_step_time"]
 
 
-def fit_step_time(steps: Sequence[tuple[StepLoad, float]]) -> StepTime:
+def fit_step_time(steps: Sequence[tuple[StepWork, float]]) -> StepTime:
     """The linear model (`weights_us` 0) that fits best, no cost negative.
 
     Least squares of the relative error. Costs that come out negative are taken out, the most
@@ -30,8 +31,14 @@ def fit_step_time(steps: Sequence[tuple[StepLoad, float]]) -> StepTime:
         raise ConfigError("a step that took no time tells nothing; measure with a finer clock")
     terms = np.array(
         [
-            (1.0, load.prefill_tokens, load.decode_rows, load.kv_tokens, load.pairs)
-            for load, _ in steps
+            (
+                1.0,
+                work.prefill_tokens,
+                work.decode_rows,
+                work.decode_context,
+                work.prefill_pairs,
+            )
+            for work, _ in steps
         ]
     )
     weighted = terms / took_us[:, None]

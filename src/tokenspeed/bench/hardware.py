@@ -3,48 +3,10 @@
 import math
 from dataclasses import dataclass, fields
 
-import numpy as np
-
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.core.step import StepPlan
+from tokenspeed.core.step import StepWork
 
-__all__ = ["HARDWARE", "Hardware", "StepLoad", "StepTime", "step_load"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepLoad:
-    """What a step runs, as far as its time depends on it.
-
-    Attributes:
-        prefill_tokens: tokens of prompts.
-        decode_rows: rows of one token each.
-        kv_tokens: tokens of KV that all decode rows read, their own included.
-        pairs: pairs of a prompt token and a token it attends to, its own included.
-    """
-
-    prefill_tokens: int
-    decode_rows: int
-    kv_tokens: int
-    pairs: float
-
-
-def step_load(plan: StepPlan) -> StepLoad:
-    """What a plan runs."""
-    rows = plan.decode_count
-    prefill_tokens = len(plan.token_ids) - rows
-    contexts = plan.context_lens
-    pairs = 0.0
-    if prefill_tokens:
-        counts = np.diff(plan.query_starts[rows:]).astype(np.float64)
-        # The i-th token of a chunk attends to the context, the chunk's tokens before it, itself.
-        pairs = float(counts @ contexts[rows:] + (counts * (counts + 1)).sum() / 2)
-        contexts = contexts[:rows]
-    return StepLoad(
-        prefill_tokens=prefill_tokens,
-        decode_rows=rows,
-        kv_tokens=int(contexts.sum(dtype=np.int64)) + rows,
-        pairs=pairs,
-    )
+__all__ = ["HARDWARE", "Hardware", "StepTime"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +44,16 @@ class StepTime:
                     f"{field.name} must be microseconds in [0, 1e9], but is {value!r}"
                 )
 
-    def predict_us(self, load: StepLoad) -> float:
+    def predict_us(self, work: StepWork) -> float:
         """Microseconds of a step."""
         products = (
-            self.prefill_token_us * load.prefill_tokens + self.decode_row_us * load.decode_rows
+            self.prefill_token_us * work.prefill_tokens + self.decode_row_us * work.decode_rows
         )
         return (
             self.step_us
             + max(self.weights_us, products)
-            + self.kv_token_us * load.kv_tokens
-            + self.pair_us * load.pairs
+            + self.kv_token_us * work.decode_context
+            + self.pair_us * work.prefill_pairs
         )
 
 

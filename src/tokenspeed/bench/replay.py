@@ -10,7 +10,7 @@ import msgspec
 
 from tokenspeed.bench.config import SimulationConfig
 from tokenspeed.bench.results import Results, merge_results
-from tokenspeed.bench.simulation import simulate_group
+from tokenspeed.bench.simulation import Watch, simulate_group
 from tokenspeed.bench.trace import Trace, read_trace
 from tokenspeed.bench.workload import Workload
 from tokenspeed.core.errors import ConfigError, EngineError
@@ -29,12 +29,17 @@ class Share:
 
 
 def simulate(
-    trace: Trace, config: SimulationConfig, *, groups: tuple[int, ...] | None = None
+    trace: Trace,
+    config: SimulationConfig,
+    *,
+    groups: tuple[int, ...] | None = None,
+    watch: Watch | None = None,
 ) -> Results:
     """Simulate in this process.
 
     Args:
         groups: which groups of replicas; None for all.
+        watch: told of every token; requests are numbered within their group by time.
 
     Raises:
         ConfigError: the trace does not suit the configuration.
@@ -42,7 +47,7 @@ def simulate(
     """
     workload = Workload(trace, config)
     chosen = range(config.groups) if groups is None else groups
-    return merge_results([simulate_group(trace, workload, group) for group in chosen])
+    return merge_results([simulate_group(trace, workload, group, watch=watch) for group in chosen])
 
 
 def simulate_file(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenspeed.bench.config import SimulationConfig
-from tokenspeed.bench.hardware import step_load
+from tokenspeed.bench.hardware import StepTime
 from tokenspeed.bench.workload import GroupWorkload
 from tokenspeed.control import Scheduler, SchedulerStats
-from tokenspeed.core.step import Int32Array, StepOutcome, StepPlan
+from tokenspeed.core.step import Int32Array, StepOutcome, StepPlan, StepWork
 
 __all__ = ["Replica"]
 
@@ -37,6 +37,7 @@ class Replica:
         self._workload = workload
         self._scheduler = Scheduler(config.scheduler)
         self._step_time = config.step_time
+        _teach(self._scheduler, config.step_time)
         self._depth = config.scheduler.overlap_depth
         self._flights: deque[_Flight] = deque()
         # Where the answer of each slot's request begins, once a request has the slot.
@@ -59,6 +60,7 @@ class Replica:
             max_new_tokens=int(workload.output_tokens[request]),
             stop_token_ids=_NO_STOP,
             salt=int(workload.copy[request]),
+            tenant=int(workload.copy[request]),
         )
         self.outstanding += 1
 
@@ -95,7 +97,7 @@ class Replica:
         return self._scheduler.stats()
 
     def _time_us(self, plan: StepPlan) -> int:
-        took_us = self._step_time.predict_us(step_load(plan))
+        took_us = self._step_time.predict_us(StepWork.of(plan))
         if self._noise is not None:
             took_us *= self._noise.draw()
         # A step of no time would let the clock stand still.
@@ -108,6 +110,21 @@ class Replica:
         slots = plan.row_slots[plan.sample_rows]
         tokens: Int32Array = self._workload.flat[self._answers[slots] + plan.sample_positions]
         return tokens
+
+
+def _teach(scheduler: Scheduler, step_time: StepTime) -> None:
+    """What an engine learns of its machine before the first request: prompts of doubling length,
+    alone, each followed by some decode steps, then those of four users."""
+    for tokens in (16, 32, 64, 128, 256, 512):
+        _observe(scheduler, step_time, StepWork(prefill_tokens=tokens, prefill_pairs=tokens**2 / 2))
+        for context in range(tokens, tokens + 12):
+            _observe(scheduler, step_time, StepWork(decode_rows=1, decode_context=context))
+    for context in range(16, 28):
+        _observe(scheduler, step_time, StepWork(decode_rows=4, decode_context=4 * context))
+
+
+def _observe(scheduler: Scheduler, step_time: StepTime, work: StepWork) -> None:
+    scheduler.observe(work, max(1, round(step_time.predict_us(work))))
 
 
 class _Noise:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from tokenspeed.bench.baselines import Baselines
 from tokenspeed.bench.config import SimulationConfig
-from tokenspeed.bench.results import REFUSED, Results
+from tokenspeed.bench.results import Results
 from tokenspeed.core.step import FinishReason, Int64Array
 
 __all__ = ["Floor", "Quantiles", "Report", "TurnLatency", "counted_quantile", "summarise"]
@@ -66,8 +66,8 @@ class Report:
         trace: its name.
         config: all that the numbers depend on beside the trace.
         devices: of all replicas.
-        requests: sent; each is `finished`, `refused` (queue or limits) or `rejected` (it can never
-            fit).
+        requests: sent; each is `finished`, `refused` (it waited too long) or `rejected` (it can
+            never fit).
         prompt_tokens, cached_tokens: of requests that were served; `hit_rate` is their ratio.
         lru_hit_rate, optimum_hit_rate: what plain LRU and Belady's optimum would have had; None
             where not asked for.
@@ -125,7 +125,7 @@ def summarise(
     baselines: Baselines | None,
 ) -> Report:
     """Sum up a simulation."""
-    refused = results.reasons == REFUSED
+    refused = results.reasons == FinishReason.REFUSED
     rejected = results.reasons == FinishReason.REJECTED
     served = ~refused & ~rejected
     prompt_tokens = int(results.input_tokens[served].sum())

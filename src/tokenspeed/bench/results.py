@@ -8,10 +8,8 @@ import numpy as np
 
 from tokenspeed.core.step import Int64Array
 
-__all__ = ["REFUSED", "TIMELINE_US", "GapCounts", "Results", "merge_results"]
+__all__ = ["TIMELINE_US", "GapCounts", "Results", "merge_results"]
 
-REFUSED = 100
-"""A reason beside `FinishReason`: the scheduler did not take the request."""
 TIMELINE_US = 1_000_000
 _GAP_BLOCK = 1 << 18
 
@@ -28,7 +26,7 @@ class Results:
             and mean nothing where `emitted` is 0.
         emitted: [R] tokens given.
         cached: [R] prompt tokens that came from cache when the request was first admitted.
-        reasons: [R] `FinishReason` or `REFUSED`.
+        reasons: [R] `FinishReason`.
         gap_us, gap_counts: [G] times between two tokens of a request, ascending, and how often
             each was.
         timeline: [T] tokens given in each second.

@@ -5,37 +5,50 @@ plans. Groups of replicas share nothing, so each is a simulation of its own.
 """
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 
 from tokenspeed.bench.config import SimulationConfig
 from tokenspeed.bench.replica import Replica
-from tokenspeed.bench.results import REFUSED, TIMELINE_US, GapCounts, Results
+from tokenspeed.bench.results import TIMELINE_US, GapCounts, Results
 from tokenspeed.bench.router import make_router
 from tokenspeed.bench.trace import Trace
 from tokenspeed.bench.workload import GroupWorkload, Workload
-from tokenspeed.core.errors import EngineError, RequestError
-from tokenspeed.core.step import Int64Array, StepOutcome
+from tokenspeed.core.errors import ContextOverflow, EngineError
+from tokenspeed.core.step import FinishReason, Int64Array, StepOutcome
 
-__all__ = ["simulate_group"]
+__all__ = ["Watch", "simulate_group"]
 
 _ARRIVES, _ENDS, _PLANS = range(3)
 
 
-def simulate_group(trace: Trace, workload: Workload, group: int) -> Results:
+Watch = Callable[[Int64Array, int], None]
+"""Told of each step's tokens: the requests [K] that got one, and when, in microseconds."""
+
+
+def simulate_group(
+    trace: Trace, workload: Workload, group: int, *, watch: Watch | None = None
+) -> Results:
     """Run one group of replicas to the end of its requests.
 
     Raises:
         EngineError: the scheduler came to rest with requests unfinished, ended one twice, or lost
             a page: a bug of the control plane.
     """
-    return _Group(trace, workload.group(group), workload.config, group).run()
+    return _Group(trace, workload.group(group), workload.config, group, watch).run()
 
 
 class _Group:
     def __init__(
-        self, trace: Trace, workload: GroupWorkload, config: SimulationConfig, group: int
+        self,
+        trace: Trace,
+        workload: GroupWorkload,
+        config: SimulationConfig,
+        group: int,
+        watch: Watch | None,
     ) -> None:
+        self._watch = watch
         self._trace = trace
         self._workload = workload
         self._closed = config.loop == "closed"
@@ -94,8 +107,8 @@ class _Group:
         self._replica_of[request] = chosen
         try:
             self._replicas[chosen].submit(request)
-        except RequestError:
-            self._end(request, REFUSED, now_us)
+        except ContextOverflow:
+            self._end(request, FinishReason.REJECTED, now_us)
             return
         self._loads[chosen] += 1
         self._plan_soon(chosen, now_us)
@@ -119,6 +132,8 @@ class _Group:
     def _note(self, index: int, outcome: StepOutcome, now_us: int) -> None:
         requests = outcome.requests
         if len(requests):
+            if self._watch is not None:
+                self._watch(requests, now_us)
             before = self._emitted[requests]
             self._emitted[requests] = before + 1
             gaps_us = now_us - self._last_us[requests]

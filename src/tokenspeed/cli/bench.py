@@ -11,14 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tokenspeed.cli.bench_tables import floor_table, oversubscription_table, report_table
 from tokenspeed.cli.options import LogLevel, LogLevelOption
 from tokenspeed.cli.reporting import reported
 from tokenspeed.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenspeed.bench.experiments import Oversubscription
     from tokenspeed.bench.hardware import Hardware, StepTime
-    from tokenspeed.bench.report import Quantiles, Report
 
 __all__ = ["bench_app"]
 
@@ -45,6 +44,7 @@ class RouterName(enum.StrEnum):
 class ExperimentName(enum.StrEnum):
     """A load that no trace gives."""
 
+    FLOOR = "floor"
     OVERSUBSCRIPTION = "oversubscription"
 
 
@@ -64,8 +64,12 @@ def simulate_command(
         typer.Option(help="A synthetic load on one replica, in place of a trace."),
     ] = None,
     hardware: Annotated[
-        str, typer.Option(help="Step times and memory of a replica: a preset's name.")
-    ] = "h200-32b",
+        str | None,
+        typer.Option(
+            help="Step times and memory of a replica: h200-32b, h200x4-32b or cpu2-135m "
+            "[default: h200-32b, for the floor's experiment h200x4-32b]."
+        ),
+    ] = None,
     step_time: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,8 +121,19 @@ def simulate_command(
         typer.Option(help="The recorded provider's time for a token, taken off recorded gaps."),
     ] = 20.0,
     tps_floor: Annotated[
-        float, typer.Option(min=0, help="TPS below which a user's speed counts as violation.")
+        float, typer.Option(min=0, help="TPS that each admitted user is to get; 0 for no floor.")
     ] = 70.0,
+    keep_floor: Annotated[
+        bool,
+        typer.Option(
+            "--keep-floor/--ignore-floor",
+            help="Have the scheduler keep the floor, or only count what falls below it.",
+        ),
+    ] = True,
+    queue_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which a waiting request is refused [default: never]."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take only the trace's first so many requests.")
     ] = None,
@@ -144,7 +159,9 @@ def simulate_command(
         from tokenspeed import bench  # noqa: PLC0415
         from tokenspeed.core.config import CacheGroup, SchedulerConfig  # noqa: PLC0415
 
-        chosen = _hardware(hardware)
+        # Four devices: one alone gives eight users of that context little more than the floor.
+        usual = "h200x4-32b" if experiment is ExperimentName.FLOOR else "h200-32b"
+        chosen = _hardware(usual if hardware is None else hardware)
         config = bench.SimulationConfig(
             step_time=_step_time(chosen.step_time, step_time or []),
             jitter=jitter,
@@ -159,6 +176,8 @@ def simulate_command(
                 step_tokens_max=max_step_tokens,
                 context_max=max_context,
                 overlap_depth=overlap_depth,
+                tps_floor=(tps_floor or None) if keep_floor else None,
+                queue_timeout_us=None if queue_timeout is None else _microseconds(queue_timeout),
             ),
             replicas=replicas,
             group_replicas=group_replicas,
@@ -175,9 +194,15 @@ def simulate_command(
         if (trace is None) == (experiment is None):
             raise ConfigError("simulate takes either a TRACE or an --experiment")
         folder = None if output is None else _folder(output)
+        if experiment is ExperimentName.FLOOR:
+            if not tps_floor:
+                raise ConfigError("--experiment floor needs a --tps-floor above 0")
+            floor = bench.floor(config, tps_floor=tps_floor)
+            _show(floor.to_json(), floor_table(floor), as_json=as_json, folder=folder)
+            return
         if trace is None:
-            found = bench.oversubscription(config, devices_per_replica=chosen.devices)
-            _show(found.to_json(), _oversubscription_table(found), as_json=as_json, folder=folder)
+            crowd = bench.oversubscription(config, devices_per_replica=chosen.devices)
+            _show(crowd.to_json(), oversubscription_table(crowd), as_json=as_json, folder=folder)
             return
         began_s = time.monotonic()
         results = bench.simulate_file(trace, config, limit=limit, jobs=jobs)
@@ -197,7 +222,7 @@ def simulate_command(
         )
         if folder is not None:
             bench.draw(summary, results, folder)
-        _show(summary.to_json(), _table(summary), as_json=as_json, folder=folder)
+        _show(summary.to_json(), report_table(summary), as_json=as_json, folder=folder)
         _log.info("%.0f s of %d replicas in %.1f s", summary.duration_s, replicas, spent_s)
 
 
@@ -237,6 +262,12 @@ def _step_time(preset: "StepTime", changes: list[str]) -> "StepTime":
     return dataclasses.replace(preset, **values)
 
 
+def _microseconds(seconds: float) -> int:
+    if not 0 < seconds <= 1e9:
+        raise ConfigError(f"--queue-timeout must be seconds in (0, 1e9], but is {seconds}")
+    return round(seconds * 1e6)
+
+
 def _folder(path: Path) -> Path:
     from tokenspeed.bench import check_plotting  # noqa: PLC0415
 
@@ -247,71 +278,3 @@ def _folder(path: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"--output {path} is no folder to write: {error.strerror}") from error
     return path
-
-
-def _table(summary: "Report") -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    hits = [f"{summary.hit_rate:.2%}"]
-    if summary.lru_hit_rate is not None and summary.optimum_hit_rate is not None:
-        hits += [
-            f"plain LRU {summary.lru_hit_rate:.2%}",
-            f"optimum {summary.optimum_hit_rate:.2%}",
-        ]
-    rows = {
-        "requests": f"{summary.requests:,}: {summary.finished:,} finished, "
-        f"{summary.refused:,} refused, {summary.rejected:,} too long",
-        "replicas": f"{summary.config.replicas:,} of {summary.devices:,} devices in all, "
-        f"busy {summary.busy_part:.0%} of the time",
-        "virtual time": f"{summary.duration_s:,.1f} s, {summary.steps:,} steps of "
-        f"{summary.mean_batch:.1f} answer tokens",
-        "hit rate": "; ".join(hits),
-        "TPM": f"{summary.output_tpm:,.0f} of answers ({summary.output_tpm_device:,.0f} a "
-        f"device), {summary.total_tpm:,.0f} with prompts",
-        "TPS of a user": _spread(summary.tps, "p1 p10 p50 p90", ".1f"),
-        "between tokens, ms": _spread(summary.gap_ms, "p50 p90 p99 max", ".1f"),
-    }
-    for entry in summary.ttft:
-        rows[f"TTFT, turn {entry.turns}, s"] = (
-            _spread(entry.ttft_s, "p50 p90 p99", ".2f") + f"  ({entry.requests:,} requests)"
-        )
-    if summary.floor is not None:
-        rows[f"floor of {summary.floor.tps:g} TPS"] = (
-            f"{summary.floor.users_below:,} users below ({summary.floor.users_below_part:.1%}), "
-            f"{summary.floor.gaps_above_part:.1%} of gaps above {summary.floor.bound_ms:.1f} ms"
-        )
-    rows["retractions, evictions"] = f"{summary.retractions:,}, {summary.evictions:,} pages"
-    for name, text in rows.items():
-        table.add_row(name, text)
-    return table
-
-
-def _oversubscription_table(found: "Oversubscription") -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("RUN", "USERS", "POOL TOKENS", "FINISHED", "TPM", "RETRACTIONS"):
-        table.add_column(name, justify="left" if name == "RUN" else "right", no_wrap=True)
-    for name, users, summary in (
-        ("twice too many", found.users, found.crowded),
-        ("half the users", found.users // 2, found.half),
-        ("twice the pool", found.users, found.roomy),
-    ):
-        scheduler = summary.config.scheduler
-        table.add_row(
-            name,
-            f"{users:,}",
-            f"{scheduler.groups[0].pages * scheduler.page_size:,}",
-            f"{summary.finished:,} of {summary.requests:,}",
-            f"{summary.output_tpm:,.0f}",
-            f"{summary.retractions:,}",
-        )
-    table.caption = (
-        f"twice too many users get {found.of_half:.1%} of the throughput of half the users, and "
-        f"{found.of_roomy:.1%} of that of twice the pool"
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def _spread(values: "Quantiles", names: str, form: str) -> str:
-    return "  ".join(f"{name} {getattr(values, name):{form}}" for name in names.split())

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.unit.bench.traces import configured
-from tokenspeed.bench import HARDWARE, StepTime, oversubscription
+from tokenspeed.bench import HARDWARE, StepTime
 from tokenspeed.bench.fitting import fit_step_time
-from tokenspeed.bench.hardware import StepLoad
 from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.step import StepWork
 
 
 def test_the_h200_preset_is_what_its_data_sheet_gives() -> None:
@@ -23,18 +22,18 @@ def test_the_h200_preset_is_what_its_data_sheet_gives() -> None:
     assert four.step_us == hardware.step_time.step_us + 2 * 64 * 10
 
 
-def loads(count: int) -> list[StepLoad]:
+def loads(count: int) -> list[StepWork]:
     rng = np.random.Generator(np.random.Philox(11))
     found = []
     for _ in range(count):
         rows, tokens = int(rng.integers(0, 33)), int(rng.integers(0, 513))
         context = int(rng.integers(1, 20_000))
         found.append(
-            StepLoad(
+            StepWork(
                 prefill_tokens=tokens,
                 decode_rows=rows,
-                kv_tokens=rows * context,
-                pairs=float(tokens * context),
+                decode_context=rows * context,
+                prefill_pairs=float(tokens * context),
             )
         )
     return found
@@ -56,12 +55,17 @@ def test_the_costs_behind_noisy_steps_are_found_again() -> None:
 
 def test_no_cost_is_negative_and_none_is_made_up() -> None:
     # Faster with more KV: no cost of ours can say so.
-    steps = [(load, 1000 + 50 * load.prefill_tokens - load.kv_tokens * 1e-4) for load in loads(50)]
+    steps = [
+        (load, 1000 + 50 * load.prefill_tokens - load.decode_context * 1e-4) for load in loads(50)
+    ]
     found = fit_step_time(steps)
     assert found.kv_token_us == 0
     assert found.prefill_token_us == pytest.approx(50, rel=0.05)
     decode_only = [
-        (StepLoad(prefill_tokens=0, decode_rows=n, kv_tokens=10 * n * n, pairs=0.0), 5.0 + n)
+        (
+            StepWork(prefill_tokens=0, decode_rows=n, decode_context=10 * n * n, prefill_pairs=0.0),
+            5.0 + n,
+        )
         for n in range(1, 9)
     ]
     assert fit_step_time(decode_only).prefill_token_us == 0
@@ -72,24 +76,3 @@ def test_too_few_steps_are_refused() -> None:
         fit_step_time([(load, 1.0) for load in loads(4)])
     with pytest.raises(ConfigError, match="clock"):
         fit_step_time([(load, 0.0) for load in loads(9)])
-
-
-def test_twice_the_pages_lose_no_request_and_little_throughput() -> None:
-    config = configured(
-        pages=2000, slots_max=64, step_time=HARDWARE["h200-32b"].step_time, step_tokens_max=2048
-    )
-    found = oversubscription(config, devices_per_replica=1)
-    assert (
-        found.crowded.config.scheduler.groups[0].pages * 2
-        == found.roomy.config.scheduler.groups[0].pages
-    )
-    for summary in (found.crowded, found.half, found.roomy):
-        assert summary.finished == summary.requests
-    assert found.crowded.requests == 2 * found.half.requests
-    assert found.crowded.retractions > found.half.retractions
-    assert found.of_half > 0.9
-
-
-def test_a_pool_that_tells_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--kv-tokens"):
-        oversubscription(configured(pages=300), devices_per_replica=1)

@@ -19,7 +19,7 @@ from tokenspeed.bench import (
     simulate_file,
     summarise,
 )
-from tokenspeed.bench.results import REFUSED, GapCounts
+from tokenspeed.bench.results import GapCounts
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.core.step import FinishReason
 
@@ -74,13 +74,13 @@ def test_every_term_of_the_step_time_counts() -> None:
         results = simulate(one, configured(step_time=step_time))
         return int(results.first_us[0]), int(results.last_us[0] - results.first_us[0])
 
-    # One step of 100 prompt tokens, which visit 100 * 101 / 2 pairs; one of one decode row, which
-    # reads 101 tokens of KV.
+    # One step of 100 prompt tokens, which visit 100 * 100 / 2 pairs; one of one decode row, which
+    # reads 100 tokens of KV.
     assert times(StepTime(step_us=7)) == (7, 7)
     assert times(StepTime(step_us=1, prefill_token_us=3)) == (301, 1)
     assert times(StepTime(step_us=1, decode_row_us=5)) == (1, 6)
-    assert times(StepTime(step_us=1, kv_token_us=2)) == (1, 203)
-    assert times(StepTime(step_us=1, pair_us=1)) == (5051, 1)
+    assert times(StepTime(step_us=1, kv_token_us=2)) == (1, 201)
+    assert times(StepTime(step_us=1, pair_us=1)) == (5001, 1)
     assert times(StepTime(weights_us=250, prefill_token_us=3, decode_row_us=5)) == (300, 250)
 
 
@@ -89,7 +89,7 @@ def test_a_chunked_prompt_visits_the_same_pairs_as_a_whole_one() -> None:
     step_time = StepTime(pair_us=1)
     whole = simulate(one, configured(step_time=step_time))
     chunked = simulate(one, configured(step_time=step_time, step_tokens_max=16))
-    assert whole.first_us == chunked.first_us == [1000 * 1001 // 2]
+    assert whole.first_us == chunked.first_us == [1000 * 1000 // 2]
 
 
 def test_a_closed_loop_sends_a_turn_after_the_answer_and_the_tool() -> None:
@@ -143,15 +143,29 @@ def test_every_request_ends_once_with_all_its_tokens(loop: str, overlap_depth: i
 
 
 def test_what_can_never_fit_is_counted_and_the_rest_goes_on() -> None:
+    # One is longer than the pool, one longer than the context.
     long = TraceRequest(sent_us=5, input_tokens=5000, output_tokens=1, blocks=tuple(range(9)))
     longer = dataclasses.replace(long, input_tokens=70_000, blocks=tuple(range(136)))
     trace = trace_of(*TWO_TURNS.requests, long, longer)
     config = configured(pages=64)
     results = simulate(trace, config)
-    assert column(results, "reasons") == [2, FinishReason.REJECTED, REFUSED, 2]
+    assert column(results, "reasons") == [2, 4, 4, 2]
     summary = summarise(results, config, trace_name="tiny", devices_per_replica=1, baselines=None)
-    assert (summary.finished, summary.rejected, summary.refused) == (2, 1, 1)
+    assert (summary.finished, summary.rejected, summary.refused) == (2, 2, 0)
     assert summary.prompt_tokens == 2124
+
+
+def test_who_waits_too_long_is_refused_and_counted() -> None:
+    trace = sessions(30, 1, apart_us=0, output_tokens=100)
+    config = configured(slots_max=2, queue_timeout_us=100_000)
+    results = simulate(trace, config)
+    summary = summarise(results, config, trace_name="tiny", devices_per_replica=1, baselines=None)
+    assert summary.refused > 0
+    assert summary.finished > 0
+    assert summary.finished + summary.refused == 30
+    refused = results.reasons == FinishReason.REFUSED
+    assert (results.emitted[refused] == 0).all()
+    assert ((results.ended_us - results.arrived_us)[refused] < 200_000).all()
 
 
 def same(one: Results, other: Results) -> bool:

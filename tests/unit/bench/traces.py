@@ -26,7 +26,7 @@ def configured(**changes: Any) -> SimulationConfig:
         "context_max": 65536,
     }
     for name in list(changes):
-        if name in scheduler or name == "overlap_depth":
+        if name in (*scheduler, "overlap_depth", "tps_floor", "queue_timeout_us"):
             scheduler[name] = changes.pop(name)
     scheduler["groups"] = (CacheGroup(pages=scheduler.pop("pages")),)
     return SimulationConfig(
