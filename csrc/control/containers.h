@@ -1,4 +1,4 @@
-// Where the scheduler keeps the states: one container for each, by slot or by place in a line.
+// Where the scheduler keeps the states: one container for each, by slot or by order.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +51,7 @@ class Shelf {
 
 // States that hold none, in their order.
 template <class State>
-class Line {
+class Roster {
   public:
     // Makes room, so that `put` cannot fail. Room that is not used is passed over.
     void reserve(const Order& order) { places_[order]; }
@@ -71,7 +71,7 @@ class Line {
         const auto place = places_.find(order);
         return place == places_.end() || !place->second ? nullptr : &*place->second;
     }
-    // First and last in the line.
+    // First and last in order.
     const State* head() const noexcept {
         for (const auto& [order, state] : places_) {
             if (state) return &*state;

@@ -227,8 +227,8 @@ class Scheduler {
     // Submissions, aborts and transfers that are over, as they came.
     std::deque<std::variant<Queued, RequestId, Report>> arrivals_;
     std::unordered_map<std::int64_t, Place> places_;  // looked up by id, never iterated
-    Line<Queued> queued_;
-    Line<Parked> parked_;
+    Roster<Queued> queued_;
+    Roster<Parked> parked_;
     Shelf<Loading> loading_;
     Shelf<Receiving> receiving_;
     Shelf<Prefilling> prefilling_;
