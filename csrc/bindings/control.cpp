@@ -138,15 +138,16 @@ NB_MODULE(_control, module) {
             "__init__",
             [](control::Scheduler* self, const std::vector<Group>& groups, std::int32_t page_size,
                std::int32_t slots_max, std::int32_t step_tokens_max, std::int32_t context_max,
-               std::int32_t overlap_depth, bool prefix_cache, std::optional<double> tps_floor,
-               std::optional<std::int64_t> queue_timeout_us) {
-                new (self) control::Scheduler({group_configs(groups), page_size, slots_max,
-                                               step_tokens_max, context_max, overlap_depth,
-                                               prefix_cache, tps_floor, queue_timeout_us});
+               std::int32_t overlap_depth, bool prefix_cache, std::int32_t cache_policy,
+               std::optional<double> tps_floor, std::optional<std::int64_t> queue_timeout_us) {
+                new (self) control::Scheduler(
+                    {group_configs(groups), page_size, slots_max, step_tokens_max, context_max,
+                     overlap_depth, prefix_cache, static_cast<control::CachePolicy>(cache_policy),
+                     tps_floor, queue_timeout_us});
             },
             nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
-            "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "tps_floor"_a.none(),
-            "queue_timeout_us"_a.none())
+            "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "cache_policy"_a,
+            "tps_floor"_a.none(), "queue_timeout_us"_a.none())
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,

@@ -6,8 +6,9 @@
 
 namespace tokenspeed::control {
 
-ContentTree::ContentTree(std::size_t nodes_max, TokenCount page_size, bool shared)
-    : page_size_(page_size), shared_(shared), nodes_(nodes_max) {
+ContentTree::ContentTree(std::size_t nodes_max, TokenCount page_size, bool shared,
+                         Sessions& sessions)
+    : page_size_(page_size), shared_(shared), sessions_(sessions), nodes_(nodes_max) {
     free_.reserve(nodes_max);
     for (std::size_t i = nodes_max; i > 0; --i) {
         free_.push_back(NodeId(static_cast<std::int32_t>(i - 1)));
@@ -56,7 +57,8 @@ NodeId ContentTree::unlink(NodeRef&& ref) noexcept {
     return node;
 }
 
-NodeRef ContentTree::enter(const PageContent& content, std::optional<NodeId> parent) noexcept {
+NodeRef ContentTree::enter(const PageContent& content, std::optional<NodeId> parent,
+                           BranchId branch) noexcept {
     if (const auto known = find(content, parent)) return link(*known);
     assert(!full() && "the content tree is full");
     const NodeId id = free_.back();
@@ -76,6 +78,7 @@ NodeRef ContentTree::enter(const PageContent& content, std::optional<NodeId> par
         node.salt = content.salt;
         std::ranges::copy(content.tokens, tokens_.begin() + (tokens(id).data() - tokens_.data()));
         enlist(id);
+        sessions_.entered(id, parent, branch);
     }
     return link(id);
 }
@@ -92,7 +95,7 @@ bool ContentTree::held(const Node& node) noexcept {
 void ContentTree::prune(NodeId id) noexcept {
     for (std::optional<NodeId> next = id; next && !held(at(*next));) {
         Node& node = at(*next);
-        if (node.listed) delist(*next);
+        unlist(*next);
         const NodeId gone = *next;
         next = node.parent;
         leave_parent(gone);
@@ -124,8 +127,15 @@ void ContentTree::leave_parent(NodeId id) noexcept {
 }
 
 void ContentTree::detach(NodeId id) noexcept {
-    if (at(id).listed) delist(id);
+    unlist(id);
     leave_parent(id);
+}
+
+// Nobody finds it any more.
+void ContentTree::unlist(NodeId id) noexcept {
+    if (!at(id).listed) return;
+    delist(id);
+    sessions_.removed(id, at(id).hash);
 }
 
 NodeId ContentTree::leaf_below(NodeId node) const noexcept {

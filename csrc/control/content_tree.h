@@ -10,6 +10,7 @@
 #include "hash.h"
 #include "ids.h"
 #include "linear.h"
+#include "sessions.h"
 
 namespace tokenspeed::control {
 
@@ -50,7 +51,7 @@ struct Copies {
 class ContentTree {
   public:
     // Unlisted (not shared), nodes are never found.
-    ContentTree(std::size_t nodes_max, TokenCount page_size, bool shared);
+    ContentTree(std::size_t nodes_max, TokenCount page_size, bool shared, Sessions& sessions);
     ContentTree(const ContentTree&) = delete;
     ContentTree& operator=(const ContentTree&) = delete;
 
@@ -65,8 +66,9 @@ class ContentTree {
     NodeRef link(NodeId node) noexcept;
     // Does not remove the node: see `prune`.
     NodeId unlink(NodeRef&& ref) noexcept;
-    // The node of a content: there already, or new. The tree must not be full.
-    NodeRef enter(const PageContent& content, std::optional<NodeId> parent) noexcept;
+    // The node of a content: there already, or new and the branch's. The tree must not be full.
+    NodeRef enter(const PageContent& content, std::optional<NodeId> parent,
+                  BranchId branch) noexcept;
     // Removes the node if nothing keeps it, then its parent likewise.
     void prune(NodeId node) noexcept;
     // Cuts a node without children off the tree: whatever still keeps it, nothing finds it again.
@@ -95,6 +97,8 @@ class ContentTree {
     }
 
     bool listed(NodeId node) const noexcept { return at(node).listed; }
+    // The child that came last, if there is one.
+    std::optional<NodeId> last_child(NodeId node) const noexcept { return at(node).first_child; }
     std::optional<NodeId> parent(NodeId node) const noexcept { return at(node).parent; }
     const Hash128& hash(NodeId node) const noexcept { return at(node).hash; }
     std::span<const std::int32_t> tokens(NodeId node) const noexcept;
@@ -140,9 +144,11 @@ class ContentTree {
     }
     void enlist(NodeId node) noexcept;
     void delist(NodeId node) noexcept;
+    void unlist(NodeId node) noexcept;
 
     TokenCount page_size_;
     bool shared_;
+    Sessions& sessions_;
     std::vector<Node> nodes_;
     std::vector<std::int32_t> tokens_;  // by node, page_size each
     std::vector<std::optional<NodeId>> table_;

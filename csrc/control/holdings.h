@@ -44,8 +44,8 @@ inline void extend_trail(Trail& trail, const Request& request, TokenCount writte
                          Store& store) noexcept {
     const auto full = static_cast<std::size_t>(written.value) / size_of(request.page_size());
     while (trail.size() < full) {
-        trail.push_back(
-            store.index.enter(request.page(trail.size()), trail.empty() ? nullptr : &trail.back()));
+        trail.push_back(store.index.enter(
+            request.page(trail.size()), trail.empty() ? nullptr : &trail.back(), request.branch()));
     }
 }
 

@@ -112,6 +112,9 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
         outcome_.cached_counts.push_back(flying.request->cached().value);
         ++output_tokens_;
         end = flying.request->end(context_max_);
+        if (end) {
+            places_.find(flying.request->id().value)->second.outputs = flying.request->outputs();
+        }
         if (end) answers_.add(flying.request->outputs());
     }
     Landed landed = land(std::move(flying), done, row.start + row.count, store_, swaps_);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <ranges>
 
 namespace tokenspeed::control {
 
@@ -49,20 +50,26 @@ GroupKind lead(std::span<const GroupConfig> groups) {
 }  // namespace
 
 PrefixIndex::PrefixIndex(std::span<const GroupConfig> groups, TokenCount page_size,
-                         std::int32_t slots_max, TokenCount context_max, bool shared)
+                         std::int32_t slots_max, TokenCount context_max, bool shared,
+                         CachePolicy policy)
     : page_size_(page_size),
       window_(1),
       lead_(lead(groups)),
-      tree_(nodes_max(groups, page_size, slots_max, context_max), page_size, shared),
-      tiers_{.full = {TierCache<Full, Device>(device_pages(groups, GroupKind::kFull)),
-                      TierCache<Full, Host>(host_pages(groups, GroupKind::kFull, shared))},
-             .window = {TierCache<Window, Device>(device_pages(groups, GroupKind::kWindow)),
-                        TierCache<Window, Host>(host_pages(groups, GroupKind::kWindow, shared))},
-             .latent = {TierCache<Latent, Device>(device_pages(groups, GroupKind::kLatent)),
-                        TierCache<Latent, Host>(host_pages(groups, GroupKind::kLatent, shared))},
-             .recurrent = {
-                 TierCache<Recurrent, Device>(device_pages(groups, GroupKind::kRecurrent)),
-                 TierCache<Recurrent, Host>(host_pages(groups, GroupKind::kRecurrent, shared))}} {
+      sessions_(nodes_max(groups, page_size, slots_max, context_max), policy),
+      tree_(nodes_max(groups, page_size, slots_max, context_max), page_size, shared, sessions_),
+      tiers_{
+          .full = {TierCache<Full, Device>(device_pages(groups, GroupKind::kFull), sessions_),
+                   TierCache<Full, Host>(host_pages(groups, GroupKind::kFull, shared), sessions_)},
+          .window = {TierCache<Window, Device>(device_pages(groups, GroupKind::kWindow), sessions_),
+                     TierCache<Window, Host>(host_pages(groups, GroupKind::kWindow, shared),
+                                             sessions_)},
+          .latent = {TierCache<Latent, Device>(device_pages(groups, GroupKind::kLatent), sessions_),
+                     TierCache<Latent, Host>(host_pages(groups, GroupKind::kLatent, shared),
+                                             sessions_)},
+          .recurrent = {
+              TierCache<Recurrent, Device>(device_pages(groups, GroupKind::kRecurrent), sessions_),
+              TierCache<Recurrent, Host>(host_pages(groups, GroupKind::kRecurrent, shared),
+                                         sessions_)}} {
     if (const auto* group = find_group(groups, GroupKind::kWindow)) {
         window_ = TokenCount(group->window);
     }
@@ -128,27 +135,49 @@ PageCount PrefixIndex::peek(std::span<const Hash128> hashes) const noexcept {
     return PageCount(static_cast<std::int32_t>(end - hashes.begin()));
 }
 
-NodeRef PrefixIndex::enter(const PageContent& content, const NodeRef* parent) noexcept {
+BranchId PrefixIndex::begin(std::span<const Hash128> hashes, std::int64_t now_us) {
+    const auto known = static_cast<std::size_t>(peek(hashes).value);
+    Opening opening{.deepest = {},
+                    .inside = false,
+                    .known = static_cast<std::int32_t>(known),
+                    .next = {},
+                    .pages = static_cast<std::int32_t>(hashes.size())};
+    if (known > 0) {
+        opening.deepest = tree_.find(hashes[known - 1]);
+        opening.inside = tree_.last_child(*opening.deepest).has_value();
+    }
+    if (known < hashes.size()) opening.next = hashes[known];
+    return sessions_.begin(opening, now_us);
+}
+
+NodeRef PrefixIndex::enter(const PageContent& content, const NodeRef* parent,
+                           BranchId branch) noexcept {
     std::optional<NodeId> before;
     if (parent != nullptr) before = parent->id();
     while (tree_.full() && evict_any()) {
     }
-    return tree_.enter(content, before);
+    return tree_.enter(content, before, branch);
 }
 
 void PrefixIndex::release(std::vector<NodeRef>&& trail) noexcept {
+    std::optional<BranchId> branch;
+    for (const NodeRef& ref : std::views::reverse(trail)) {
+        if (!tree_.listed(ref.id())) continue;
+        if (!branch) branch = sessions_.branch(ref.id());
+        sessions_.used(ref.id(), *branch);
+    }
     for (; !trail.empty(); trail.pop_back()) tree_.prune(tree_.unlink(std::move(trail.back())));
 }
 
 // --- pages --------------------------------------------------------------------------------------
 
 template <class G, class T>
-void PrefixIndex::settle(NodeId node) noexcept {
+void PrefixIndex::settle(NodeId node, bool behind) noexcept {
     const Copy<G, T>& copy = tree_.copy<G, T>(node);
     if (!copy.page) return;
     const bool last = !kWhole<G> || copy.children == 0;
     if (last && tree_.listed(node) && !tier<G, T>().referenced(*copy.page)) {
-        tier<G, T>().offer(*copy.page);
+        tier<G, T>().offer(*copy.page, behind);
     } else {
         tier<G, T>().withhold(*copy.page);
     }
@@ -212,11 +241,11 @@ PrefixIndex::Shelved<G> PrefixIndex::shelve(SealedPage<G>&& page, const NodeRef&
 }
 
 template <class G, class T>
-void PrefixIndex::release(PageRef<G, T>&& ref, std::uint64_t now) noexcept {
+void PrefixIndex::release(PageRef<G, T>&& ref, bool behind) noexcept {
     const NodeId node = tier<G, T>().node(ref.id());
-    if (!tier<G, T>().drop(std::move(ref), now)) return;
+    if (!tier<G, T>().drop(std::move(ref))) return;
     if (tree_.listed(node)) {
-        settle<G, T>(node);
+        settle<G, T>(node, behind);
     } else {
         discard<G, T>(node);
     }
@@ -224,13 +253,14 @@ void PrefixIndex::release(PageRef<G, T>&& ref, std::uint64_t now) noexcept {
 
 template <class G, class T>
 bool PrefixIndex::evict(bool keep) noexcept {
-    const auto page = tier<G, T>().coldest();
-    if (!page) return false;
-    const NodeId node = tier<G, T>().node(*page);
+    const auto coldest = tier<G, T>().coldest();
+    if (!coldest) return false;
+    const NodeId node = *coldest;
     if constexpr (std::is_same_v<T, Device>) {
         if (keep && tier<G, Host>().present() && !tree_.copy<G, Host>(node).page) {
             if (auto room = take<G, Host>()) {
-                leaving<G>().push_back({tree_.link(node), *page, open(std::move(*room))});
+                leaving<G>().push_back(
+                    {tree_.link(node), *tree_.copy<G, T>(node).page, open(std::move(*room))});
                 ++stores_;
             }
         }
@@ -340,6 +370,7 @@ CacheEvents PrefixIndex::take_events() {
 
 std::optional<const char*> PrefixIndex::broken() const {
     auto broken = tree_.broken();
+    if (!broken) broken = sessions_.broken();
     const auto check = [&]<class G, class T>() {
         const TierCache<G, T>& cache = tier<G, T>();
         if (!broken) broken = cache.broken();
@@ -382,13 +413,13 @@ std::optional<const char*> PrefixIndex::broken() const {
     return broken;
 }
 
-#define TOKENSPEED_FOR_GROUP(G)                                                       \
-    template PrefixIndex::Shelved<G> PrefixIndex::shelve(SealedPage<G>&&,             \
-                                                         const NodeRef&) noexcept;    \
-    template void PrefixIndex::stow(Storing<G>&&, const Retired&) noexcept;           \
-    template void PrefixIndex::release(PageRef<G, Device>&&, std::uint64_t) noexcept; \
-    template void PrefixIndex::release(PageRef<G, Host>&&, std::uint64_t) noexcept;   \
-    template bool PrefixIndex::evict<G, Device>(bool) noexcept;                       \
+#define TOKENSPEED_FOR_GROUP(G)                                                    \
+    template PrefixIndex::Shelved<G> PrefixIndex::shelve(SealedPage<G>&&,          \
+                                                         const NodeRef&) noexcept; \
+    template void PrefixIndex::stow(Storing<G>&&, const Retired&) noexcept;        \
+    template void PrefixIndex::release(PageRef<G, Device>&&, bool) noexcept;       \
+    template void PrefixIndex::release(PageRef<G, Host>&&, bool) noexcept;         \
+    template bool PrefixIndex::evict<G, Device>(bool) noexcept;                    \
     template bool PrefixIndex::evict<G, Host>(bool) noexcept;
 TOKENSPEED_FOR_GROUP(Full)
 TOKENSPEED_FOR_GROUP(Window)

@@ -47,7 +47,7 @@ class PrefixIndex {
   public:
     // Not shared, sealed pages are neither found nor kept.
     PrefixIndex(std::span<const GroupConfig> groups, TokenCount page_size, std::int32_t slots_max,
-                TokenCount context_max, bool shared);
+                TokenCount context_max, bool shared, CachePolicy policy);
     PrefixIndex(const PrefixIndex&) = delete;
     PrefixIndex& operator=(const PrefixIndex&) = delete;
     ~PrefixIndex();
@@ -65,6 +65,8 @@ class PrefixIndex {
         return pick<T>(tiers_.template of<G>());
     }
     const ContentTree& tree() const noexcept { return tree_; }
+    Sessions& sessions() noexcept { return sessions_; }
+    const Sessions& sessions() const noexcept { return sessions_; }
 
     // --- pages ---
 
@@ -99,10 +101,13 @@ class PrefixIndex {
                       std::uint64_t salt, bool host, std::vector<NodeId>& path) const noexcept;
     // About as long a run, by hash alone. O(log pages).
     PageCount peek(std::span<const Hash128> hashes) const noexcept;
+    // Whose turn a prompt is, by the hashes of its full pages. O(log pages).
+    [[nodiscard]] BranchId begin(std::span<const Hash128> hashes, std::int64_t now_us);
 
     NodeRef link(NodeId node) noexcept { return tree_.link(node); }
     // The node of a page's content, made if it is not there.
-    NodeRef enter(const PageContent& content, const NodeRef* parent) noexcept;
+    NodeRef enter(const PageContent& content, const NodeRef* parent, BranchId branch) noexcept;
+    // Gives back a request's trail; what is on it was last used by the branch of its last page.
     void release(std::vector<NodeRef>&& trail) noexcept;
 
     // A reference to what a tier holds of a node.
@@ -120,18 +125,17 @@ class PrefixIndex {
     template <class G>
     [[nodiscard]] Shelved<G> shelve(SealedPage<G>&& page, const NodeRef& node) noexcept;
 
-    // Gives back references, the deepest page first, all as recently used as each other.
+    // Gives back references, the deepest page first.
     template <class G, class T>
     void release(std::vector<PageRef<G, T>>&& run) noexcept {
-        ++clock_;
-        for (; !run.empty(); run.pop_back()) release(std::move(run.back()), clock_);
+        for (; !run.empty(); run.pop_back()) release(std::move(run.back()), false);
     }
     template <class G, class T>
     void release(PageRef<G, T>&& ref) noexcept {
-        release(std::move(ref), ++clock_);
+        release(std::move(ref), false);
     }
     // What fell behind the window will hardly be wanted again, and goes first.
-    void release_behind(PageRef<Window>&& ref) noexcept { release(std::move(ref), 0); }
+    void release_behind(PageRef<Window>&& ref) noexcept { release(std::move(ref), true); }
 
     // --- tiers ---
 
@@ -185,12 +189,12 @@ class PrefixIndex {
     }
 
     template <class G, class T>
-    void release(PageRef<G, T>&& ref, std::uint64_t now) noexcept;
+    void release(PageRef<G, T>&& ref, bool behind) noexcept;
     template <class G, class T>
     bool evict(bool keep) noexcept;
     // Offers a page to eviction, or withholds it, as its references and children are.
     template <class G, class T>
-    void settle(NodeId node) noexcept;
+    void settle(NodeId node, bool behind = false) noexcept;
     template <class G, class T>
     void settle_parent(NodeId node) noexcept;
     template <class G, class T>
@@ -207,12 +211,13 @@ class PrefixIndex {
     TokenCount window_;
     std::int32_t checkpoint_pages_ = 1;
     GroupKind lead_;  // the group whose pages stand for the content when it is reported
+    Sessions sessions_;
     ContentTree tree_;
     PerGroup<Tiers> tiers_;
     template <class G>
     using LeavingList = std::vector<Leaving<G>>;
     PerGroup<LeavingList> leaving_;
-    std::uint64_t clock_ = 0;
+
     std::int64_t evictions_ = 0;
     std::int64_t stores_ = 0;
     bool recording_ = false;

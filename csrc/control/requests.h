@@ -98,6 +98,10 @@ class Request {
     TokenCount known_at_admission() const noexcept { return known_at_admission_; }
     bool progressed() const noexcept { return known() > known_at_admission_; }
 
+    // Whose turn it is; set when it is queued.
+    void joins(BranchId branch) noexcept { branch_ = branch; }
+    BranchId branch() const noexcept { return branch_; }
+
   private:
     void hash_full_pages() noexcept;
 
@@ -112,6 +116,7 @@ class Request {
     std::int32_t retractions_ = 0;
     bool received_ = false;
     bool recomputes_ = false;
+    BranchId branch_{0};
 };
 
 // A request on its way from state to state: one owner, never absent.

@@ -101,7 +101,8 @@ Scheduler::Scheduler(const Config& config)
       context_max_(config.context_max),
       step_tokens_max_(config.step_tokens_max),
       slots_max_(config.slots_max),
-      store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache),
+      store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache,
+             config.cache_policy),
       ledger_(static_cast<std::size_t>(config.overlap_depth)),
       transfers_(config.slots_max),
       loading_(config.slots_max),
@@ -191,7 +192,7 @@ void Scheduler::submit(Submission&& wish) {
     Queued queued(RequestBox(std::move(wish), order, page_size_));
     const LineId line = turns_.join(order.priority, queued.request->tenant());
     try {
-        places_.emplace(id, Place{order, line, std::nullopt});
+        places_.emplace(id, Place{order, line, {}, {}, {}});
         arrivals_.emplace_back(std::move(queued));
     } catch (...) {
         places_.erase(id);
@@ -234,6 +235,9 @@ void Scheduler::apply(Queued&& submitted) {
         deadlines_.push_back({request.order(), now_us_ + *queue_timeout_us_});
     }
     queued_.reserve(request.order());
+    Place& place = places_.find(request.id().value)->second;
+    place.branch = store_.index.begin(request.hashes(), now_us_);
+    submitted.request->joins(*place.branch);
     wait(request);
     queued_.put(std::move(submitted));
 }
@@ -242,6 +246,7 @@ void Scheduler::apply(RequestId aborted) {
     const auto found = places_.find(aborted.value);
     if (found == places_.end()) return;  // It finished after the abort was sent.
     reserve_endings(1);
+    if (const Request* live = find(found->second)) found->second.outputs = live->outputs();
     const auto seated = [&](auto&& request) {
         leave_order(request.slot.id());
         conclude(on(Abort{}, std::move(request), store_));
@@ -371,9 +376,12 @@ void Scheduler::conclude(Cancelled&& cancelled) noexcept {
     cancelled_.put(std::move(cancelled));
 }
 
-// Its id is free again.
+// Its pages are back and its id is free again.
 void Scheduler::forget(RequestId request) noexcept {
     const auto found = places_.find(request.value);
+    if (const auto branch = found->second.branch) {
+        store_.index.sessions().end(*branch, found->second.outputs.value, now_us_);
+    }
     turns_.part(found->second.line);
     places_.erase(found);
 }

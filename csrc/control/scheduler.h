@@ -42,6 +42,7 @@ struct Config {
     std::int32_t context_max;
     std::int32_t overlap_depth;
     bool prefix_cache;
+    CachePolicy cache_policy;
     std::optional<double> tps_floor;               // the least tokens a second of whoever decodes
     std::optional<std::int64_t> queue_timeout_us;  // the longest wait before a request is refused
 };
@@ -113,6 +114,8 @@ class Scheduler {
         Order order;
         LineId line;
         std::optional<SlotId> slot;
+        std::optional<BranchId> branch;  // once it is queued
+        TokenCount outputs;              // once it ended
     };
     struct Report {
         TransferId transfer;

@@ -32,8 +32,8 @@ struct Store {
     SlotPool slots;
 
     Store(std::span<const GroupConfig> groups, TokenCount page_size, std::int32_t slots_max,
-          TokenCount context_max, bool shared)
-        : index(groups, page_size, slots_max, context_max, shared), slots(slots_max) {}
+          TokenCount context_max, bool shared, CachePolicy policy)
+        : index(groups, page_size, slots_max, context_max, shared, policy), slots(slots_max) {}
 };
 
 // --- what states are made of --------------------------------------------------------------------

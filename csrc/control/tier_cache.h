@@ -9,20 +9,21 @@
 #include <vector>
 
 #include "pages.h"
+#include "sessions.h"
 
 namespace tokenspeed::control {
 
-// Owns the pool and every sealed page; a page that nothing refers to may be evicted, least recently
-// released first. Nothing allocates after the construction; look-ups are O(1), the rest O(log
-// pages).
+// Owns the pool and every sealed page; a page that nothing refers to may be evicted, in the order
+// that `Sessions` keeps. Nothing allocates after the construction.
 template <class G, class T>
 class TierCache {
   public:
     using Id = PageId<G, T>;
-    explicit TierCache(PageCount pages)
-        : pool_(pages), records_(static_cast<std::size_t>(pages.value)) {
-        heap_.reserve(records_.size());
-    }
+    TierCache(PageCount pages, Sessions& sessions)
+        : sessions_(sessions),
+          lane_(pages > PageCount(0) ? sessions.add_lane() : LaneId(0)),
+          pool_(pages),
+          records_(static_cast<std::size_t>(pages.value)) {}
     TierCache(const TierCache&) = delete;
     TierCache& operator=(const TierCache&) = delete;
 
@@ -50,32 +51,29 @@ class TierCache {
         if (record.references++ == 0) {
             cached_ -= PageCount(1);
             referenced_ += PageCount(1);
-            if (record.place) heap_remove(page);
+            withhold(page);
         }
         return PageMint::mint<PageRef<G, T>>(page);
     }
     // True if it was the last reference.
-    bool drop(PageRef<G, T>&& ref, std::uint64_t now) noexcept {
+    bool drop(PageRef<G, T>&& ref) noexcept {
         Record& record = at(PageMint::melt(std::move(ref)));
         if (--record.references > 0) return false;
         referenced_ -= PageCount(1);
         cached_ += PageCount(1);
-        record.released = now;
         return true;
     }
     bool referenced(PageId<G, T> page) const noexcept { return at(page).references > 0; }
 
     // Whether an unreferenced page may be evicted; one that may not waits for its children to go.
-    void offer(PageId<G, T> page) noexcept {
-        if (!at(page).place) heap_push(page);
+    // `first` puts it before all others.
+    void offer(PageId<G, T> page, bool first) noexcept {
+        sessions_.offer(lane_, node(page), first);
     }
-    void withhold(PageId<G, T> page) noexcept {
-        if (at(page).place) heap_remove(page);
-    }
-    // The page to evict next.
-    std::optional<PageId<G, T>> coldest() const noexcept {
-        if (heap_.empty()) return std::nullopt;
-        return heap_.front();
+    void withhold(PageId<G, T> page) noexcept { sessions_.withhold(lane_, node(page)); }
+    // The content whose page is evicted next.
+    std::optional<NodeId> coldest() const noexcept {
+        return present() ? sessions_.coldest(lane_) : std::nullopt;
     }
     // Gives an unreferenced page back to the pool.
     void remove(PageId<G, T> page) noexcept {
@@ -92,27 +90,17 @@ class TierCache {
         if (!at(page).page) return std::nullopt;
         return at(page).references;
     }
-    bool offered(PageId<G, T> page) const noexcept { return at(page).place.has_value(); }
+    bool offered(PageId<G, T> page) const noexcept { return sessions_.offered(lane_, node(page)); }
     std::optional<const char*> broken() const {
         PageCount cached, referenced;
-        std::size_t places = 0;
         for (std::size_t i = 0; i < records_.size(); ++i) {
             const Record& record = records_[i];
-            if (!record.page) {
-                if (record.place) return "a page that is not there may be evicted";
-                continue;
-            }
+            if (!record.page) continue;
             (record.references > 0 ? referenced : cached) += PageCount(1);
-            if (!record.place) continue;
-            ++places;
-            const PageId<G, T> page(static_cast<std::int32_t>(i));
-            if (record.references > 0) return "a page that is referred to may be evicted";
-            if (heap_[*record.place] != page) return "the heap lost a page's place";
-            if (*record.place > 0 && goes_before(page, heap_[(*record.place - 1) / 2])) {
-                return "the heap is out of order";
+            if (record.references > 0 && offered(PageId<G, T>(static_cast<std::int32_t>(i)))) {
+                return "a page that is referred to may be evicted";
             }
         }
-        if (places != heap_.size()) return "the heap holds what has no place in it";
         if (cached != cached_) return "cached pages are miscounted";
         if (referenced != referenced_) return "referenced pages are miscounted";
         return std::nullopt;
@@ -123,8 +111,6 @@ class TierCache {
         std::optional<SealedPage<G, T>> page;
         std::optional<NodeId> node;
         std::int32_t references = 0;
-        std::uint64_t released = 0;        // when the last reference went
-        std::optional<std::size_t> place;  // in the heap, while it may be evicted
     };
 
     Record& at(PageId<G, T> page) noexcept {
@@ -134,42 +120,11 @@ class TierCache {
         return records_[static_cast<std::size_t>(page.value)];
     }
 
-    // A binary heap of what may be evicted, least recently released on top.
-    bool goes_before(PageId<G, T> a, PageId<G, T> b) const noexcept {
-        return at(a).released != at(b).released ? at(a).released < at(b).released : a < b;
-    }
-    void heap_place(std::size_t place, PageId<G, T> page) noexcept {
-        heap_[place] = page;
-        at(page).place = place;
-    }
-    // Puts a page at a place, then up or down to where it belongs.
-    void heap_settle(std::size_t place, PageId<G, T> page) noexcept {
-        while (place > 0 && goes_before(page, heap_[(place - 1) / 2])) {
-            heap_place(place, heap_[(place - 1) / 2]);
-            place = (place - 1) / 2;
-        }
-        for (std::size_t child; (child = 2 * place + 1) < heap_.size(); place = child) {
-            if (child + 1 < heap_.size() && goes_before(heap_[child + 1], heap_[child])) ++child;
-            if (!goes_before(heap_[child], page)) break;
-            heap_place(place, heap_[child]);
-        }
-        heap_place(place, page);
-    }
-    void heap_push(PageId<G, T> page) noexcept {
-        heap_.push_back(page);  // Never allocates: reserved for every page.
-        heap_settle(heap_.size() - 1, page);
-    }
-    void heap_remove(PageId<G, T> page) noexcept {
-        const std::size_t place = *at(page).place;
-        at(page).place.reset();
-        const PageId<G, T> last = heap_.back();
-        heap_.pop_back();
-        if (last != page) heap_settle(place, last);
-    }
-
+    Sessions& sessions_;
+    LaneId lane_;
     PagePool<G, T> pool_;
     std::vector<Record> records_;  // by page
-    std::vector<PageId<G, T>> heap_;
+
     PageCount cached_;
     PageCount referenced_;
 };

@@ -14,6 +14,7 @@ class Scheduler:
         context_max: int,
         overlap_depth: int,
         prefix_cache: bool,
+        cache_policy: int,
         tps_floor: float | None,
         queue_timeout_us: int | None,
     ) -> None: ...

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.scenario.simulation import Simulation
-from tokenspeed.core.config import CacheGroup, CacheGroupKind
+from tokenspeed.core.config import CacheGroup, CacheGroupKind, CachePolicy
 from tokenspeed.core.step import Handover
 
 # Tight pools, so that eviction, retraction and waiting are common rather than rare.
@@ -57,6 +57,7 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         groups=_with_room(groups, sizes, depth),
         overlap_depth=depth,
         prefix_cache=cache,
+        cache_policy=CachePolicy.SESSION,
         tps_floor=rng.choice([None, 300.0, 900.0]),
         queue_timeout_us=rng.choice([None, None, 20_000]),
         **dict(zip(FIELDS, sizes, strict=True)),

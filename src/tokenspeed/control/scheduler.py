@@ -122,6 +122,7 @@ class Scheduler:
             context_max=config.context_max,
             overlap_depth=config.overlap_depth,
             prefix_cache=config.prefix_cache,
+            cache_policy=config.cache_policy,
             tps_floor=config.tps_floor,
             queue_timeout_us=config.queue_timeout_us,
         )

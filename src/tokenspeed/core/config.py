@@ -6,7 +6,14 @@ from typing import Any
 
 from tokenspeed.core.errors import ConfigError
 
-__all__ = ["CacheGroup", "CacheGroupKind", "EngineConfig", "KVSpec", "SchedulerConfig"]
+__all__ = [
+    "CacheGroup",
+    "CacheGroupKind",
+    "CachePolicy",
+    "EngineConfig",
+    "KVSpec",
+    "SchedulerConfig",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +37,15 @@ class KVSpec:
         """Bytes of K and V of one token over all layers."""
         element = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
         return 2 * self.layers * self.kv_heads * self.head_dim * element
+
+
+class CachePolicy(enum.IntEnum):
+    """Which unused pages go first. The numbers are the control plane's."""
+
+    SESSION = 0
+    """By when their session is expected back, as learned from those that came."""
+    LRU = 1
+    """Least recently used; to compare with."""
 
 
 class CacheGroupKind(enum.IntEnum):
@@ -91,6 +107,7 @@ class SchedulerConfig:
         context_max: tokens of a request, prompt and output.
         overlap_depth: steps planned ahead of the oldest uncommitted one, 0 or 1.
         prefix_cache: whether sealed pages are shared and kept.
+        cache_policy: which unused pages go first.
         tps_floor: tokens a second that whoever decodes is to get; None to hold no floor.
         queue_timeout_us: the longest wait before a request is refused; None to let all wait.
     """
@@ -102,6 +119,7 @@ class SchedulerConfig:
     context_max: int
     overlap_depth: int = 0
     prefix_cache: bool = True
+    cache_policy: CachePolicy = CachePolicy.SESSION
     tps_floor: float | None = None
     queue_timeout_us: int | None = None
 

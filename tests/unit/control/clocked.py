@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.scenario.simulation import i32
 from tokenspeed.control import Scheduler
-from tokenspeed.core.config import CacheGroup
+from tokenspeed.core.config import CacheGroup, CachePolicy
 from tokenspeed.core.step import FinishReason, StepPlan, StepWork
 
 __all__ = ["Machine", "p99"]
@@ -38,6 +38,7 @@ class Machine:
             "context_max": 100_000,
             "overlap_depth": 0,
             "prefix_cache": True,
+            "cache_policy": CachePolicy.SESSION,
             "tps_floor": None,
             "queue_timeout_us": None,
         }

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.scenario.simulation import Simulation
-from tokenspeed.core.config import CacheGroup
+from tokenspeed.core.config import CacheGroup, CachePolicy
 
 __all__ = ["world"]
 
@@ -19,6 +19,7 @@ def world(**changes: Any) -> Simulation:
         "context_max": 128,
         "overlap_depth": 0,
         "prefix_cache": True,
+        "cache_policy": CachePolicy.SESSION,
         "tps_floor": None,
         "queue_timeout_us": None,
     }
