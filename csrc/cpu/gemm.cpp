@@ -51,8 +51,7 @@ Cut cut(const Runtime& runtime, std::int64_t rows, std::int64_t panels,
     Cut part{at_once, std::min<std::int64_t>(rows, kernels.rows_at_once)};
     if (rows <= 4) {
         const std::int64_t least = ceil_div(weights_per_chunk_size_bytes, panel_size_bytes);
-        part.panels = std::max({at_once, ceil_div(ceil_div(panels, wanted), at_once) * at_once,
-                                ceil_div(least, at_once) * at_once});
+        part.panels = ceil_div(std::max(ceil_div(panels, wanted), least), at_once) * at_once;
         return part;
     }
     part.panels = std::max(at_once, ceil_div(panels, wanted) / at_once * at_once);

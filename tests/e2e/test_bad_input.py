@@ -10,7 +10,7 @@ CHAT = "/v1/chat/completions"
 
 
 def body(**fields: Any) -> dict[str, Any]:
-    question = [{"role": "user", "content": "What is the capital of France?"}]
+    question = [{"role": "user", "content": "Name the capital of France."}]
     return {"model": "smollm2-135m", "messages": question, "max_tokens": 4} | fields
 
 

@@ -19,7 +19,8 @@ from tokenspeed.core.errors import (
 from tokenspeed.core.step import FinishReason
 from tokenspeed.loader import ModelFiles
 
-CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+# A question whose answer the model is sure of: no rounding turns it.
+CHAT = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")

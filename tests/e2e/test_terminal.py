@@ -27,7 +27,7 @@ def test_generate_prints_the_completion(smollm2: ModelFiles) -> None:
 
 @pytest.mark.slow
 def test_chat_answers_each_line_of_a_pipe(smollm2: ModelFiles) -> None:
-    lines = "What is the capital of France?\n/reset\n/what\n/exit\nnever read\n"
+    lines = "Name the capital of France.\n/reset\n/what\n/exit\nnever read\n"
     result = run_cli("chat", "--max-tokens", "24", *FLAGS, stdin=lines)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Paris") == 1
@@ -79,7 +79,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(smollm2: ModelFiles) ->
         terminal.read_until(b" ")
         terminal.interrupt()
         terminal.read_until(b"> ")
-        terminal.write(b"What is the capital of France?\n")
+        terminal.write(b"Name the capital of France.\n")
         terminal.read_until(b"Paris")
         terminal.read_until(b"tokens/s]")
         terminal.read_until(b"> ")

@@ -16,6 +16,7 @@ from tokenspeed.kernels import (
     Registry,
     explain,
 )
+from tokenspeed.kernels.cpu import CpuRuntime, start_runtime
 
 CPU = Platform(device="cpu", features=frozenset({"avx2"}))
 
@@ -229,3 +230,37 @@ def test_our_own_ops_can_be_explained() -> None:
     )
     assert explanation.winner is not None
     assert explanation.winner.solution == "reference"
+
+
+def test_a_weight_takes_the_best_format_in_which_all_its_ops_have_a_kernel(
+    registry: Registry,
+) -> None:
+    add(registry, "reference", priority=Priority.REFERENCE)
+    add(registry, "native", formats=("packed",), priority=Priority.NATIVE)
+    formats = {"weight_formats": ("packed", "float32")}
+    assert selector(registry, **formats).weight_format(op(registry)) == "packed"
+    assert selector(registry).weight_format(op(registry)) == "float32"
+    forced = selector(registry, overrides={"toy.scale": "reference"}, **formats)
+    assert forced.weight_format(op(registry)) == "float32"
+    elsewhere = selector(registry, platform=Platform(device="cuda"), **formats)
+    assert elsewhere.weight_format(op(registry)) == "packed"
+
+    @registry.declare_op("toy.read")
+    def read(x: torch.Tensor) -> torch.Tensor:
+        """x."""
+        return x
+
+    assert selector(registry, **formats).weight_format(op(registry), read) == "float32"
+
+
+def test_a_kernel_that_asks_for_the_runtime_gets_the_selectors(registry: Registry) -> None:
+    @registry.kernel(
+        "toy.scale", solution="native", formats=ANY, traits={}, priority=Priority.NATIVE
+    )
+    def scale(x: torch.Tensor, factor: float, *, runtime: CpuRuntime) -> CpuRuntime:
+        return runtime
+
+    own = start_runtime(threads=1)
+    assert selector(registry, runtime=own).select(op(registry))(1.0, 2.0) is own
+    started = selector(registry)
+    assert started.select(op(registry))(1.0, 2.0) is started.runtime

@@ -11,8 +11,9 @@ from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.pace import learn_pace, tps_alone
 from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
 from tokenspeed.engine.wire import EngineInfo
-from tokenspeed.execution import Runner, resolve_dtype
-from tokenspeed.kernels import KernelSelector, load_plugins
+from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
+from tokenspeed.kernels import PACKED, KernelSelector, load_plugins
+from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import ModelConfig, build_model
 
 __all__ = ["build_engine"]
@@ -34,10 +35,17 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
     dtype = resolve_dtype(config.dtype, device)
 
     load_plugins()
-    kernels = KernelSelector(device=device, dtype=dtype, overrides=config.kernels)
+    dtype_name = str(dtype).removeprefix("torch.")
+    kernels = KernelSelector(
+        device=device,
+        dtype=dtype,
+        overrides=config.kernels,
+        weight_formats=(PACKED, dtype_name) if checkpoint.packable else (dtype_name,),
+        runtime=start_runtime(threads=config.threads or usable_cpu_count()),
+    )
     # On the meta device a model has shapes and no memory: enough to know what it will take.
     shape = build_model(model_config, dtype=dtype, device=torch.device("meta"), kernels=kernels)
-    weights_size_bytes = shape.weights_size_bytes
+    weights_size_bytes = shape.planned_size_bytes(checkpoint.size_bytes)
     specs = shape.kv_specs()
     pages = pages_that_fit(
         config,
@@ -48,7 +56,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
     )
 
     model = build_model(model_config, dtype=dtype, device=device, kernels=kernels)
-    model.load_weights(checkpoint.tensors(progress=progress))
+    model.load_weights(checkpoint.blocks(progress=progress))
     page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
     host_pages = config.host_cache_size_bytes // page_size_bytes
     pools = KVPools(
@@ -91,7 +99,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         model_path=str(files.path),
         tokenizer_dir=str(files.tokenizer_dir),
         quantisation=checkpoint.quantisation,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name,
         vocab_size=model_config.vocab_size,
         context_max=context_max,
         eos_token_ids=list(tokenizer.eos_token_ids),
@@ -103,7 +111,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,
         overlap_depth=overlap_depth,
-        weights_size_bytes=weights_size_bytes,
+        weights_size_bytes=model.weights_size_bytes,
         kv_size_bytes=pools.size_bytes,
         tps_floor=config.tps_floor,
         tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),

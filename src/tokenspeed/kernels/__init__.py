@@ -13,17 +13,23 @@ from tokenspeed.kernels.registry import (
     registry,
 )
 from tokenspeed.kernels.selection import Explanation, KernelSelector, Verdict, explain
+from tokenspeed.kernels.weights import PACKED, BlockMatrix, Matrix, PackedWeight
 
 # Importing these fills the registry: first the ops, then our own kernels for them.
 from tokenspeed.kernels import ops, reference  # isort: skip
+from tokenspeed.kernels.cpu import gemm as _native_gemm  # noqa: F401  # isort: skip
 
 __all__ = [
     "ANY",
+    "PACKED",
+    "BlockMatrix",
     "Capability",
     "Explanation",
     "Kernel",
     "KernelSelector",
+    "Matrix",
     "Op",
+    "PackedWeight",
     "Platform",
     "Priority",
     "Registry",

@@ -10,6 +10,7 @@ import torch
 
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.capability import Capability
+from tokenspeed.kernels.weights import PACKED, Matrix, PackedWeight
 
 __all__ = [
     "ANY",
@@ -38,6 +39,7 @@ class _Any(enum.Enum):
 ANY: Final = _Any.ANY
 """A trait or a set of formats of which a kernel takes every value."""
 
+_RUNTIME = "runtime"
 Admitted = Collection[TraitValue] | _Any
 
 
@@ -78,14 +80,17 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._call(*args, **kwargs)
 
-    def best(self, operand: torch.Tensor, **traits: TraitValue) -> Callable[P, R]:
-        """The best kernel for the operand's device and element type."""
+    def best(
+        self, operand: torch.Tensor, *, weight: Matrix | None = None, **traits: TraitValue
+    ) -> Callable[P, R]:
+        """The best kernel for the operand's device and element type, and the weight's format."""
         from tokenspeed.kernels.selection import KernelSelector  # noqa: PLC0415
 
         selector = KernelSelector(
             device=operand.device, dtype=operand.dtype, registry=self._registry
         )
-        return selector.select(self, traits=traits)
+        format_name = PACKED if isinstance(weight, PackedWeight) else None
+        return selector.select(self, format_name=format_name, traits=traits)
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
@@ -105,6 +110,7 @@ class Kernel:
             packed formats by name), or ANY.
         traits: for each trait it knows, the values it handles, or ANY.
         priority: its band.
+        takes_runtime: whether it wants a `CpuRuntime` under the keyword `runtime`.
     """
 
     op: str
@@ -115,6 +121,7 @@ class Kernel:
     formats: Collection[str] | _Any
     traits: Mapping[str, Admitted]
     priority: Priority
+    takes_runtime: bool = False
 
 
 @dataclass(slots=True)
@@ -172,6 +179,9 @@ class Registry:
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register a function as a kernel. It stays an ordinary function.
 
+        Beside the op's parameters it may have one keyword-only parameter, `runtime`: the threads
+        and the memory of the engine, which selection binds.
+
         A request may only match a kernel that declares every trait the request states, and that
         is told every trait it restricts.
 
@@ -183,7 +193,12 @@ class Registry:
             declared = self.op(op)
             name = getattr(call, "__name__", repr(call))
             what = f"kernel {solution}:{name} of {op}"
-            parameters = tuple(inspect.signature(call).parameters)
+            signature = inspect.signature(call).parameters
+            runtime = signature.get(_RUNTIME)
+            takes_runtime = runtime is not None and runtime.kind is runtime.KEYWORD_ONLY
+            parameters = tuple(
+                name for name in signature if not (takes_runtime and name == _RUNTIME)
+            )
             if parameters != declared.parameters:
                 raise KernelError(
                     f"{what} takes ({', '.join(parameters)}), but the op is declared with "
@@ -208,6 +223,7 @@ class Registry:
                     formats=formats,
                     traits=dict(traits or {}),
                     priority=priority,
+                    takes_runtime=takes_runtime,
                 )
             )
             return call

@@ -1,13 +1,15 @@
 """Choosing a kernel: capability, format, traits, override, priority, in this order."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.capability import Platform
+from tokenspeed.kernels.cpu.runtime import CpuRuntime, start_runtime
 from tokenspeed.kernels.registry import (
     ANY,
     Kernel,
@@ -67,6 +69,10 @@ class KernelSelector:
         device: where the model runs.
         dtype: its activations' element type, and the format of a request that names none.
         overrides: op name to the solution that must be used.
+        weight_formats: formats in which the checkpoint's matrices can be had, best first; the
+            dtype alone if None.
+        runtime: threads and memory of native kernels; None for one that has the calling thread,
+            and is started when a kernel first needs it.
         registry: where kernels are looked up; the package's own unless a test brings another.
         platform: what the device offers; found out unless a test brings another.
 
@@ -80,6 +86,8 @@ class KernelSelector:
         device: torch.device,
         dtype: torch.dtype,
         overrides: Mapping[str, str] | None = None,
+        weight_formats: Sequence[str] | None = None,
+        runtime: CpuRuntime | None = None,
         registry: Registry | None = None,
         platform: Platform | None = None,
     ) -> None:
@@ -88,8 +96,43 @@ class KernelSelector:
         self._registry = registry or default_registry
         self._platform = platform or Platform.of(device)
         self._overrides = dict(overrides or {})
+        self._weight_formats = tuple(weight_formats or (self._dtype_name,))
+        self._runtime = runtime
         for name in self._overrides:
             self._registry.op(name)
+
+    @property
+    def runtime(self) -> CpuRuntime:
+        """Threads and memory of native kernels."""
+        if self._runtime is None:
+            self._runtime = start_runtime(threads=1)
+        return self._runtime
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def weight_format(self, *ops: Op[..., Any]) -> str:
+        """The first of the checkpoint's formats in which each of some ops has a kernel.
+
+        Traits are not looked at. Where no format serves all ops, that of the dtype is the answer,
+        and `select` will say what is missing.
+
+        Args:
+            ops: those that read one weight as their main operand.
+        """
+        for name in self._weight_formats:
+            if all(self._reads(op.name, name) for op in ops):
+                return name
+        return self._dtype_name
+
+    def _reads(self, op: str, format_name: str) -> bool:
+        return any(
+            kernel.requires.unmet_by(self._platform) is None
+            and (kernel.formats is ANY or format_name in kernel.formats)
+            and kernel.solution == self._overrides.get(op, kernel.solution)
+            for kernel in self._registry.candidates(op)
+        )
 
     def select(
         self,
@@ -114,7 +157,10 @@ class KernelSelector:
             forced = self._overrides.get(op.name)
             wanted = f"{forced!r} was forced for {op.name}" if forced else f"{op.name} is needed"
             raise KernelError(f"{wanted}, but no such kernel can run. {explanation}")
-        return cast("Callable[P, R]", explanation.winner.call)
+        call = explanation.winner.call
+        if explanation.winner.takes_runtime:
+            call = functools.partial(call, runtime=self.runtime)
+        return cast("Callable[P, R]", call)
 
     def explain(
         self,
@@ -136,7 +182,7 @@ class KernelSelector:
                 f"{op} has no trait {', '.join(unknown)}; it has "
                 f"{', '.join(sorted(declared.traits)) or 'none'}"
             )
-        format_name = format_name or str(self.dtype).removeprefix("torch.")
+        format_name = format_name or self._dtype_name
         winner: Kernel | None = None
         verdicts = []
         for kernel in self._registry.candidates(op):

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tokenspeed.kernels import BlockMatrix
 from tokenspeed.loader.files import ModelFiles
 from tokenspeed.loader.gguf_checkpoint import GGUFCheckpoint
 from tokenspeed.loader.progress import Progress
@@ -37,6 +38,10 @@ class Checkpoint(Protocol):
     def quantisation(self) -> str:
         """How most weights are stored: "Q4_K_M", "BF16", ..."""
 
+    @property
+    def packable(self) -> bool:
+        """Whether every matrix lies in blocks that `tensors` can give as they are."""
+
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, by its Hugging Face name.
 
@@ -45,6 +50,15 @@ class Checkpoint(Protocol):
 
         Args:
             progress: told of the bytes read.
+
+        Raises:
+            CorruptCheckpoint: a file ended early, or a tensor is missing.
+        """
+
+    def blocks(
+        self, progress: Progress | None = None
+    ) -> Iterator[tuple[str, Tensor | BlockMatrix]]:
+        """As `tensors`, but give matrices that lie in blocks as they are.
 
         Raises:
             CorruptCheckpoint: a file ended early, or a tensor is missing.

@@ -9,15 +9,16 @@ Legend of sizes: N blocks, B bytes of a block.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint
-from tokenspeed.loader.gguf_file import GGUFTensor
+from tokenspeed.loader.gguf_file import GGUFTensor, QuantType
 
-__all__ = ["dequantise_blocks", "read_tensor"]
+__all__ = ["Blocks", "dequantise_blocks", "read_blocks"]
 
 # A chunk's intermediate results stay in a core's own cache. And it is what PyTorch gives to one
 # thread: larger ones wake its pool for some microseconds of work each, which on a machine with
@@ -25,33 +26,56 @@ __all__ = ["dequantise_blocks", "read_tensor"]
 CHUNK_ELEMENTS = 1 << 15
 
 
-def read_tensor(file: BinaryIO, tensor: GGUFTensor) -> Tensor:
-    """Read one tensor as float32, chunk by chunk; only the result is held whole.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """A tensor as it lies in the file; one of two dimensions is a `kernels.BlockMatrix`.
+
+    Attributes:
+        shape: elements by dimension, outermost first.
+        quant: how they are stored.
+        blocks: uint8 [all dimensions but the last, bytes of a row].
+    """
+
+    shape: tuple[int, ...]
+    quant: QuantType
+    blocks: Tensor
+
+    @property
+    def quant_name(self) -> str:
+        """ggml's name of the type of the blocks."""
+        return self.quant.name
+
+    def to_float(self) -> Tensor:
+        """The elements: `shape`, float32."""
+        raw_NB = self.blocks.view(-1, self.quant.block_size_bytes)
+        out = torch.empty(len(raw_NB), self.quant.block)
+        chunk_blocks = max(1, CHUNK_ELEMENTS // self.quant.block)
+        for first in range(0, len(raw_NB), chunk_blocks):
+            span = slice(first, first + chunk_blocks)
+            out[span] = dequantise_blocks(raw_NB[span], self.quant.name)
+        return out.view(self.shape)
+
+
+def read_blocks(file: BinaryIO, tensor: GGUFTensor) -> Blocks:
+    """Read one tensor as it lies in the file.
 
     Args:
         file: the GGUF file, unbuffered or not.
         tensor: which one.
 
-    Returns:
-        `tensor.shape`, float32.
-
     Raises:
         CorruptCheckpoint: the file ended early.
     """
-    quant = tensor.quant
-    out = torch.empty(tensor.elements, dtype=torch.float32)
+    raw = bytearray(tensor.size_bytes)
     file.seek(tensor.offset)
-    chunk_blocks = max(1, CHUNK_ELEMENTS // quant.block)
-    blocks = tensor.elements // quant.block
-    for first in range(0, blocks, chunk_blocks):
-        count = min(chunk_blocks, blocks - first)
-        raw = bytearray(count * quant.block_size_bytes)
-        if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
+    left = memoryview(raw)
+    while left:
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
             raise CorruptCheckpoint(f"the file ended within tensor {tensor.name!r}")
-        raw_NB = torch.frombuffer(raw, dtype=torch.uint8).view(count, quant.block_size_bytes)
-        span = slice(first * quant.block, (first + count) * quant.block)
-        out[span] = dequantise_blocks(raw_NB, quant.name).flatten()
-    return out.view(tensor.shape)
+        left = left[count:]
+    rows = torch.frombuffer(raw, dtype=torch.uint8).view(*tensor.shape[:-1], -1)
+    return Blocks(shape=tensor.shape, quant=tensor.quant, blocks=rows)
 
 
 def dequantise_blocks(raw_NB: Tensor, quant_name: str) -> Tensor:

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
-from tokenspeed.loader.dequantise import read_tensor
-from tokenspeed.loader.gguf_file import GGUFFile
+from tokenspeed.loader.dequantise import Blocks, read_blocks
+from tokenspeed.loader.gguf_file import GGUFFile, GGUFTensor
 from tokenspeed.loader.gguf_model import ROPE_FACTORS, hf_config, hf_name
 from tokenspeed.loader.progress import Progress
 
@@ -75,8 +76,19 @@ class GGUFCheckpoint:
             elements[tensor.quant.name] += tensor.elements
         return elements.most_common(1)[0][0]
 
+    @property
+    def packable(self) -> bool:
+        """Whether every matrix lies in blocks that `blocks` can give as they are."""
+        tensors = [self._gguf.tensors[name] for name in self._names]
+        return all(len(tensor.shape) == 1 or _is_block_matrix(tensor) for tensor in tensors)
+
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once as float32, by its Hugging Face name; see `Checkpoint`."""
+        for name, value in self.blocks(progress):
+            yield name, value if isinstance(value, Tensor) else value.to_float()
+
+    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor | Blocks]]:
+        """Give matrices in blocks as they are, all else as float32; see `Checkpoint`."""
         total, done = self.size_bytes, 0
         permuted = self.hf_config["model_type"] == "llama"
         heads = {
@@ -86,7 +98,8 @@ class GGUFCheckpoint:
         with self._gguf.path.open("rb", buffering=0) as file:
             for name, known_name in self._names.items():
                 tensor = self._gguf.tensors[name]
-                value = read_tensor(file, tensor)
+                read = read_blocks(file, tensor)
+                value = read if _is_block_matrix(tensor) else read.to_float()
                 module = known_name.split(".")[-2]
                 if permuted and module in heads:
                     value = _halves_apart(value, heads[module], known_name)
@@ -94,6 +107,10 @@ class GGUFCheckpoint:
                 if progress is not None:
                     progress.update("Loading weights", done, total, "bytes")
                 yield known_name, value
+
+
+def _is_block_matrix(tensor: GGUFTensor) -> bool:
+    return len(tensor.shape) == 2 and tensor.quant.block > 1
 
 
 def _known_name(gguf: GGUFFile, name: str) -> str:
@@ -105,14 +122,20 @@ def _known_name(gguf: GGUFFile, name: str) -> str:
     return known_name
 
 
-def _halves_apart(value: Tensor, heads: int, name: str) -> Tensor:
+def _halves_apart(value: Tensor | Blocks, heads: int, name: str) -> Tensor | Blocks:
     """Undo the order of rows that ggml's `llama` gives to Q and K.
 
     Rotary embedding turns pairs of a head's rows. ggml keeps the two of a pair side by side,
-    Hugging Face half a head apart.
+    Hugging Face half a head apart. A row's blocks move with it.
     """
     rows = value.shape[0]
     if rows % (2 * heads):
         raise CorruptCheckpoint(f"{name} has {rows} rows, which {heads} heads cannot share")
-    pairs = value.view(heads, rows // heads // 2, 2, *value.shape[1:])
-    return pairs.transpose(1, 2).reshape(value.shape)
+    if isinstance(value, Blocks):
+        return replace(value, blocks=_pairs_apart(value.blocks, heads))
+    return _pairs_apart(value, heads)
+
+
+def _pairs_apart(rows: Tensor, heads: int) -> Tensor:
+    pairs = rows.view(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -62,6 +62,15 @@ class SafetensorsCheckpoint:
                 sizes[dtype] += size_bytes
         return sizes.most_common(1)[0][0]
 
+    @property
+    def packable(self) -> bool:
+        """No: what is quantised is refused."""
+        return False
+
+    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`: nothing lies in blocks."""
+        return self.tensors(progress)
+
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, in the type it is stored in; see `Checkpoint`."""
         total, done = self.size_bytes, 0

@@ -11,7 +11,7 @@ import torch
 
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.kernels import KernelSelector
+from tokenspeed.kernels import BlockMatrix, KernelSelector, PackedWeight
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.models.registry import model_class
@@ -19,6 +19,9 @@ from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.weights import fill_weights
 
 __all__ = ["Model", "build_model"]
+
+# No type of a checkpoint's weights grows by more when it is packed.
+PACKING_GROWTH_MAX = 1.06
 
 
 class Model(Module):
@@ -55,12 +58,21 @@ class Model(Module):
 
     @property
     def weights_size_bytes(self) -> int:
-        """Bytes of all weights once loaded."""
+        """Bytes of all weights; packed ones count once they are loaded."""
         distinct = {id(weight): weight for _, weight in self.weights()}
         return sum(weight.data.nbytes for weight in distinct.values())
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Fill the weights from (Hugging Face name, tensor) pairs of any order and float type.
+    def planned_size_bytes(self, checkpoint_size_bytes: int) -> int:
+        """Bytes that the weights will take, before any is loaded.
+
+        Args:
+            checkpoint_size_bytes: what they take where they come from.
+        """
+        packed = any(isinstance(weight.data, PackedWeight) for _, weight in self.weights())
+        return self.weights_size_bytes + int(packed * PACKING_GROWTH_MAX * checkpoint_size_bytes)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor | BlockMatrix]]) -> None:
+        """Fill the weights from (Hugging Face name, tensor) pairs of any order and type.
 
         Each tensor is copied and let go before the next is asked for.
 

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokenspeed.kernels import KernelSelector
+from tokenspeed.core.errors import KernelError
+from tokenspeed.kernels import PACKED, BlockMatrix, KernelSelector, Matrix, PackedWeight
 from tokenspeed.modeling.placement import Boundary, Shard
 
 __all__ = ["Module", "Weight"]
@@ -23,9 +24,12 @@ class Weight:
         parts: sizes of named pieces stacked along the first dimension, where a checkpoint
             keeps as several tensors what one product reads at once.
         shard: how ranks divide it; each part by itself.
+        format_name: how it lies in memory, as the kernels that read it want it; None for a tensor
+            of the selector's element type.
 
     Attributes:
-        data: the tensor.
+        data: what a kernel takes as its weight.
+        format_name: the name of its format.
     """
 
     def __init__(
@@ -36,27 +40,61 @@ class Weight:
         kernels: KernelSelector,
         parts: Mapping[str, int] | None = None,
         shard: Shard | None = None,
+        format_name: str | None = None,
     ) -> None:
         assert len(dims) == len(shape)
         assert shard is None or shard.dim in dims
         assert parts is None or sum(parts.values()) == shape[0]
         self.dims = dims
         self.shard = shard
-        self.data = torch.empty(tuple(shape), dtype=kernels.dtype)
+        self.shape = tuple(shape)
+        self.format_name = format_name
         self._parts = dict(parts or {})
+        self.data: Matrix
+        if format_name == PACKED:
+            outputs, inputs = shape
+            self.data = PackedWeight(
+                (outputs, inputs),
+                parts=tuple(self._parts.values()) or (outputs,),
+                dtype=kernels.dtype,
+                runtime=kernels.runtime,
+            )
+        else:
+            self.data = torch.empty(self.shape, dtype=kernels.dtype)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The weight of an op that takes none but tensors."""
+        assert isinstance(self.data, torch.Tensor)
+        return self.data
 
     @property
     def parts(self) -> tuple[str | None, ...]:
         """Names of what a checkpoint must bring: the stacked parts, or None for the whole."""
         return tuple(self._parts) or (None,)
 
-    def part(self, name: str | None) -> torch.Tensor:
-        """The place of a part within `data`; None is the whole."""
-        if name is None:
-            return self.data
-        before = list(self._parts).index(name)
-        start = sum(list(self._parts.values())[:before])
-        return self.data.narrow(0, start, self._parts[name])
+    def part_shape(self, name: str | None) -> tuple[int, ...]:
+        """Sizes of a part; None is the whole."""
+        return self.shape if name is None else (self._parts[name], *self.shape[1:])
+
+    def fill(self, name: str | None, value: torch.Tensor | BlockMatrix) -> None:
+        """Take over a part of the right shape, in the format that `data` has.
+
+        Raises:
+            KernelError: the part is not of a type that can be packed.
+        """
+        index = 0 if name is None else list(self._parts).index(name)
+        if isinstance(self.data, PackedWeight):
+            if isinstance(value, torch.Tensor):
+                raise KernelError(
+                    f"a matrix of {value.dtype} cannot be packed; "
+                    "--kernel gemm.linear=reference keeps it as it is"
+                )
+            self.data.pack(index, value.quant_name, value.blocks)
+            return
+        values = value if isinstance(value, torch.Tensor) else value.to_float()
+        start = sum(list(self._parts.values())[:index])
+        self.data.narrow(0, start, len(values)).copy_(values)
 
 
 class Module:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from tokenspeed.core.errors import CorruptCheckpoint
+from tokenspeed.kernels import BlockMatrix
 from tokenspeed.modeling.module import Weight
 
 __all__ = ["fill_weights"]
@@ -16,12 +17,12 @@ _NAMES_SHOWN = 8
 
 def fill_weights(
     weights: Mapping[str, Weight],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | BlockMatrix]],
     *,
     names: Mapping[str, str],
     ignored: frozenset[str],
 ) -> None:
-    """Copy each tensor to its place, converting its element type.
+    """Take each tensor to its place, in the format that it has there.
 
     Args:
         weights: the model's, by our names. Of the names of a shared weight the first counts;
@@ -59,11 +60,11 @@ def fill_weights(
             continue
         del missing[ours]
         weight, part = wanted[ours]
-        target = weight.part(part)
-        if target.shape != tensor.shape:
-            misshapen.append(f"{name} is {list(tensor.shape)}, not {list(target.shape)}")
+        shape = weight.part_shape(part)
+        if shape != tuple(tensor.shape):
+            misshapen.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
             continue
-        target.copy_(tensor)
+        weight.fill(part, tensor)
     theirs = {ours: pattern for pattern, ours in names.items()}
     problems = {
         "missing": [_checkpoint_name(ours, theirs) for ours in missing],

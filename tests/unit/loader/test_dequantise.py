@@ -11,7 +11,7 @@ import torch
 from tests.unit.loader import tiny_gguf
 from tokenspeed import loader
 from tokenspeed.core.errors import CorruptCheckpoint
-from tokenspeed.loader.dequantise import CHUNK_ELEMENTS, dequantise_blocks, read_tensor
+from tokenspeed.loader.dequantise import CHUNK_ELEMENTS, dequantise_blocks, read_blocks
 from tokenspeed.loader.gguf_file import QUANT_TYPES, GGUFFile
 
 
@@ -38,7 +38,7 @@ def test_what_was_quantised_comes_back_near(name: str, tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "a.gguf", {}, raw={"w": (blocks, kind)})
     tensor = GGUFFile.open(path).tensors["w"]
     with path.open("rb") as file:
-        found = read_tensor(file, tensor)
+        found = read_blocks(file, tensor).to_float()
     assert found.shape == (6, 128)
     assert found.dtype == torch.float32
     bits = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5}.get(name, 8)
@@ -53,7 +53,7 @@ def test_a_tensor_of_many_chunks_is_whole(tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "a.gguf", {}, raw={"w": (blocks, kind)})
     tensor = GGUFFile.open(path).tensors["w"]
     with path.open("rb") as file:
-        found = read_tensor(file, tensor)
+        found = read_blocks(file, tensor).to_float()
     np.testing.assert_array_equal(found.numpy(), gguf.quants.dequantize(blocks, kind))
 
 
@@ -63,7 +63,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_corrupt(tmp_path: Path) -> N
     with path.open("r+b") as file:
         file.truncate(tensor.offset + 100)
     with path.open("rb") as file, pytest.raises(CorruptCheckpoint, match="ended within"):
-        read_tensor(file, tensor)
+        read_blocks(file, tensor)
 
 
 def _assert_first_of_each_type_equals_stock(path: Path) -> None:
@@ -75,7 +75,9 @@ def _assert_first_of_each_type_equals_stock(path: Path) -> None:
             for tensor in itertools.islice(of_type, 3):
                 data = stock[tensor.name].data
                 expected = gguf.quants.dequantize(data, stock[tensor.name].tensor_type)
-                np.testing.assert_array_equal(read_tensor(file, tensor).numpy(), expected)
+                np.testing.assert_array_equal(
+                    read_blocks(file, tensor).to_float().numpy(), expected
+                )
 
 
 def test_the_real_llama_dequantises_as_the_stock_package_has_it(

@@ -1,5 +1,6 @@
 """A GGUF file as the Hugging Face model it was made from: configuration, names, order of rows."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,3 +219,28 @@ def test_transformers_speaks_sense_with_the_real_weights(smollm2: loader.ModelFi
     with torch.inference_mode():
         best = model(torch.tensor([ids])).logits[0, -1].argmax().item()
     assert tokenizer.decode([int(best)]) == " Paris"
+
+
+def test_blocks_are_the_tensors_before_they_are_dequantised(smollm2: loader.ModelFiles) -> None:
+    checkpoint = loader.open_checkpoint(smollm2)
+    assert checkpoint.packable
+    matrices = 0
+    tensors, blocks = checkpoint.tensors(), checkpoint.blocks()
+    for (name, tensor), (name_again, block) in itertools.islice(
+        zip(tensors, blocks, strict=True), 40
+    ):
+        assert name == name_again
+        assert tensor.shape == block.shape
+        if isinstance(block, torch.Tensor):
+            assert tensor.dim() == 1
+            assert torch.equal(tensor, block)
+        else:
+            matrices += 1
+            assert torch.equal(tensor, block.to_float())
+    assert matrices > 20
+
+
+def test_a_file_with_a_matrix_of_floats_is_not_packable(tmp_path: Path) -> None:
+    named = tiny_gguf.weights("qwen2", np.random.default_rng(7))
+    path = tiny_gguf.write(tmp_path / "a.gguf", named, architecture="qwen2")
+    assert not _open(path).packable

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 
-__all__ = ["linear", "logits"]
+__all__ = ["DENSE", "linear", "logits"]
 
 # 4 MiB of two-byte weights.
 ELEMENTS_IN_CACHE = 1 << 21
 DENSE = ("float32", "bfloat16", "float16")
+"""Formats of weights that are plain tensors."""
 
 
 @kernel(

@@ -13,10 +13,12 @@ __all__ = ["Embedding", "LMHead"]
 
 
 def _table(vocab_size: int, features: int, kernels: KernelSelector) -> Weight:
+    # A tied table is read by both ops, so its format must suit both.
     return Weight(
         (vocab_size, features),
         dims=("vocabulary", "features"),
         kernels=kernels,
+        format_name=kernels.weight_format(ops.embedding.lookup, ops.gemm.logits),
         shard=Shard("tp", "vocabulary"),
     )
 
@@ -33,7 +35,7 @@ class Embedding(Module):
 
     def __init__(self, vocab_size: int, features: int, *, kernels: KernelSelector) -> None:
         self.table = _table(vocab_size, features, kernels)
-        self._lookup = kernels.select(ops.embedding.lookup)
+        self._lookup = kernels.select(ops.embedding.lookup, format_name=self.table.format_name)
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TM."""
@@ -55,7 +57,7 @@ class LMHead(Module):
         self, vocab_size: int, features: int, *, kernels: KernelSelector, tied: Embedding | None
     ) -> None:
         self.table = _table(vocab_size, features, kernels) if tied is None else tied.table
-        self._logits = kernels.select(ops.gemm.logits)
+        self._logits = kernels.select(ops.gemm.logits, format_name=self.table.format_name)
 
     def forward(self, x_SM: torch.Tensor) -> torch.Tensor:
         """logits_SV, float32."""

@@ -38,10 +38,12 @@ class Linear(Module):
         bias: bool = False,
         parts: Mapping[str, int] | None = None,
     ) -> None:
+        format_name = kernels.weight_format(ops.gemm.linear)
         self.weight = Weight(
             (outputs, inputs),
             dims=("outputs", "inputs"),
             kernels=kernels,
+            format_name=format_name,
             parts=parts,
             shard=self.shard,
         )
@@ -51,11 +53,13 @@ class Linear(Module):
             self.bias = Weight(
                 (outputs,), dims=("outputs",), kernels=kernels, parts=parts, shard=divided
             )
-        self._linear = kernels.select(ops.gemm.linear, traits={"bias": bias})
+        self._linear = kernels.select(
+            ops.gemm.linear, format_name=format_name, traits={"bias": bias}
+        )
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """y_TO."""
-        return self._linear(x_TI, self.weight.data, self.bias.data if self.bias else None)
+        return self._linear(x_TI, self.weight.data, self.bias.tensor if self.bias else None)
 
 
 @boundary(x_TI=Replicate("tp"), out=Shard("tp", "features"))

@@ -40,5 +40,5 @@ class RMSNorm(Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual); a residual of None starts the stream with x."""
         if residual_TM is None:
-            return self._rms_norm(x_TM, self.weight.data, self._epsilon), x_TM.float()
-        return self._add_rms_norm(x_TM, residual_TM, self.weight.data, self._epsilon)
+            return self._rms_norm(x_TM, self.weight.tensor, self._epsilon), x_TM.float()
+        return self._add_rms_norm(x_TM, residual_TM, self.weight.tensor, self._epsilon)

@@ -6,11 +6,13 @@ Legend: T tokens, V vocabulary, M model features.
 import torch
 
 from tokenspeed.kernels.registry import declare_op
+from tokenspeed.kernels.weights import Matrix, PackedWeight
 
 __all__ = ["lookup"]
 
 
 @declare_op("embedding.lookup")
-def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor) -> torch.Tensor:
+def lookup(token_ids_T: torch.Tensor, table_VM: Matrix) -> torch.Tensor:
     """x_TM = table_VM[token_ids_T]; ids are int64 and within the vocabulary."""
-    return lookup.best(table_VM)(token_ids_T, table_VM)
+    operand = token_ids_T if isinstance(table_VM, PackedWeight) else table_VM
+    return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM)

@@ -1,0 +1,37 @@
+"""Weights as checkpoints give them and as kernels hold them.
+
+Legend: O outputs, I inputs.
+"""
+
+from typing import Final, Protocol, TypeAlias
+
+import torch
+
+from tokenspeed.kernels.cpu.weights import PackedWeight
+
+__all__ = ["PACKED", "BlockMatrix", "Matrix", "PackedWeight"]
+
+PACKED: Final = "packed"
+"""The name of the format of weights that native CPU kernels read; see `PackedWeight`."""
+
+Matrix: TypeAlias = torch.Tensor | PackedWeight
+"""A matrix of weights [O, I] in a format that its kernel reads."""
+
+
+class BlockMatrix(Protocol):
+    """A matrix [O, I] of small integers in blocks with scales, as a GGUF file stores it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I)."""
+
+    @property
+    def quant_name(self) -> str:
+        """ggml's name of the type of its blocks."""
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """uint8 [O, bytes of a row]."""
+
+    def to_float(self) -> torch.Tensor:
+        """float32 [O, I], dequantised."""
