@@ -156,14 +156,15 @@ void Scheduler::tell_table(const State& request) noexcept {
         TableDeltas& table = news_of<G>().table;
         std::size_t index = static_cast<std::size_t>(pages.first);
         if constexpr (kPaged<G>) {
+            std::size_t load = 0;
             const auto incoming = [&](std::size_t at) {
                 if constexpr (requires { request.loads; }) {
-                    for (const auto& load : request.loads.template of<G>().pages) {
-                        if (static_cast<std::size_t>(load.index) < at) continue;
-                        if (static_cast<std::size_t>(load.index) != at) return false;
-                        table.add(slot, at, load.target.id().value);
-                        return true;
+                    const auto& loads = request.loads.template of<G>().pages;
+                    if (load == loads.size() || static_cast<std::size_t>(loads[load].index) != at) {
+                        return false;
                     }
+                    table.add(slot, at, loads[load++].target.id().value);
+                    return true;
                 }
                 return false;
             };
