@@ -101,10 +101,10 @@ nb::object plan(control::Scheduler& scheduler, std::int64_t now_us) {
 nb::object take_outcome(control::Scheduler& scheduler) {
     const auto outcome = scheduler.take_outcome();
     return nb::make_tuple(
-        outcome.requests.size(), outcome.finished.size(),
+        outcome.requests.size(), outcome.finished.size(), outcome.admitted.size(),
         join<std::int32_t>(outcome.tokens, outcome.sample_indices, outcome.cached_counts,
-                           outcome.reasons, outcome.retries_ms),
-        join<std::int64_t>(outcome.requests, outcome.finished));
+                           outcome.reasons, outcome.retries_ms, outcome.reports),
+        join<std::int64_t>(outcome.requests, outcome.finished, outcome.admitted));
 }
 
 nb::object take_cache_events(control::Scheduler& scheduler) {
@@ -120,8 +120,9 @@ nb::tuple stats(const control::Scheduler& scheduler) {
     return nb::make_tuple(s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens,
                           s.pages_total, s.pages_free, s.pages_cached, s.pages_active,
                           s.host_pages_total, s.host_pages_cached, s.steps, s.prompt_tokens,
-                          s.cached_tokens, s.output_tokens, s.retractions, s.parkings, s.evictions,
-                          s.stores, s.loads, s.refusals);
+                          s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
+                          s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens,
+                          s.retractions, s.parkings, s.evictions, s.stores, s.loads, s.refusals);
 }
 
 }  // namespace

@@ -79,6 +79,7 @@ NodeRef ContentTree::enter(const PageContent& content, std::optional<NodeId> par
         std::ranges::copy(content.tokens, tokens_.begin() + (tokens(id).data() - tokens_.data()));
         enlist(id);
         sessions_.entered(id, parent, branch);
+        if (!parent) openings_.add(content.tokens);
     }
     return link(id);
 }
@@ -135,6 +136,7 @@ void ContentTree::detach(NodeId id) noexcept {
 void ContentTree::unlist(NodeId id) noexcept {
     if (!at(id).listed) return;
     delist(id);
+    if (!at(id).parent) openings_.remove(tokens(id));
     sessions_.removed(id, at(id).hash);
 }
 

@@ -10,6 +10,7 @@
 #include "hash.h"
 #include "ids.h"
 #include "linear.h"
+#include "openings.h"
 #include "sessions.h"
 
 namespace tokenspeed::control {
@@ -97,6 +98,10 @@ class ContentTree {
     }
 
     bool listed(NodeId node) const noexcept { return at(node).listed; }
+    // Whether a prompt of some salt opens with these tokens.
+    bool opens_elsewhere(std::span<const std::int32_t> page) const noexcept {
+        return openings_.contains(page);
+    }
     // The child that came last, if there is one.
     std::optional<NodeId> last_child(NodeId node) const noexcept { return at(node).first_child; }
     std::optional<NodeId> parent(NodeId node) const noexcept { return at(node).parent; }
@@ -149,6 +154,7 @@ class ContentTree {
     TokenCount page_size_;
     bool shared_;
     Sessions& sessions_;
+    Openings openings_;
     std::vector<Node> nodes_;
     std::vector<std::int32_t> tokens_;  // by node, page_size each
     std::vector<std::optional<NodeId>> table_;

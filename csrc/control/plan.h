@@ -91,6 +91,8 @@ struct Plan {
     std::vector<GroupPlan> groups;
 };
 
+inline constexpr std::size_t kReportColumns = 5;
+
 struct Outcome {
     std::vector<std::int64_t> requests;
     std::vector<std::int32_t> tokens;
@@ -98,6 +100,9 @@ struct Outcome {
     std::vector<std::int32_t> cached_counts;
     std::vector<std::int64_t> finished;
     std::vector<std::int32_t> reasons;
+    // Requests that took a slot for the first time, and where their prompts came from.
+    std::vector<std::int64_t> admitted;
+    std::vector<std::int32_t> reports;     // kReportColumns for each: see core.step.CacheReport
     std::vector<std::int32_t> retries_ms;  // when to come back, for those refused; else 0
 };
 
@@ -105,7 +110,8 @@ struct Stats {
     std::int64_t running, waiting, parked, transferring, waiting_uncached_tokens;
     std::int64_t pages_total, pages_free, pages_cached, pages_active;
     std::int64_t host_pages_total, host_pages_cached;
-    std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, retractions, parkings;
+    std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, missed_evicted_tokens,
+        missed_unseen_tokens, missed_other_salt_tokens, missed_tail_tokens, retractions, parkings;
     std::int64_t evictions, stores, loads, refusals;
 };
 

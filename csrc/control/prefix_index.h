@@ -36,6 +36,18 @@ struct Storing {
     InFlight<OpenPage<G, Host>> target;
 };
 
+// Where the tokens of a prompt came from. Those not cached: evicted before, or known though a group
+// lacks its part; never seen; and the tail, which fills no page, or the last page, which is
+// computed for its logits.
+struct CacheReport {
+    TokenCount cached, evicted, unseen, tail;
+    // So many tokens the cache holds or held, as far as it can tell: where the prompt leaves it.
+    TokenCount divergence;
+    // The prompt opens like cached content of another salt. For the operator alone: a tenant must
+    // not learn what others asked, so to the request these tokens are unseen.
+    bool other_salt = false;
+};
+
 // Owns every page of every group and tier; those in use by requests are lent to them. A content is
 // held once a group and tier, and found while every group holds what a prompt needs of it: all
 // pages of a full or latent group, the last window of a sliding one, a checkpoint of a recurrence.
@@ -101,6 +113,10 @@ class PrefixIndex {
                       std::uint64_t salt, bool host, std::vector<NodeId>& path) const noexcept;
     // About as long a run, by hash alone. O(log pages).
     PageCount peek(std::span<const Hash128> hashes) const noexcept;
+    // Why a prompt of which so much was cached has to be computed for the rest. Before its
+    // admission enters anything. O(pages known) and O(1) in what other salts hold.
+    CacheReport explain(std::span<const Hash128> hashes, std::span<const std::int32_t> prompt,
+                        TokenCount cached) const noexcept;
     // Whose turn a prompt is, by the hashes of its full pages. O(log pages).
     [[nodiscard]] BranchId begin(std::span<const Hash128> hashes, std::int64_t now_us);
 

@@ -461,6 +461,10 @@ Stats Scheduler::stats() const {
     stats.steps = steps_;
     stats.prompt_tokens = prompt_tokens_;
     stats.cached_tokens = cached_tokens_;
+    stats.missed_evicted_tokens = missed_evicted_tokens_;
+    stats.missed_unseen_tokens = missed_unseen_tokens_;
+    stats.missed_other_salt_tokens = missed_other_salt_tokens_;
+    stats.missed_tail_tokens = missed_tail_tokens_;
     stats.output_tokens = output_tokens_;
     stats.retractions = retractions_;
     stats.parkings = parkings_;

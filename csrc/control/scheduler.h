@@ -282,7 +282,9 @@ class Scheduler {
 
     Outcome outcome_;
     std::int64_t arrivals_seen_ = 0;
-    std::int64_t steps_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, output_tokens_ = 0;
+    std::int64_t steps_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, missed_evicted_tokens_ = 0,
+                 missed_unseen_tokens_ = 0, missed_other_salt_tokens_ = 0, missed_tail_tokens_ = 0,
+                 output_tokens_ = 0;
     std::int64_t retractions_ = 0, parkings_ = 0, loads_ = 0, refusals_ = 0;
 };
 

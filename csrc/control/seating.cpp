@@ -112,6 +112,8 @@ bool Scheduler::seat_queued(const Order& order) {
 void Scheduler::reserve_seat(const Request& request) {
     const auto pages = static_cast<std::size_t>(pages_for(request.known(), page_size_).value);
     make_room_for(rows_, 1);
+    make_room_for(outcome_.admitted, 1);
+    make_room_for(outcome_.reports, kReportColumns);
     make_room_for(bound_slots_, 1);
     make_room_for(bound_requests_, 1);
     make_room_for(transfer_news_.ids, 1);
@@ -142,8 +144,18 @@ void Scheduler::line_up(SlotId slot) noexcept {
 
 void Scheduler::count_admission(const Request& request, bool first) noexcept {
     if (!first) return;
+    const CacheReport report =
+        store_.index.explain(request.hashes(), request.tokens(), request.cached());
     prompt_tokens_ += request.known().value;
-    cached_tokens_ += request.cached().value;
+    cached_tokens_ += report.cached.value;
+    missed_evicted_tokens_ += report.evicted.value;
+    (report.other_salt ? missed_other_salt_tokens_ : missed_unseen_tokens_) += report.unseen.value;
+    missed_tail_tokens_ += report.tail.value;
+    outcome_.admitted.push_back(request.id().value);
+    for (const TokenCount count :
+         {report.cached, report.evicted, report.unseen, report.tail, report.divergence}) {
+        outcome_.reports.push_back(count.value);
+    }
 }
 
 // The page table of a request that took a slot: the pages it holds or waits for, and its state.

@@ -7,7 +7,7 @@ gathered, so a page reused wrongly shows twice.
 
 import zlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from tests.scenario.storage import NOTHING, GroupStorage, Row
 from tokenspeed.control import Scheduler
 from tokenspeed.core.step import (
+    CacheReport,
     FinishReason,
     GroupPlan,
     Handover,
@@ -24,6 +25,8 @@ from tokenspeed.core.step import (
 )
 
 __all__ = ["Client", "Simulation", "i32", "sample"]
+
+REPORT_FIELDS = tuple(field.name for field in fields(CacheReport))
 
 
 def i32(*values: int) -> Int32Array:
@@ -51,6 +54,7 @@ class Client:
     reason: FinishReason = FinishReason.LENGTH
     output: list[int] = field(default_factory=list)
     cached: int | None = None
+    report: CacheReport | None = None
     aborted: bool = False
     finished: FinishReason | None = None
     sent: bool = False
@@ -208,6 +212,15 @@ class Simulation:
             assert client.cached in (None, cached) or client.failed
             client.cached = cached
             assert cached < len(client.prompt)
+        for request, report in zip(
+            outcome.admitted.tolist(), outcome.cache_reports.tolist(), strict=True
+        ):
+            client = self.clients[request]
+            assert client.report is None, "a request is admitted for the first time twice"
+            client.report = CacheReport(**dict(zip(REPORT_FIELDS, report, strict=True)))
+            assert sum(report[:4]) == len(client.prompt)
+            assert min(report) >= 0
+            assert report[0] <= report[4] <= len(client.prompt)
         for request, number in zip(
             outcome.finished.tolist(), outcome.reasons.tolist(), strict=True
         ):

@@ -43,6 +43,11 @@ class SchedulerStats:
         host_pages_total, host_pages_cached: pages of the host, and those with content.
         steps: steps launched.
         prompt_tokens, cached_tokens: of admitted requests, and how many of them came from cache.
+        missed_evicted_tokens: the cache held them before, as far as it remembers.
+        missed_unseen_tokens: it never did.
+        missed_other_salt_tokens: nor did it, but it holds the prompt's first page under another
+            salt: the most that sharing between salts could have saved. No request is told.
+        missed_tail_tokens: they fill no page, or share one with the prompt's last token.
         output_tokens: tokens sampled that belong to a request's output.
         retractions: requests sent back to the queue for want of pages.
         parkings: requests that gave up their slot.
@@ -65,6 +70,10 @@ class SchedulerStats:
     steps: int
     prompt_tokens: int
     cached_tokens: int
+    missed_evicted_tokens: int
+    missed_unseen_tokens: int
+    missed_other_salt_tokens: int
+    missed_tail_tokens: int
     output_tokens: int
     retractions: int
     parkings: int
@@ -223,15 +232,18 @@ class Scheduler:
 
     def take_outcome(self) -> StepOutcome:
         """What happened to requests since the last call."""
-        count, finished, parts, ids = self._native.take_outcome()
+        count, finished, admitted, parts, ids = self._native.take_outcome()
+        end = 3 * count + 2 * finished
         return StepOutcome(
             requests=ids[:count],
             tokens=parts[:count],
             sample_indices=parts[count : 2 * count],
             cached_counts=parts[2 * count : 3 * count],
             finished=ids[count : count + finished],
+            admitted=ids[count + finished :],
             reasons=parts[3 * count : 3 * count + finished],
-            retries_ms=parts[3 * count + finished :],
+            retries_ms=parts[3 * count + finished : end],
+            cache_reports=parts[end:].reshape(admitted, 5),
         )
 
     def tokens(self, request: int) -> Int32Array:

@@ -15,6 +15,7 @@ __all__ = [
     "NO_CARGO",
     "NO_MOVES",
     "NO_TRANSFERS",
+    "CacheReport",
     "Cargo",
     "FinishReason",
     "GroupPlan",
@@ -245,6 +246,27 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """Where a prompt's tokens came from when it was admitted; the first four add up to it.
+
+    Attributes:
+        cached_tokens: from cache.
+        evicted_tokens: the cache held them once, as far as it remembers.
+        unseen_tokens: it never did, for this tenant.
+        tail_tokens: they fill no page, or share one with the last token, which is always computed.
+        divergence: so many leading tokens the cache holds or held: the first position at which
+            the prompt leaves them, the prompt's length if it does not. Exact while the page that
+            differs has a neighbour in cache, else the start of that page.
+    """
+
+    cached_tokens: int
+    evicted_tokens: int
+    unseen_tokens: int
+    tail_tokens: int
+    divergence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     """What happened to requests since the last outcome was taken.
 
@@ -254,6 +276,8 @@ class StepOutcome:
         cached_counts: [K] prompt tokens of the request served from cache at its admission.
         finished, reasons: [F] requests that reached their terminal event, and `FinishReason`s.
         retries_ms: [F] when to try again, for those that were REFUSED; 0 for the others.
+        admitted: [A] requests that took a slot for the first time.
+        cache_reports: [A, 5] the fields of their `CacheReport`s.
     """
 
     requests: Int64Array
@@ -263,3 +287,5 @@ class StepOutcome:
     finished: Int64Array
     reasons: Int32Array
     retries_ms: Int32Array
+    admitted: Int64Array
+    cache_reports: Int32Array

@@ -84,6 +84,7 @@ class AsyncLLM:
                     logprobs=delta.logprobs,
                     prompt_tokens=stream.prompt_tokens,
                     cached_tokens=delta.cached_tokens,
+                    cache=stream.cache,
                     finish_reason=delta.finish_reason,
                 )
         finally:

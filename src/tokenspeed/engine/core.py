@@ -169,7 +169,7 @@ class EngineCore:
     def _outputs(
         self, outcome: StepOutcome, logprobs: SampledLogprobs | None
     ) -> StepOutputs | None:
-        if not len(outcome.requests) and not len(outcome.finished):
+        if not (len(outcome.requests) or len(outcome.finished) or len(outcome.admitted)):
             return None
         for request in outcome.finished.tolist():
             del self._live[request]
@@ -180,6 +180,8 @@ class EngineCore:
             finished=outcome.finished.tobytes(),
             reasons=outcome.reasons.tobytes(),
             retries_ms=outcome.retries_ms.tobytes(),
+            admitted=outcome.admitted.tobytes(),
+            cache_reports=outcome.cache_reports.tobytes(),
             logprobs=None if logprobs is None else _columns(outcome, logprobs),
         )
 

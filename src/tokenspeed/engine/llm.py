@@ -14,6 +14,7 @@ from tokenspeed.control import SchedulerStats
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import InvalidParameter, Overloaded
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import CacheReport
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.outputs import Completion, GenerationOutput
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenDelta, TokenStream
@@ -114,6 +115,7 @@ class LLM:
             GenerationOutput(
                 prompt_token_ids=prompt,
                 cached_tokens=collectors[index * n].cached_tokens,
+                cache=collectors[index * n].cache,
                 completions=[c.completion() for c in collectors[index * n : (index + 1) * n]],
             )
             for index, prompt in enumerate(ids)
@@ -198,6 +200,11 @@ class _Collector:
         self._logprobs: list[Any] | None = None
         self._end: TokenDelta | None = None
         self.cached_tokens = 0
+
+    @property
+    def cache(self) -> CacheReport | None:
+        """Where the prompt came from, once it was admitted."""
+        return self._stream.cache
 
     def abort(self) -> None:
         """End the request, if it has not ended."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tokenspeed.core.step import FinishReason
+from tokenspeed.core.step import CacheReport, FinishReason
 from tokenspeed.engine.stream import TokenLogprob
 
 __all__ = ["Completion", "GenerationOutput", "TextDelta"]
@@ -34,11 +34,14 @@ class GenerationOutput:
     Attributes:
         prompt_token_ids: the prompt.
         cached_tokens: prompt tokens that came from the prefix cache, for the first completion.
+        cache: of the first completion, where the prompt's tokens came from and why the rest did
+            not; None if it ended before it began.
         completions: as many as were asked for.
     """
 
     prompt_token_ids: list[int]
     cached_tokens: int
+    cache: CacheReport | None
     completions: list[Completion]
 
 
@@ -51,4 +54,5 @@ class TextDelta:
     logprobs: list[TokenLogprob] | None
     prompt_tokens: int
     cached_tokens: int
+    cache: CacheReport | None
     finish_reason: FinishReason | None

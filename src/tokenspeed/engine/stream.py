@@ -2,14 +2,14 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from tokenspeed.core.errors import Overloaded
-from tokenspeed.core.step import FinishReason
+from tokenspeed.core.step import CacheReport, FinishReason
 from tokenspeed.engine.wire import LogprobColumns, StepOutputs
 
 __all__ = ["StopStrings", "StreamTable", "TokenDelta", "TokenLogprob", "TokenStream"]
@@ -80,6 +80,7 @@ class TokenStream:
 
     It ends after the delta that carries a finish reason. Tokens that arrive while nobody waits
     are merged into one delta. Leaving the iteration early does not end the request: call `abort`.
+    `cache` says where the prompt came from, and is there with the first delta.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class TokenStream:
         abort: Callable[[], None],
     ) -> None:
         self.prompt_tokens = prompt_tokens
+        self.cache: CacheReport | None = None
         self.done = False
         self._stop_strings = stop_strings
         self._abort = abort
@@ -239,6 +241,9 @@ class StreamTable:
         finished = np.frombuffer(outputs.finished, dtype=np.int64).tolist()
         reasons = np.frombuffer(outputs.reasons, dtype=np.int32).tolist()
         retries = np.frombuffer(outputs.retries_ms, dtype=np.int32).tolist()
+        for request, report in _cache_reports(outputs):
+            if (stream := self._streams.get(request)) is not None:
+                stream.cache = report
         stop_tokens: dict[int, int | None] = {
             request: None
             for request, reason in zip(finished, reasons, strict=True)
@@ -269,6 +274,22 @@ def _refusal(retry_after_s: float) -> Overloaded:
         f"retry after {math.ceil(retry_after_s)} s",
         retry_after_s=retry_after_s,
     )
+
+
+def _cache_reports(outputs: StepOutputs) -> Iterator[tuple[int, CacheReport]]:
+    admitted = np.frombuffer(outputs.admitted, dtype=np.int64).tolist()
+    rows = np.frombuffer(outputs.cache_reports, dtype=np.int32).reshape(len(admitted), 5).tolist()
+    for request, (cached, evicted, unseen, tail, divergence) in zip(admitted, rows, strict=True):
+        yield (
+            request,
+            CacheReport(
+                cached_tokens=cached,
+                evicted_tokens=evicted,
+                unseen_tokens=unseen,
+                tail_tokens=tail,
+                divergence=divergence,
+            ),
+        )
 
 
 def _logprobs(columns: LogprobColumns) -> list[tuple[int, TokenLogprob]]:

@@ -83,6 +83,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     prompt_tokens: int
     cached_tokens: int
+    missed_evicted_tokens: int
+    missed_unseen_tokens: int
+    missed_other_salt_tokens: int
+    missed_tail_tokens: int
     output_tokens: int
     retractions: int
     parkings: int
@@ -190,6 +194,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
         requests, tokens, cached_counts: int64, int32, int32 [K], one entry a token.
         finished, reasons: int64, int32 [F], requests that ended and `FinishReason`s.
         retries_ms: int32 [F], when to try again where the reason is REFUSED.
+        admitted, cache_reports: int64 [A], int32 [A, 5], as in `core.step.StepOutcome`.
     """
 
     requests: bytes
@@ -198,6 +203,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     finished: bytes
     reasons: bytes
     retries_ms: bytes
+    admitted: bytes
+    cache_reports: bytes
     logprobs: LogprobColumns | None
 
 

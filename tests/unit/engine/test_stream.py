@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenspeed.core.errors import EngineDead, Overloaded
-from tokenspeed.core.step import FinishReason
+from tokenspeed.core.step import CacheReport, FinishReason
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
 from tokenspeed.engine.wire import LogprobColumns, StepOutputs
 
@@ -36,6 +36,7 @@ def step(
     tokens: list[tuple[int, int]],
     finished: list[tuple[int, FinishReason]] | None = None,
     logprobs: LogprobColumns | None = None,
+    admitted: tuple[int, ...] = (),
 ) -> StepOutputs:
     ended = finished or []
     return StepOutputs(
@@ -45,7 +46,21 @@ def step(
         np.array([r for r, _ in ended], dtype=np.int64).tobytes(),
         np.array([r for _, r in ended], dtype=np.int32).tobytes(),
         np.array([2500 for _ in ended], dtype=np.int32).tobytes(),
+        np.array(admitted, dtype=np.int64).tobytes(),
+        np.array([[r, 1, 2, 3, 4] for r in admitted], dtype=np.int32).tobytes(),
         logprobs,
+    )
+
+
+def test_a_stream_learns_once_where_its_prompt_came_from() -> None:
+    table = StreamTable()
+    streams = {request: stream_with()[0] for request in (5, 6)}
+    for request, stream in streams.items():
+        table.add(request, stream)
+    table.take(step([(5, 1)], admitted=(6, 4)))
+    assert streams[5].cache is None
+    assert streams[6].cache == CacheReport(
+        cached_tokens=6, evicted_tokens=1, unseen_tokens=2, tail_tokens=3, divergence=4
     )
 
 
