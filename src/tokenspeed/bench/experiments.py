@@ -38,7 +38,7 @@ class FloorRun:
     Attributes:
         tps_floor: the floor held, None without one.
         user_p99_ms: 99 of 100 times between two tokens of each user were no longer.
-        gap_max_ms: the longest of all users.
+        interval_max_ms: the longest of all users.
         ttft_s: what the long prompt waited for its first token.
         window_tpm: tokens a minute meanwhile, the long prompt's and the users' together.
         total_tpm: prompt and answer tokens a minute of the whole run.
@@ -46,7 +46,7 @@ class FloorRun:
 
     tps_floor: float | None
     user_p99_ms: tuple[float, ...]
-    gap_max_ms: float
+    interval_max_ms: float
     ttft_s: float
     window_tpm: float
     total_tpm: float
@@ -129,18 +129,18 @@ def _floor_run(config: SimulationConfig, tps_floor: float | None) -> FloorRun:
     )
     # The prompt was sent last.
     arrived_us, first_us = trace.requests[-1].sent_us, times_us[-1][0]
-    p99_ms, gap_max_us, seen = [], 0, 0
+    p99_ms, interval_max_us, seen = [], 0, 0
     for times in times_us[:-1]:
         at_us = np.array(times)
-        gaps_us = np.diff(at_us)
+        intervals_us = np.diff(at_us)
         within = (at_us[1:] > arrived_us) & (at_us[:-1] < first_us)
-        p99_ms.append(float(np.percentile(gaps_us[within], 99, method="higher")) / 1e3)
-        gap_max_us = max(gap_max_us, int(gaps_us[within].max()))
+        p99_ms.append(float(np.percentile(intervals_us[within], 99, method="higher")) / 1e3)
+        interval_max_us = max(interval_max_us, int(intervals_us[within].max()))
         seen += int(within.sum())
     return FloorRun(
         tps_floor=tps_floor,
         user_p99_ms=tuple(p99_ms),
-        gap_max_ms=gap_max_us / 1e3,
+        interval_max_ms=interval_max_us / 1e3,
         ttft_s=(first_us - arrived_us) / 1e6,
         window_tpm=(_LONG_PROMPT_TOKENS + seen) * 6e7 / (first_us - arrived_us),
         total_tpm=summary.total_tpm,

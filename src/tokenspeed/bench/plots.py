@@ -35,7 +35,7 @@ def draw(summary: Report, results: Results, folder: Path) -> list[Path]:
         "throughput.png": _throughput,
         "tps.png": _tps,
         "ttft.png": _ttft,
-        "gaps.png": _gaps,
+        "intervals.png": _intervals,
         "hit_rate.png": _hit_rate,
     }
     paths = []
@@ -91,17 +91,19 @@ def _ttft(axes: Any, summary: Report, results: Results) -> None:
     axes.legend()
 
 
-def _gaps(axes: Any, summary: Report, results: Results) -> None:
-    if len(results.gap_us):
-        part = 1 - np.cumsum(results.gap_counts) / results.gap_counts.sum()
-        axes.step(results.gap_us / 1000, np.maximum(part, 1e-9), where="post")
+def _intervals(axes: Any, summary: Report, results: Results) -> None:
+    if len(results.interval_us):
+        part = 1 - np.cumsum(results.interval_counts) / results.interval_counts.sum()
+        axes.step(results.interval_us / 1000, np.maximum(part, 1e-9), where="post")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(1e-5, 1.1)
     if summary.floor is not None:
         axes.axvline(summary.floor.bound_ms, linestyle="--", color="gray", label="floor's bound")
         axes.legend()
-    axes.set(xlabel="time between two tokens (ms)", ylabel="part of gaps above", title="Gaps")
+    axes.set(
+        xlabel="time between two tokens (ms)", ylabel="part of intervals above", title="Intervals"
+    )
 
 
 def _hit_rate(axes: Any, summary: Report, results: Results) -> None:

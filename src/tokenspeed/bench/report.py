@@ -47,15 +47,16 @@ class Floor:
         tps: the floor.
         bound_ms: the time between two tokens at the floor.
         users_below: requests whose own TPS was less, and `users_below_part` of all.
-        gaps_above: times between two tokens that were longer, and `gaps_above_part` of all.
+        intervals_above: times between two tokens that were longer, and `intervals_above_part` of
+            all.
     """
 
     tps: float
     bound_ms: float
     users_below: int
     users_below_part: float
-    gaps_above: int
-    gaps_above_part: float
+    intervals_above: int
+    intervals_above_part: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class Report:
         tps: a request's tokens a second from its first token to its last, of requests with two or
             more. Its low quantiles are the slow users.
         ttft: by turn.
-        gap_ms: between two tokens of a request.
+        interval_ms: between two tokens of a request.
         floor: None without one.
     """
 
@@ -108,7 +109,7 @@ class Report:
     evictions: int
     tps: Quantiles
     ttft: tuple[TurnLatency, ...]
-    gap_ms: Quantiles
+    interval_ms: Quantiles
     floor: Floor | None
 
     def to_json(self) -> bytes:
@@ -165,7 +166,7 @@ def summarise(
         evictions=int(results.evictions.sum()),
         tps=_quantiles(tps),
         ttft=_ttft_by_turn(results),
-        gap_ms=_counted_quantiles(results.gap_us, results.gap_counts, 1e-3),
+        interval_ms=_counted_quantiles(results.interval_us, results.interval_counts, 1e-3),
         floor=None if config.floor_tps is None else _floor(results, tps, config.floor_tps),
     )
 
@@ -208,14 +209,14 @@ def _ttft_by_turn(results: Results) -> tuple[TurnLatency, ...]:
 def _floor(results: Results, tps: npt.NDArray[np.float64], floor_tps: float) -> Floor:
     bound_us = 1e6 / floor_tps
     below = int((tps < floor_tps).sum())
-    above = int(results.gap_counts[results.gap_us > bound_us].sum())
+    above = int(results.interval_counts[results.interval_us > bound_us].sum())
     return Floor(
         tps=floor_tps,
         bound_ms=bound_us / 1000,
         users_below=below,
         users_below_part=below / max(len(tps), 1),
-        gaps_above=above,
-        gaps_above_part=above / max(int(results.gap_counts.sum()), 1),
+        intervals_above=above,
+        intervals_above_part=above / max(int(results.interval_counts.sum()), 1),
     )
 
 

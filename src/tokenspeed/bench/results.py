@@ -8,10 +8,10 @@ import numpy as np
 
 from tokenspeed.core.step import Int64Array
 
-__all__ = ["TIMELINE_US", "GapCounts", "Results", "merge_results"]
+__all__ = ["TIMELINE_US", "IntervalCounts", "Results", "merge_results"]
 
 TIMELINE_US = 1_000_000
-_GAP_BLOCK = 1 << 18
+_INTERVAL_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,8 @@ class Results:
         emitted: [R] tokens given.
         cached: [R] prompt tokens that came from cache when the request was first admitted.
         reasons: [R] `FinishReason`.
-        gap_us, gap_counts: [G] times between two tokens of a request, ascending, and how often
-            each was.
+        interval_us, interval_counts: [I] times between two tokens of a request, ascending, and how
+            often each was.
         timeline: [T] tokens given in each second.
         busy_us: [P] time in which a step ran.
         steps, retractions, evictions: [P] of each replica's scheduler.
@@ -47,8 +47,8 @@ class Results:
     emitted: Int64Array
     cached: Int64Array
     reasons: Int64Array
-    gap_us: Int64Array
-    gap_counts: Int64Array
+    interval_us: Int64Array
+    interval_counts: Int64Array
     timeline: Int64Array
     busy_us: Int64Array
     steps: Int64Array
@@ -74,16 +74,20 @@ def merge_results(parts: Sequence[Results]) -> Results:
     columns = {
         field.name: np.concatenate([getattr(part, field.name) for part in parts])
         for field in fields(Results)
-        if field.name not in ("gap_us", "gap_counts", "timeline")
+        if field.name not in ("interval_us", "interval_counts", "timeline")
     }
-    gap_us, gap_counts = _merge_counts([(part.gap_us, part.gap_counts) for part in parts])
+    interval_us, interval_counts = _merge_counts(
+        [(part.interval_us, part.interval_counts) for part in parts]
+    )
     timeline = np.zeros(max(len(part.timeline) for part in parts), dtype=np.int64)
     for part in parts:
         timeline[: len(part.timeline)] += part.timeline
-    return Results(**columns, gap_us=gap_us, gap_counts=gap_counts, timeline=timeline)
+    return Results(
+        **columns, interval_us=interval_us, interval_counts=interval_counts, timeline=timeline
+    )
 
 
-class GapCounts:
+class IntervalCounts:
     """Counts whole microseconds exactly, in bounded memory as long as few differ."""
 
     def __init__(self) -> None:
@@ -92,11 +96,11 @@ class GapCounts:
         self._values = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
 
-    def add(self, gaps_us: Int64Array) -> None:
+    def add(self, intervals_us: Int64Array) -> None:
         """Count some more."""
-        self._pending.append(gaps_us)
-        self._pending_count += len(gaps_us)
-        if self._pending_count > _GAP_BLOCK:
+        self._pending.append(intervals_us)
+        self._pending_count += len(intervals_us)
+        if self._pending_count > _INTERVAL_BLOCK:
             self._fold()
 
     def total(self) -> tuple[Int64Array, Int64Array]:

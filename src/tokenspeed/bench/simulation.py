@@ -11,7 +11,7 @@ import numpy as np
 
 from tokenspeed.bench.config import SimulationConfig
 from tokenspeed.bench.replica import Replica
-from tokenspeed.bench.results import TIMELINE_US, GapCounts, Results
+from tokenspeed.bench.results import TIMELINE_US, IntervalCounts, Results
 from tokenspeed.bench.router import make_router
 from tokenspeed.bench.trace import Trace
 from tokenspeed.bench.workload import GroupWorkload, Workload
@@ -71,7 +71,7 @@ class _Group:
         self._emitted = np.zeros(count, dtype=np.int64)
         self._cached = np.zeros(count, dtype=np.int64)
         self._reasons = np.zeros(count, dtype=np.int64)
-        self._gaps = GapCounts()
+        self._intervals = IntervalCounts()
         self._timeline: dict[int, int] = {}
         self._events: list[tuple[int, int, int]] = []
 
@@ -136,15 +136,15 @@ class _Group:
                 self._watch(requests, now_us)
             before = self._emitted[requests]
             self._emitted[requests] = before + 1
-            gaps_us = now_us - self._last_us[requests]
+            intervals_us = now_us - self._last_us[requests]
             self._last_us[requests] = now_us
             if before.all():
-                self._gaps.add(gaps_us)
+                self._intervals.add(intervals_us)
             else:
                 fresh = before == 0
                 self._first_us[requests[fresh]] = now_us
                 self._cached[requests[fresh]] = outcome.cached_counts[fresh]
-                self._gaps.add(gaps_us[~fresh])
+                self._intervals.add(intervals_us[~fresh])
             second = now_us // TIMELINE_US
             self._timeline[second] = self._timeline.get(second, 0) + len(requests)
         if len(outcome.finished):
@@ -173,7 +173,7 @@ class _Group:
             )
         assert (self._emitted <= self._workload.output_tokens).all()
         stats = [replica.close() for replica in self._replicas]
-        gap_us, gap_counts = self._gaps.total()
+        interval_us, interval_counts = self._intervals.total()
         timeline = np.zeros(max(self._timeline, default=-1) + 1, dtype=np.int64)
         for second, count in self._timeline.items():
             timeline[second] = count
@@ -192,8 +192,8 @@ class _Group:
             emitted=self._emitted,
             cached=self._cached,
             reasons=self._reasons,
-            gap_us=gap_us,
-            gap_counts=gap_counts,
+            interval_us=interval_us,
+            interval_counts=interval_counts,
             timeline=timeline,
             busy_us=_column([replica.busy_us for replica in self._replicas]),
             steps=_column([entry.steps for entry in stats]),

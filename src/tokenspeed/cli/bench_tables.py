@@ -33,7 +33,7 @@ def report_table(summary: "Report") -> Table:
         "TPM": f"{summary.output_tpm:,.0f} of answers ({summary.output_tpm_device:,.0f} a "
         f"device), {summary.total_tpm:,.0f} with prompts",
         "TPS of a user": _spread(summary.tps, "p1 p10 p50 p90", ".1f"),
-        "between tokens, ms": _spread(summary.gap_ms, "p50 p90 p99 max", ".1f"),
+        "intervals, ms": _spread(summary.interval_ms, "p50 p90 p99 max", ".1f"),
     }
     for entry in summary.ttft:
         rows[f"TTFT, turn {entry.turns}, s"] = (
@@ -42,7 +42,8 @@ def report_table(summary: "Report") -> Table:
     if summary.floor is not None:
         rows[f"floor of {summary.floor.tps:g} TPS"] = (
             f"{summary.floor.users_below:,} users below ({summary.floor.users_below_part:.1%}), "
-            f"{summary.floor.gaps_above_part:.1%} of gaps above {summary.floor.bound_ms:.1f} ms"
+            f"{summary.floor.intervals_above_part:.1%} of intervals above "
+            f"{summary.floor.bound_ms:.1f} ms"
         )
     rows["retractions, evictions"] = f"{summary.retractions:,}, {summary.evictions:,} pages"
     for name, text in rows.items():
@@ -60,7 +61,7 @@ def floor_table(found: "FloorExperiment") -> Table:
         table.add_row(
             name,
             f"{low:.1f} to {high:.1f}",
-            f"{run.gap_max_ms:.1f}",
+            f"{run.interval_max_ms:.1f}",
             f"{run.ttft_s:.2f}",
             f"{run.window_tpm:,.0f}",
         )

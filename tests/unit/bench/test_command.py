@@ -38,7 +38,7 @@ def test_json_and_files_say_the_same(tmp_path: Path) -> None:
     assert report == json.loads((folder / "report.json").read_text())
     assert (report["requests"], report["finished"], report["output_tokens"]) == (4, 4, 120)
     assert report["cached_tokens"] == sum(((600 + 100 * n + 29) // 32) * 32 for n in range(3))
-    for name in ("throughput", "tps", "ttft", "gaps", "hit_rate"):
+    for name in ("throughput", "tps", "ttft", "intervals", "hit_rate"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

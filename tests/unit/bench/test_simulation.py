@@ -19,7 +19,7 @@ from tokenspeed.bench import (
     simulate_file,
     summarise,
 )
-from tokenspeed.bench.results import GapCounts
+from tokenspeed.bench.results import IntervalCounts
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.core.step import FinishReason
 
@@ -45,7 +45,7 @@ def test_times_and_hits_of_two_turns_are_those_worked_out_by_hand(overlap_depth:
     assert column(results, "ended_us") == [13_440, 22_860]
     assert column(results, "cached") == [0, 1024]
     assert column(results, "emitted") == [3, 2]
-    assert (results.gap_us.tolist(), results.gap_counts.tolist()) == ([1100], [3])
+    assert (results.interval_us.tolist(), results.interval_counts.tolist()) == ([1100], [3])
     assert column(results, "busy_us") == [13_440 + 2_860]
 
 
@@ -63,8 +63,8 @@ def test_the_report_says_what_the_columns_say() -> None:
     assert [(entry.turns, entry.requests) for entry in summary.ttft] == [("0", 1), ("1-4", 1)]
     assert summary.ttft[1].ttft_s.p50 == pytest.approx(0.00176)
     assert summary.floor is not None
-    assert (summary.floor.users_below, summary.floor.gaps_above) == (2, 3)
-    assert summary.gap_ms.p99 == 1.1
+    assert (summary.floor.users_below, summary.floor.intervals_above) == (2, 3)
+    assert summary.interval_ms.p99 == 1.1
 
 
 def test_every_term_of_the_step_time_counts() -> None:
@@ -136,7 +136,7 @@ def test_every_request_ends_once_with_all_its_tokens(loop: str, overlap_depth: i
     assert (results.arrived_us < results.first_us).all()
     assert (results.first_us < results.last_us).all()
     assert (results.ended_us == results.last_us).all()
-    assert results.gap_counts.sum() == (results.emitted - 1).sum()
+    assert results.interval_counts.sum() == (results.emitted - 1).sum()
     assert results.timeline.sum() == results.emitted.sum()
     assert (results.cached < results.input_tokens).all()
     assert results.evictions.sum() > 0
@@ -192,17 +192,50 @@ def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     assert same(simulate_file(path, config), simulate_file(path, config, jobs=2))
 
 
+def test_a_request_that_ended_loads_its_replica_no_more() -> None:
+    # One after the other: none is ever beside another, so the session never has to move.
+    results = simulate(sessions(1, 12), configured(replicas=2))
+    assert set(column(results, "replica")) == {0}
+
+
+def test_copies_come_at_other_times_and_their_sessions_as_wholes() -> None:
+    trace = sessions(3, 4)
+    results = simulate(trace, configured(scale=3))
+    arrived = {
+        (copy, entry): at
+        for copy, entry, at in zip(
+            column(results, "copy"),
+            column(results, "trace_index"),
+            column(results, "arrived_us"),
+            strict=True,
+        )
+    }
+    first = {
+        (copy, trace.requests[entry].session): at
+        for (copy, entry), at in arrived.items()
+        if trace.requests[entry].turn == 0
+    }
+    assert len(set(first.values())) == 9
+    span_us = trace.requests[-1].sent_us + 1
+    assert max(first.values()) < span_us
+    for (copy, entry), at in arrived.items():
+        request = trace.requests[entry]
+        assert at - first[copy, request.session] == 400_000 * request.turn
+
+
 def test_copies_share_no_page() -> None:
-    config = configured(scale=2, router="round-robin")
-    results = simulate(sessions(3, 1), config)
+    trace = sessions(3, 1)
+    results = simulate(trace, configured(scale=2))
     assert not results.cached.any()
+    beside = find_baselines(trace, results, pages=4096, page_size=32)
+    assert (beside.lru_tokens, beside.optimum_tokens) == (0, 0)
 
 
 def test_jitter_moves_times_but_not_what_is_done() -> None:
     trace = sessions(4, 3)
     calm, shaken = (simulate(trace, configured(jitter=jitter)) for jitter in (0.0, 0.2))
     assert column(calm, "emitted") == column(shaken, "emitted")
-    assert len(shaken.gap_us) > len(calm.gap_us)
+    assert len(shaken.interval_us) > len(calm.interval_us)
 
 
 def test_baselines_bound_the_scheduler_on_a_small_pool() -> None:
@@ -215,12 +248,12 @@ def test_baselines_bound_the_scheduler_on_a_small_pool() -> None:
     assert cached <= beside.optimum_tokens
 
 
-def test_gaps_are_counted_exactly_however_they_come() -> None:
+def test_intervals_are_counted_exactly_however_they_come() -> None:
     rng = np.random.Generator(np.random.Philox(3))
-    counts = GapCounts()
+    counts = IntervalCounts()
     seen = [rng.integers(0, 50, 100_000) for _ in range(7)]
-    for gaps in seen:
-        counts.add(gaps)
+    for intervals in seen:
+        counts.add(intervals)
     values, numbers = counts.total()
     assert (numbers == np.bincount(np.concatenate(seen))).all()
     assert values.tolist() == list(range(50))

@@ -178,6 +178,18 @@ def test_without_sessions_a_conversation_is_seen_by_its_growth() -> None:
     assert (later[1100:1200] == answer).all()
 
 
+def test_a_prompt_that_only_repeats_another_is_not_taken_for_the_conversation() -> None:
+    def request(at: int, tokens: int, *blocks: int) -> TraceRequest:
+        return TraceRequest(sent_us=at, input_tokens=tokens, output_tokens=100, blocks=blocks)
+
+    # The second has the blocks of the first, who brought them; the third goes on from the first.
+    trace = trace_of(
+        request(0, 1100, 0, 1, 7), request(1, 1100, 0, 1, 8), request(2, 1600, 0, 1, 2)
+    )
+    chains = assign_tokens(trace).chains
+    assert chains[2] == chains[0] != chains[1]
+
+
 @pytest.mark.parametrize("path", [DJANGO, MOONCAKE], ids=lambda path: path.stem)
 def test_the_public_traces_are_read(path: Path) -> None:
     if not path.is_file():
