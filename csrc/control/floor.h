@@ -1,8 +1,9 @@
 // The floor: the least tokens a second that whoever decodes is to get.
 //
 // What is promised: 99 of 100 intervals between two tokens of an admitted user last no longer than
-// 1 / floor seconds. Where the model of step times says that one user alone would not get the
-// floor, 90% of what that user would get takes its place. Time saved in one step is not spent in
+// 1 / floor seconds. Where 90% of what one user alone would get, as the model of step times has it,
+// is less than the floor, that takes its place: a floor that leaves nothing to prompts would let
+// nobody in. Time saved in one step is not spent in
 // another: a user who reads along sees the slow step, whatever the mean.
 //
 // Kept by what a step takes along: no more of the prompts than fits under the limit beside the

@@ -49,7 +49,11 @@ double StepTimeModel::predict_us(const StepWork& work) const noexcept {
     const Terms x = terms(work);
     double sum = 0;
     for (std::size_t i = 0; i < kTerms; ++i) sum += cost_us_[i] * x[i];
-    return sum;
+    // Rows beyond any number seen cannot be told from the constant yet: they are taken to cost no
+    // less than prompt tokens do.
+    const auto unseen =
+        static_cast<double>(std::max(work.decode_rows - rows_seen_, std::int64_t{0}));
+    return sum + unseen * std::max(cost_us_[kPrefillToken] - cost_us_[kDecodeRow], 0.0);
 }
 
 TokenCount StepTimeModel::chunk_within(double limit_us, const StepWork& work, TokenCount context,
@@ -76,6 +80,7 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     kind.fade(kKeep);
     kind.add(terms(work), 1.0 / (time * time), time);
     ++observations_;
+    rows_seen_ = std::max(rows_seen_, work.decode_rows);
     solve();
 }
 

@@ -77,6 +77,7 @@ class StepTimeModel {
     double spread_ = 1.05;
     std::int32_t strays_ = 0;  // surprises in a row, too slow (positive) or too fast (negative)
     std::int64_t observations_ = 0;
+    std::int64_t rows_seen_ = 0;  // the most decode rows of any step
     static constexpr std::int64_t kTrustedAfter = 8;
 };
 

@@ -277,7 +277,7 @@ class Scheduler:
 
     def interval_bound_us(self, context: int) -> float | None:
         """The longest interval between two tokens that keeps the floor for a user of `context`
-        tokens: 1 / floor, or where one user alone would not get that, what is 90% of its rate.
+        tokens: 1 / floor, or that of 90% of what one user alone gets where that is longer.
         None where no floor is held."""
         return self._native.interval_bound_us(context)
 

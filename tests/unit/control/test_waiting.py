@@ -67,7 +67,8 @@ def test_whoever_ends_otherwise_has_no_time_to_come_back() -> None:
 
 
 def test_a_retracted_request_waits_for_as_long_as_it_takes() -> None:
-    machine = Machine(pages=60, slots_max=4, queue_timeout_us=30_000)
+    """It is sent away after a second, and still waits when its limit comes."""
+    machine = Machine(pages=60, slots_max=4, queue_timeout_us=1_300_000)
     for request in range(3):
         machine.submit(request, 300, 600)
     machine.run_until(0, 1, 2)
