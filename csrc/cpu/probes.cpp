@@ -10,7 +10,8 @@ namespace tokenspeed::cpu {
 namespace {
 
 // Long enough for a thread to be woken in, short enough that some repeat is undisturbed.
-constexpr double probe_s = 4e-3;
+constexpr double probe_s = 1e-3;
+constexpr int probes_per_repeat = 4;
 constexpr std::size_t page = 4096;
 
 template <class Work>
@@ -29,7 +30,7 @@ double best_rate(Runtime& runtime, std::uint64_t (*probe)(std::int64_t), std::in
     }
     const int threads = runtime.pool().threads();
     double best = 0.0;
-    for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (int repeat = 0; repeat < repeats * probes_per_repeat; ++repeat) {
         const double took = seconds([&] {
             runtime.pool().run(threads, [&](int, int) noexcept { sink += probe(rounds); });
         });

@@ -1,9 +1,12 @@
 """The instruction set and the threads of the native kernels."""
 
+import itertools
+
 import pytest
 
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.kernels.cpu import Roofline, start_runtime, supported_isas
+from tokenspeed.kernels.cpu.bench import bench_gemm
 
 LADDER = ["avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar"]
 
@@ -54,3 +57,12 @@ def test_the_roofline_is_measured() -> None:
     assert found.read_bytes_per_s > 0
     assert found.int8_ops_per_s > found.f32_ops_per_s > 0
     assert found.bf16_ops_per_s > 0
+
+
+def test_products_are_measured_beside_the_roofline() -> None:
+    decode, prefill = itertools.islice(bench_gemm(start_runtime(threads=1), repeats=1), 2)
+    assert (decode.format, decode.tokens, prefill.tokens) == ("w4", 1, 512)
+    for figure in (decode, prefill):
+        assert figure.ops_per_s > figure.bytes_per_s > 0
+        assert figure.ops_fraction > 0
+        assert figure.bytes_fraction > 0
