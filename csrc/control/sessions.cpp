@@ -90,6 +90,7 @@ BranchId Sessions::fork(const Opening& opening, std::int64_t now_us) {
     if (opening.deepest) {
         const BranchId origin = at(*opening.deepest).branch;
         const Branch& from = at(origin);
+        branch.origin = Ghost{origin, from.generation};
         if (opening.known >= from.first_pages) {
             // The same session goes on, or a part of it.
             branch.first_pages = from.first_pages;
@@ -148,6 +149,13 @@ void Sessions::leave_behind(BranchId branch, std::int64_t now_us) noexcept {
 
 void Sessions::end(BranchId branch, std::int64_t outputs, std::int64_t now_us) noexcept {
     if (--at(branch).requests > 0) return;
+    set_away(branch, outputs, now_us);
+    if (at(branch).nodes > 0) return;
+    if (const auto origin = at(branch).origin) refresh(*origin, outputs, now_us);
+    retire(branch);
+}
+
+void Sessions::set_away(BranchId branch, std::int64_t outputs, std::int64_t now_us) noexcept {
     regroup(branch, [&](Branch& ended) {
         ended.life = Life::kAway;
         ended.outputs = outputs;
@@ -158,7 +166,13 @@ void Sessions::end(BranchId branch, std::int64_t outputs, std::int64_t now_us) n
     });
     times_.watched(at(branch).wait_class, 0);
     next_advance_us_ = std::min(next_advance_us_, now_us + ReturnTimes::bin_end_us(0));
-    if (at(branch).nodes == 0) retire(branch);
+}
+
+// A request that added no page used those of the branch it came from.
+void Sessions::refresh(const Ghost& origin, std::int64_t outputs, std::int64_t now_us) noexcept {
+    const Branch& branch = at(origin.branch);
+    if (branch.generation != origin.generation || branch.life != Life::kAway) return;
+    set_away(origin.branch, outputs, now_us);
 }
 
 // A branch without a page is of use only until its session comes back, if it is to come back.

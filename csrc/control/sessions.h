@@ -100,6 +100,10 @@ class Sessions {
         std::uint8_t offered = 0;  // a bit for each lane
         bool known = false;
     };
+    struct Ghost {
+        BranchId branch;
+        std::int32_t generation;
+    };
     enum class Life : std::uint8_t { kUnused, kWanted, kAway, kGone };  // gone: away, its pages too
     struct Branch {
         Life life = Life::kUnused;
@@ -113,10 +117,7 @@ class Sessions {
         std::int64_t outputs = 0;
         std::int64_t left_us = 0;  // when it was last heard of
         double pace = 0;
-    };
-    struct Ghost {
-        BranchId branch;
-        std::int32_t generation;
+        std::optional<Ghost> origin = {};  // where it left another
     };
     // Branches by (class, bin), oldest in front; nonempty lists have a bit.
     struct Groups {
@@ -166,6 +167,8 @@ class Sessions {
     BranchId fork(const Opening& opening, std::int64_t now_us);
     BranchId fresh();
     void leave_behind(BranchId branch, std::int64_t now_us) noexcept;
+    void set_away(BranchId branch, std::int64_t outputs, std::int64_t now_us) noexcept;
+    void refresh(const Ghost& origin, std::int64_t outputs, std::int64_t now_us) noexcept;
     void settle(BranchId branch) noexcept;
     void retire(BranchId branch) noexcept;
     void disown(NodeId node) noexcept;

@@ -165,17 +165,30 @@ def test_a_fork_does_not_leave_its_parent_behind() -> None:
 def test_a_waiting_request_keeps_the_pages_it_will_find() -> None:
     agents = Agents(pages=48, slots_max=1)
     agents.turn("session", news=40)
-    agents.wait(1)
+    agents.wait(500)
     agents.turn("other", news=40)
     agents.wait(1)
     world_ = agents.world
-    # The session returns while the one slot is taken by a prompt that needs more than is free.
+    # The session returns, and waits for a prompt that needs more than is free.
     world_.submit(100, range(4 * 30), max_new_tokens=8)
-    world_.launch()
     back = world_.submit(101, [*agents.history["session"], 7], max_new_tokens=1)
-    world_.commit()
     world_.drain()
     assert back.cached == 40
+    assert agents.pages_of("other") < 10
+
+
+@pytest.mark.parametrize("policy", [OURS, LRU])
+def test_a_prompt_asked_again_stays_though_it_adds_no_page(policy: CachePolicy) -> None:
+    agents = Agents(pages=64, policy=policy)
+    asked = list(range(20_000, 20_017))
+    agents.ask(asked, 8)
+    agents.wait(300)
+    agents.turn("other", news=40)
+    agents.wait(300)
+    assert agents.ask(asked, 8).cached == 16
+    # Its answer is the same too, so the branch is left on its way and nothing is added.
+    agents.ask(list(range(4 * 51)), 1)
+    assert agents.cached_pages(asked) == 4
     assert agents.pages_of("other") < 10
 
 
