@@ -84,7 +84,7 @@ class Prober {
             TokenCount reach = request_.known();
             if constexpr (G::kKind == GroupKind::kWindow) {
                 first = index_.window_begin(grant_.cached);
-                reach = std::min(reach, grant_.cached + chunk_max_);
+                reach = grant_.cached + std::min(reach - grant_.cached, chunk_max_);
                 if (request_.receives()) {
                     reach = request_.known();
                     first = index_.window_begin(request_.known() - TokenCount(1));

@@ -51,6 +51,14 @@ class FairQueue {
     // The first of those who wait. O(lines).
     std::optional<Turn> head() const noexcept;
 
+    // For fingerprints: shows every line's priority, tenant, live requests and what it was given.
+    template <class Visit>
+    void each_line(Visit&& visit) const {
+        for (const auto& [key, id] : by_tenant_) {
+            visit(key.first, key.second, at(id).live, at(id).served);
+        }
+    }
+
     // What waits and will have its turn before a newcomer to a line.
     struct Backlog {
         double requests = 0;

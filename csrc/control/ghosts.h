@@ -44,6 +44,15 @@ class Ghosts {
         return entries_[entry].owner;
     }
 
+    // For fingerprints: shows each, oldest first.
+    template <class Visit>
+    void each(Visit&& visit) const {
+        for (std::size_t i = 0; i < entries_.size(); ++i) {
+            const Entry& entry = entries_[(oldest_ + i) % entries_.size()];
+            visit(entry.key, entry.owner);
+        }
+    }
+
   private:
     struct Entry {
         std::uint64_t key;

@@ -8,4 +8,7 @@ struct Overloaded : F... {
     using F::operator()...;
 };
 
+template <class... F>
+Overloaded(F...) -> Overloaded<F...>;  // clang before 17 deduces nothing for aggregates itself
+
 }  // namespace tokenspeed::control

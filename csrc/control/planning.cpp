@@ -238,25 +238,36 @@ Scheduler::Room Scheduler::make_way(std::size_t rank) {
 }
 
 void Scheduler::retract_from(SlotId slot) {
-    const Request& request = running(slot);
-    queued_.reserve(request.order());
-    wait(request);
-    places_.find(request.id().value)->second.slot.reset();
+    prepare_return(running(slot));
     leave_order(slot);
     undraft(slot);
     if (decoding_.at(slot)) {
-        queued_.put(retract(decoding_.take(slot), store_));
+        take_back(retract(decoding_.take(slot), store_));
     } else {
-        queued_.put(retract(prefilling_.take(slot), store_));
+        take_back(retract(prefilling_.take(slot), store_));
     }
-    ++retractions_;
 }
 
 void Scheduler::retract_parked(const Order& order) {
-    queued_.reserve(order);
-    wait(*parked_.at(order)->request);
-    queued_.put(retract(parked_.take(order), store_));
+    prepare_return(*parked_.at(order)->request);
+    take_back(retract(parked_.take(order), store_));
+}
+
+// Everything that a request's way back to the queue may have to say.
+void Scheduler::prepare_return(const Request& request) {
+    reserve_endings(1);
+    if (!may_return(request, store_.index)) return;
+    queued_.reserve(request.order());
+    wait(request);
+}
+
+void Scheduler::take_back(Queued&& retracted) noexcept {
     ++retractions_;
+    if (!may_return(*retracted.request, store_.index)) {
+        return conclude(finish(std::move(retracted), FinishReason::kLength));
+    }
+    places_.find(retracted.request->id().value)->second.slot.reset();
+    queued_.put(std::move(retracted));
 }
 
 }  // namespace tokenspeed::control

@@ -24,15 +24,25 @@ inline bool may_be_retracted(const Request& request) noexcept {
     return request.retractions() == 0 || request.progressed();
 }
 
-// Whether a prompt and its first token can ever be held.
-inline bool fits(const Request& request, const PrefixIndex& index) noexcept {
+// Whether so many tokens of a request can ever be held.
+inline bool fits(TokenCount tokens, TokenCount page_size, const PrefixIndex& index) noexcept {
     bool fits = true;
     each_group([&]<class G>() {
         if (!kWhole<G> || !index.has<G>()) return;
-        fits = fits && pages_for(request.known() + TokenCount(1), request.page_size()) <=
-                           index.tier<G>().pool().total();
+        fits = fits && pages_for(tokens, page_size) <= index.tier<G>().pool().total();
     });
     return fits;
+}
+
+// Whether a prompt and its first token can.
+inline bool may_begin(const Request& request, const PrefixIndex& index) noexcept {
+    return fits(request.known() + TokenCount(1), request.page_size(), index);
+}
+
+// Whether a request that goes back to the queue can be admitted again. One that filled the pool
+// cannot: its last token was never fed, and all of them have no room any more.
+inline bool may_return(const Request& request, const PrefixIndex& index) noexcept {
+    return fits(request.known(), request.page_size(), index);
 }
 
 }  // namespace tokenspeed::control

@@ -23,8 +23,8 @@ PageCount host_pages(std::span<const GroupConfig> groups, GroupKind kind, bool s
     return PageCount(group != nullptr && shared ? group->host_pages : 0);
 }
 
-// A node for every page, and for every page of content that a running request links to though no
-// group keeps it any more. Beyond that, `enter` evicts.
+// A node for every page, and for every page of content that a running or parked request links to
+// though no group keeps it any more: no more are parked than may run. Beyond that, `enter` evicts.
 std::size_t nodes_max(std::span<const GroupConfig> groups, TokenCount page_size,
                       std::int32_t slots_max, TokenCount context_max) {
     std::size_t nodes = 0;
@@ -34,7 +34,7 @@ std::size_t nodes_max(std::span<const GroupConfig> groups, TokenCount page_size,
         whole = whole || group.kind == GroupKind::kFull || group.kind == GroupKind::kLatent;
     }
     if (!whole) {
-        nodes += static_cast<std::size_t>(slots_max) *
+        nodes += 2 * static_cast<std::size_t>(slots_max) *
                  static_cast<std::size_t>(pages_for(context_max, page_size).value);
     }
     return nodes;
@@ -336,10 +336,11 @@ void PrefixIndex::report_removed(NodeId node) {
 }
 
 void PrefixIndex::record(bool on) {
+    on = on && tree_.shared();  // What nobody can find is nobody's news.
     if (on == recording_) return;
     recording_ = on;
     events_ = {};
-    if (!on || !tree_.shared()) return;
+    if (!on) return;
     // Parents first: each node climbs to its root, and what was reported is passed over.
     std::vector<bool> reported(tree_.capacity());
     std::vector<NodeId> path;

@@ -130,9 +130,9 @@ Scheduler::~Scheduler() {
             forget(queued->request->id());
         }
     }
-    std::vector<std::int64_t> live;
-    for (const auto& [id, place] : places_) live.push_back(id);
-    for (const std::int64_t id : live) apply(RequestId(id));
+    std::vector<Aborted> live;
+    for (const auto& [id, place] : places_) live.push_back({RequestId(id), place.order});
+    for (const Aborted& aborted : live) apply(aborted);
     while (!flights_.empty()) {
         const Retired done = ledger_.retire();
         Flight& flight = flights_.front();
@@ -203,11 +203,15 @@ void Scheduler::submit(Submission&& wish) {
 }
 
 void Scheduler::abort(RequestId request) {
-    if (places_.contains(request.value)) arrivals_.emplace_back(request);
+    const auto found = places_.find(request.value);
+    if (found != places_.end()) arrivals_.emplace_back(Aborted{request, found->second.order});
 }
 
 void Scheduler::transferred(TransferId transfer, bool complete) {
-    if (!transfers_.owner(transfer)) {
+    // One that the next plan will begin is not under way yet.
+    const bool announced =
+        std::ranges::find(transfer_news_.ids, transfer.value) == transfer_news_.ids.end();
+    if (!announced || !transfers_.owner(transfer)) {
         throw EngineError("no transfer " + text(transfer.value) + " is under way");
     }
     arrivals_.emplace_back(Report{transfer, complete});
@@ -221,7 +225,7 @@ void Scheduler::apply_events() {
 
 void Scheduler::apply(Queued&& submitted) {
     const Request& request = *submitted.request;
-    if (!fits(request, store_.index)) {
+    if (!may_begin(request, store_.index)) {
         reserve_endings(1);
         conclude(finish(std::move(submitted), FinishReason::kRejected));
         return;
@@ -242,9 +246,10 @@ void Scheduler::apply(Queued&& submitted) {
     queued_.put(std::move(submitted));
 }
 
-void Scheduler::apply(RequestId aborted) {
-    const auto found = places_.find(aborted.value);
-    if (found == places_.end()) return;  // It finished after the abort was sent.
+void Scheduler::apply(Aborted aborted) {
+    const auto found = places_.find(aborted.request.value);
+    // It finished after the abort was sent, and its id may be another's by now.
+    if (found == places_.end() || found->second.order != aborted.order) return;
     reserve_endings(1);
     if (const Request* live = find(found->second)) found->second.outputs = live->outputs();
     const auto seated = [&](auto&& request) {

@@ -20,6 +20,7 @@
 #include "containers.h"
 #include "errors.h"
 #include "fair_queue.h"
+#include "fingerprint.h"
 #include "floor.h"
 #include "outputs.h"
 #include "overloaded.h"
@@ -90,6 +91,8 @@ class Scheduler {
 
     // Checks every invariant of ownership. Throws EngineError naming the first that is broken.
     void audit() const;
+    // For tests that explore: what this scheduler will do, apart from the names of things.
+    Fingerprint fingerprint() const;
 
   private:
     // One request's part of a step.
@@ -117,6 +120,11 @@ class Scheduler {
         std::optional<BranchId> branch;  // once it is queued
         TokenCount outputs;              // once it ended
     };
+    // An abort is of the request that had the id when it came.
+    struct Aborted {
+        RequestId request;
+        Order order;
+    };
     struct Report {
         TransferId transfer;
         bool complete;
@@ -128,7 +136,7 @@ class Scheduler {
     // --- events ---
     void apply_events();
     void apply(Queued&& submitted);
-    void apply(RequestId aborted);
+    void apply(Aborted aborted);
     void apply(const Report& report);
     Live extract(const Place& place) noexcept;
     Travelling extract_travelling(SlotId slot) noexcept;
@@ -187,6 +195,8 @@ class Scheduler {
     void promise_checkpoint(SlotId slot, TokenCount end);
     void retract_from(SlotId slot);
     void retract_parked(const Order& order);
+    void prepare_return(const Request& request);
+    void take_back(Queued&& retracted) noexcept;
     void park_from(SlotId slot);
     void line_up(SlotId slot) noexcept;
     void bind(SlotId slot, RequestId request) noexcept;
@@ -228,7 +238,7 @@ class Scheduler {
     TransferLedger transfers_;
     std::int64_t now_us_ = 0;
     // Submissions, aborts and transfers that are over, as they came.
-    std::deque<std::variant<Queued, RequestId, Report>> arrivals_;
+    std::deque<std::variant<Queued, Aborted, Report>> arrivals_;
     std::unordered_map<std::int64_t, Place> places_;  // looked up by id, never iterated
     Roster<Queued> queued_;
     Roster<Parked> parked_;

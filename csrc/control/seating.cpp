@@ -18,7 +18,12 @@ void Scheduler::make_slot() {
                         (parked != nullptr && parked->request->order().priority < held);
     if (!urgent || (queued != nullptr && !floor_admits(*queued->request, slot))) return;
     if (decoding_.at(slot)) {
-        park_from(slot);
+        // The index has room for what as many parked requests hold as may run.
+        if (parked_.count() < static_cast<std::size_t>(slots_max_)) {
+            park_from(slot);
+        } else {
+            retract_from(slot);
+        }
     } else if (const Stepping* flies = stepping_.at(slot); flies && decodes_next(*flies)) {
         resting_ = slot;
     }

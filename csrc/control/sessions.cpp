@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <limits>
+#include <utility>
 
 namespace tokenspeed::control {
 
@@ -25,10 +26,18 @@ BranchId spare_branch(Rings::Place place) {
     return BranchId(static_cast<std::int32_t>(place - kSpareHeads));
 }
 
+// What is believed before anything was learned: worked out once, for it takes a quarter of a
+// millisecond.
+const ReturnTimes& prior_times() {
+    static const ReturnTimes prior;
+    return prior;
+}
+
 }  // namespace
 
 Sessions::Sessions(std::size_t nodes_max, CachePolicy policy)
     : policy_(policy),
+      times_(prior_times()),
       nodes_(nodes_max),
       spare_(kSpareHeads),
       ghosts_(std::clamp(nodes_max, kGhostsMin, kGhostsMax)) {}
@@ -370,6 +379,83 @@ std::optional<NodeId> Sessions::coldest(LaneId lane) const noexcept {
     }
     if (!found) return std::nullopt;
     return node(in.offers.next(offers(*found)));
+}
+
+// --- fingerprints -------------------------------------------------------------------------------
+
+void Sessions::describe(const std::vector<NodeId>& nodes, const std::vector<BranchId>& wanted,
+                        std::vector<std::int64_t>& words) const {
+    std::vector<std::int64_t> node_names(nodes_.size(), -1), branch_names(branches_.size(), -1);
+    std::int64_t branches = 0;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+        node_names[static_cast<std::size_t>(nodes[i].value)] = static_cast<std::int64_t>(i);
+    }
+    const auto tell = [&](BranchId id) {
+        std::int64_t& name = branch_names[static_cast<std::size_t>(id.value)];
+        const bool first = name < 0;
+        if (first) name = branches++;
+        words.push_back(name);
+        if (!first) return;
+        const Branch& branch = at(id);
+        for (const std::int64_t word :
+             {static_cast<std::int64_t>(branch.life), std::int64_t{branch.requests},
+              std::int64_t{group(branch)}, branch.left_us}) {
+            words.push_back(word);
+        }
+        if (policy_ == CachePolicy::kLru) return;
+        for (const std::int64_t word :
+             {std::int64_t{branch.first_pages}, std::int64_t{branch.prompt_pages}, branch.outputs,
+              std::bit_cast<std::int64_t>(branch.pace)}) {
+            words.push_back(word);
+        }
+    };
+    const auto each = [](const Rings& rings, Rings::Place head, auto&& visit) {
+        for (auto place = rings.next(head); place != head; place = rings.next(place)) visit(place);
+    };
+    const auto tell_groups = [&](const Groups& groups, auto&& visit) {
+        const auto tell_group = [&](std::int32_t group) {
+            words.push_back(group);
+            each(groups.rings, static_cast<Rings::Place>(group), [&](Rings::Place place) {
+                const BranchId branch(static_cast<std::int32_t>(place) - kGroups);
+                tell(branch);
+                visit(branch);
+            });
+        };
+        tell_group(kWantedGroup);
+        for (std::int32_t c = 0; c < ReturnTimes::kClasses; ++c) {
+            std::uint64_t filled = groups.filled[static_cast<std::size_t>(c)];
+            for (; filled != 0; filled &= filled - 1) {
+                tell_group(c * ReturnTimes::kBins + std::countr_zero(filled));
+            }
+        }
+    };
+    for (const BranchId branch : wanted) tell(branch);
+    for (const NodeId node : nodes) tell(at(node).branch);
+    for (const Lane& lane : lanes_) {
+        const auto tell_offers = [&](Rings::Place head) {
+            words.push_back(-1);
+            each(lane.offers, head, [&](Rings::Place node) {
+                words.push_back(node_names[static_cast<std::size_t>(node)]);
+            });
+        };
+        tell_offers(firsts());
+        tell_groups(lane.groups, [&](BranchId branch) { tell_offers(offers(branch)); });
+    }
+    if (policy_ == CachePolicy::kSession) {
+        tell_groups(all_, [](BranchId) {});
+        each(spare_, kGoneHead, [&](Rings::Place place) { tell(spare_branch(place)); });
+    }
+    std::vector<std::pair<std::uint64_t, BranchId>> ghosts;
+    ghosts_.each([&](std::uint64_t hash, const Ghost& ghost) {
+        const Branch& branch = at(ghost.branch);
+        const bool away = branch.life == Life::kAway || branch.life == Life::kGone;
+        if (away && branch.generation == ghost.generation) ghosts.emplace_back(hash, ghost.branch);
+    });
+    std::ranges::sort(ghosts);
+    for (const auto& [hash, branch] : ghosts) {
+        words.push_back(static_cast<std::int64_t>(hash));
+        tell(branch);
+    }
 }
 
 // --- audits -------------------------------------------------------------------------------------

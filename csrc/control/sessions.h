@@ -88,6 +88,11 @@ class Sessions {
     }
     std::optional<NodeId> coldest(LaneId lane) const noexcept;
 
+    // For fingerprints: appends whose the nodes are and in which order they would be dropped, with
+    // branches named as they come. What was learned of times away is left out.
+    void describe(const std::vector<NodeId>& nodes, const std::vector<BranchId>& wanted,
+                  std::vector<std::int64_t>& words) const;
+
     // For audits: the first broken invariant, nothing if all hold.
     std::optional<const char*> broken() const;
 
@@ -157,7 +162,7 @@ class Sessions {
         return branches_[static_cast<std::size_t>(branch.value)];
     }
     template <class Visit>
-    void each_lane(Visit&& visit) noexcept {
+    void each_lane(Visit&& visit) {
         for (std::size_t i = 0; i < lanes_.size(); ++i) {
             visit(lanes_[i], LaneId(static_cast<std::int32_t>(i)));
         }

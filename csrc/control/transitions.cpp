@@ -279,12 +279,14 @@ void reserve_landing(Stepping& request, std::vector<Swap>& swaps) {
     if (full > request.trail.capacity()) {
         make_room_for(request.trail, full - request.trail.size());
     }
+    std::size_t lent = 0;
     each_group([&]<class G>() {
         Flying<G>& pages = request.pages.of<G>();
         make_room_for(pages.sealed, pages.lent.size());
         make_room_for(pages.replaced, pages.lent.size());
-        make_room_for(swaps, pages.lent.size());
+        lent += pages.lent.size();
     });
+    make_room_for(swaps, lent);
 }
 
 Landed land(Stepping&& request, const Retired& done, TokenCount written, Store& store,

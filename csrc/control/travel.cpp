@@ -34,7 +34,9 @@ Sending send(Decoding&& request, FinishReason reason, TransferId transfer, Manif
 }
 
 void reserve_arrival(Loading& request, std::vector<Swap>& swaps) {
-    each_group([&]<class G>() { make_room_for(swaps, request.loads.of<G>().pages.size()); });
+    std::size_t pages = 0;
+    each_group([&]<class G>() { pages += request.loads.of<G>().pages.size(); });
+    make_room_for(swaps, pages);
 }
 
 void reserve_arrival(Receiving& request, std::vector<Swap>& swaps) {
@@ -42,7 +44,9 @@ void reserve_arrival(Receiving& request, std::vector<Swap>& swaps) {
     const auto full = static_cast<std::size_t>(request.request->known().value) /
                       size_of(request.request->page_size());
     if (full > request.trail.size()) make_room_for(request.trail, full - request.trail.size());
-    each_group([&]<class G>() { make_room_for(swaps, request.arrivals.of<G>().size()); });
+    std::size_t pages = 0;
+    each_group([&]<class G>() { pages += request.arrivals.of<G>().size(); });
+    make_room_for(swaps, pages);
 }
 
 Prefilling arrive(Loading&& request, const Arrived& done, Store& store,
