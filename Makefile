@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
 MODEL ?= smollm2-135m
 
-.PHONY: setup build serve demo test test-all check format bench clean
+.PHONY: setup build serve demo test test-all check check-control format bench clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# The control plane's proof: misuses, every order of events of small worlds, random runs, sown bugs,
+# sanitizers, fuzzing. QUICK=1 makes it short.
+check-control: setup
+	$(BIN)/python -m tests.proof.check $(if $(QUICK),--quick)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,231 @@
+"""`make check-control`: runs the whole proof of the control plane and prints one summary.
+
+    python -m tests.proof.check [--quick]
+
+Misuses that must not compile, exploration of small worlds, random runs at realistic sizes, sown
+bugs, sanitizers, fuzzing. Fails when any part fails; says what it skipped and why.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.compile_fail import test_misuses as misuses
+from tests.proof.build import CACHE, CONTROL, ROOT, Build, BuildError, build_all, find_compiler
+from tests.proof.mutations import BUGS, Bug, MovedOn, sow
+
+CORPUS = Path(__file__).parent / "corpus"
+THREADS = min(2, os.cpu_count() or 1)
+HANG_S = 60
+SOWN_DRIVERS = ("explore", "random_runs", "faults", "fuzz_replay")
+SANITIZERS = {
+    "ASan + UBSan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "TSan": ("-fsanitize=thread",),
+}
+
+
+class Failed(Exception):
+    """A part of the proof does not hold; says which and why."""
+
+
+def run(*command: str | Path, timeout_s: float = 3600) -> str:
+    """Runs a program that must succeed; its output."""
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+        cwd=ROOT,
+    )
+    if done.returncode != 0:
+        raise Failed(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
+
+
+def check_misuses(_quick: bool) -> str:
+    if misuses.COMPILER is None:
+        return "skipped: their diagnostics are g++'s, and g++ is not installed"
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as pool:
+        prelude = misuses.make_prelude(Path(folder))
+
+        def complaints(program: Path) -> tuple[str | None, str | None]:
+            return (
+                misuses.complaint_about_misuse(program, prelude),
+                misuses.complaint_about_twin(program, prelude),
+            )
+
+        found = list(pool.map(complaints, misuses.MISUSES))
+    if wrong := [complaint for pair in found for complaint in pair if complaint]:
+        raise Failed("\n".join(wrong))
+    return f"{len(found)} rejected for their reasons, {len(found)} twins accepted"
+
+
+def plain_build(*flags: str) -> Build:
+    compiler = find_compiler(os.environ.get("CXX", "g++"), "g++", "clang++")
+    return Build(flags=(*flags, "-g1"), compiler=compiler)
+
+
+def check_exploration(quick: bool) -> str:
+    (explore,) = build_all(plain_build("-O2"), "explore", threads=THREADS)
+    output = run(explore, "quick" if quick else "full", str(THREADS))
+    if not quick:
+        print(output.rstrip())
+    return f"{last_line(output)}; every invariant held"
+
+
+def check_random_runs(quick: bool) -> str:
+    (random_runs,) = build_all(plain_build("-O2"), "random_runs", threads=THREADS)
+    seeds, events = (4, 25_000) if quick else (20, 50_000)
+    with ThreadPoolExecutor(THREADS) as pool:
+        runs = [
+            pool.submit(run, random_runs, str(events), str(seed)) for seed in range(1, seeds + 1)
+        ]
+        lines = [last_line(found.result()) for found in runs]
+    if not quick:
+        print("\n".join(lines))
+    retractions = sum(int(re.findall(r"(\d+) retractions", line)[0]) for line in lines)
+    evictions = sum(int(re.findall(r"(\d+) evictions", line)[0]) for line in lines)
+    return (
+        f"{seeds * events:,} events in {seeds} seeded runs, {retractions} retractions, "
+        f"{evictions:,} evictions"
+    )
+
+
+def who_catches(bug: Bug, folder: Path, build: Build) -> str | None:
+    """What caught the bug, None if nothing did."""
+    sown = Build(flags=build.flags, compiler=build.compiler, control=sow(bug, CONTROL, folder))
+    try:
+        explore, random_runs, faults, fuzz = map(sown.program, SOWN_DRIVERS)
+    except BuildError as error:
+        found = re.search(r"error: (.*)", str(error))
+        return f"compiler: {found[1] if found else error}"
+    seeds = sorted(CORPUS.iterdir())
+    for command in (
+        [explore, "quick", "1"],
+        [random_runs, "4000", "2", "1"],
+        [faults, "20000"],
+        [fuzz, *seeds, "--random", "20000", "1"],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=HANG_S, check=False)
+        except subprocess.TimeoutExpired:
+            return f"no end within {HANG_S} s"
+        if done.returncode != 0:
+            return catcher(done.stderr.decode(errors="replace"), done.returncode)
+    return None
+
+
+def catcher(complaint: str, code: int) -> str:
+    """Names who complained, from what was printed."""
+    if asserted := re.search(r"Assertion [`'](.*)' failed", complaint):
+        words = re.search(r'&& "(.*)"', asserted[1])
+        return f"assertion: {words[1] if words else asserted[1]}"
+    wrong = re.search(r"(?:WRONG: |what\(\): +)(.*)", complaint)
+    if wrong is None:
+        return f"crash: signal {-code}"
+    found = re.search(r"(audit|device|client|explorer): .*", wrong[1])
+    return found[0] if found else f"fuzz: {wrong[1]}"
+
+
+def check_bugs(quick: bool) -> str:
+    build = plain_build("-O1")
+    build_all(build, *SOWN_DRIVERS, threads=THREADS)
+    with ThreadPoolExecutor(THREADS) as pool:
+        folders = [CACHE / "sown" / str(number) for number in range(len(BUGS))]
+        found = list(pool.map(who_catches, BUGS, folders, [build] * len(BUGS)))
+    for bug, caught in zip(BUGS, found, strict=True):
+        print(f"  {bug.what:<82} {caught or 'NOT CAUGHT'}"[:170])
+    survivors = [bug.what for bug, caught in zip(BUGS, found, strict=True) if caught is None]
+    if survivors:
+        raise Failed(f"{len(survivors)} sown bugs were not caught: {'; '.join(survivors)}")
+    return f"{len(BUGS)}/{len(BUGS)} caught"
+
+
+def check_sanitizers(_quick: bool) -> str:
+    said = []
+    for name, flags in SANITIZERS.items():
+        programs = build_all(
+            plain_build("-O1", *flags), "explore", "random_runs", "fuzz_replay", threads=THREADS
+        )
+        explore, random_runs, fuzz = programs
+        # Several schedulers on several threads: they must share nothing.
+        output = run(explore, "quick", "2")
+        for seed in ("1", "2"):
+            run(random_runs, "4000", seed, "16")
+        run(fuzz, *sorted(CORPUS.iterdir()), "--random", "2000", "1")
+        said.append(f"{name} clean ({last_line(output)})")
+    return "; ".join(said)
+
+
+def check_fuzzing(quick: bool) -> str:
+    if shutil.which("clang++") is None:
+        return "skipped: libFuzzer comes with clang++, which is not installed"
+    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    build = Build(flags=(*flags, "-g1", "-fsanitize=fuzzer"), compiler=find_compiler("clang++"))
+    try:
+        (fuzz,) = build_all(build, "fuzz", threads=THREADS)
+    except BuildError as error:
+        if "libclang_rt" not in str(error):
+            raise
+        return "skipped: clang++ is here without its runtime (Debian: libclang-rt-14-dev)"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [fuzz, folder, CORPUS, "-seed=1", f"-max_total_time={15 if quick else 120}",
+             "-max_len=600", "-print_final_stats=1", f"-artifact_prefix={CACHE}/"],
+            capture_output=True, text=True, check=False, cwd=folder,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise Failed(done.stderr[-4000:])
+    units = re.findall(r"number_of_executed_units: (\d+)", done.stderr)
+    return f"{int(units[0]):,} inputs, no crash"
+
+
+PARTS: dict[str, Callable[[bool], str]] = {
+    "misuses": check_misuses,
+    "exploration": check_exploration,
+    "random runs": check_random_runs,
+    "sown bugs": check_bugs,
+    "sanitizers": check_sanitizers,
+    "fuzzing": check_fuzzing,
+}
+
+
+def main() -> int:
+    """Run the parts, print the summary; 0 if all hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller worlds and shorter runs")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable")
+    arguments = parser.parse_args()
+    summary: dict[str, str] = {}
+    failed = False
+    for name in arguments.only or PARTS:
+        begin_s = time.monotonic()
+        try:
+            found = PARTS[name](arguments.quick)
+        except (Failed, BuildError, MovedOn, subprocess.TimeoutExpired) as error:
+            failed = True
+            found = "FAILED"
+            print(f"{name}: {error}", file=sys.stderr)
+        summary[name] = f"{found} ({time.monotonic() - begin_s:.0f} s)"
+        print(f"{name}: {summary[name]}", flush=True)
+    print("\nThe control plane's proof")
+    for name, found in summary.items():
+        print(f"  {name:<14}{found}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+#include "device.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "wrong.h"
+
+namespace tokenspeed::proof {
+
+namespace {
+
+constexpr std::int64_t kNothing = std::numeric_limits<std::int64_t>::min();
+
+std::size_t index(std::int32_t value) {
+    return static_cast<std::size_t>(value);
+}
+
+}  // namespace
+
+Device::Device(const control::Config& config, const Histories& histories)
+    : histories_(&histories),
+      step_tokens_max_(config.step_tokens_max),
+      seats_(index(config.slots_max)) {
+    for (const control::GroupConfig& group : config.groups) {
+        groups_.emplace_back(
+            group, Storage::Sizes{config.page_size, config.slots_max, config.context_max});
+    }
+    std::ranges::sort(groups_, {}, &Storage::kind);
+}
+
+Device::Seat& Device::seat(std::int32_t slot) {
+    expect(slot >= 0 && index(slot) < seats_.size(), "device: a slot that does not exist");
+    return seats_[index(slot)];
+}
+
+std::vector<std::int32_t> Device::launch(const control::Plan& plan) {
+    begin(plan);
+    const std::vector<Row> rows = this->rows(plan);
+    for (std::size_t i = 0; i < groups_.size(); ++i) {
+        groups_[i].begin(plan.groups[i], plan.transfers);
+        groups_[i].write(rows, plan.groups[i].kv_slots);
+        groups_[i].read(rows);
+        groups_[i].end(plan.groups[i]);
+    }
+    ++in_flight_;
+    return sample(plan, rows);
+}
+
+void Device::begin(const control::Plan& plan) {
+    const std::size_t rows = plan.row_slots.size();
+    const std::size_t transfers = plan.transfers.ids.size();
+    expect(rows > 0 || transfers > 0, "device: a plan of nothing");
+    expect(plan.query_starts.size() == rows + 1 && plan.query_starts.front() == 0 &&
+               index(plan.query_starts.back()) == plan.token_ids.size() &&
+               plan.context_lens.size() == rows &&
+               plan.sample_positions.size() == plan.sample_rows.size() &&
+               plan.bound_slots.size() == plan.bound_requests.size() &&
+               plan.transfers.requests.size() == transfers &&
+               plan.transfers.kinds.size() == transfers && plan.groups.size() == groups_.size(),
+           "device: the columns of a plan disagree");
+    expect(plan.token_ids.size() <= index(step_tokens_max_), "device: a plan is over its budget");
+    expect(index(plan.decode_count) <= rows, "device: a plan decodes more rows than it has");
+    expect(!step_ || *step_ + 1 == plan.step.value, "device: a step was left out");
+    step_ = plan.step.value;
+    for (std::size_t i = 0; i < plan.bound_slots.size(); ++i) {
+        seat(plan.bound_slots[i]) = {plan.bound_requests[i], std::nullopt, 0};
+        for (Storage& group : groups_) group.bind(plan.bound_slots[i]);
+    }
+    for (std::size_t i = 0; i < transfers; ++i) {
+        const auto [place, fresh] = transfers_.insert(
+            {plan.transfers.requests[i],
+             {plan.transfers.ids[i], static_cast<control::TransferKind>(plan.transfers.kinds[i])}});
+        expect(fresh, "device: a request has two transfers at a time");
+    }
+}
+
+std::vector<Row> Device::rows(const control::Plan& plan) {
+    std::vector<Row> rows;
+    std::vector<bool> taken(seats_.size());
+    for (std::size_t i = 0; i < plan.row_slots.size(); ++i) {
+        const std::int32_t slot = plan.row_slots[i];
+        Seat& seated = seat(slot);
+        expect(seated.request.has_value(), "device: a row of a slot that was never bound");
+        expect(!taken[index(slot)], "device: a slot has two rows in a step");
+        taken[index(slot)] = true;
+        expect(!transfers_.contains(*seated.request), "device: a row of a request that travels");
+        Row row{slot, *seated.request, plan.context_lens[i], {}, histories_->of(*seated.request)};
+        const auto first = plan.token_ids.begin() + plan.query_starts[i];
+        const auto last = plan.token_ids.begin() + plan.query_starts[i + 1];
+        expect(first < last, "device: a row without tokens");
+        const auto& known = row.history.tokens;
+        if (i < index(plan.decode_count)) {
+            expect(last - first == 1 && seated.last.has_value(),
+                   "device: a decode row has nothing to feed");
+            expect(row.start == seated.fed, "device: a decode row does not continue its request");
+            expect(!row.history.foreseen || index(row.start) + 1 < known.size(),
+                   "device: a row computes a token that nobody asked for");
+            row.tokens = {*seated.last};
+        } else {
+            row.tokens.assign(first, last);
+            expect(index(row.end()) <= known.size(), "device: a prompt goes on past its end");
+            seated.last.reset();
+        }
+        seated.fed = row.end();
+        rows.push_back(std::move(row));
+    }
+    return rows;
+}
+
+std::vector<std::int32_t> Device::sample(const control::Plan& plan, const std::vector<Row>& rows) {
+    std::vector<std::int32_t> samples;
+    std::vector<bool> sampling(rows.size());
+    for (std::size_t i = 0; i < plan.sample_rows.size(); ++i) {
+        const std::size_t at = index(plan.sample_rows[i]);
+        expect(at < rows.size() && (i == 0 || plan.sample_rows[i - 1] < plan.sample_rows[i]),
+               "device: rows that sample are out of order");
+        sampling[at] = true;
+        const Row& row = rows[at];
+        expect(
+            row.end() - static_cast<std::int32_t>(row.history.prompt) == plan.sample_positions[i],
+            "device: a row samples another position than it is at");
+        // A doomed row may run past the end of its request; nobody will see its token.
+        const std::size_t end = index(row.end());
+        seat(row.slot).last = end < row.history.tokens.size() ? row.history.tokens[end]
+                                                              : static_cast<std::int32_t>(end % 2);
+        samples.push_back(*seat(row.slot).last);
+    }
+    for (std::size_t row = 0; row < index(plan.decode_count); ++row) {
+        expect(sampling[row], "device: a decode row does not sample");
+    }
+    return samples;
+}
+
+void Device::retire() {
+    for (Storage& group : groups_) group.retire();
+    --in_flight_;
+}
+
+Device::Transfer Device::transferred(std::int64_t request, bool complete) {
+    const auto found = transfers_.find(request);
+    expect(found != transfers_.end(), "device: no transfer of the request is under way");
+    const Transfer transfer = found->second;
+    transfers_.erase(found);
+    const History history = histories_->of(request);
+    // What is received is all but the last token, which was sampled elsewhere.
+    const auto prompt = static_cast<std::int32_t>(history.prompt);
+    const std::int32_t known =
+        transfer.kind == control::TransferKind::kReceive ? prompt - 1 : prompt;
+    for (Storage& group : groups_) {
+        group.transferred(transfer.id, transfer.kind, complete, history, known);
+    }
+    return transfer;
+}
+
+void Device::scribble(const control::Fingerprint& live) {
+    for (Storage& group : groups_) group.scribble(live);
+}
+
+void Device::describe(control::Fingerprint& fingerprint) const {
+    for (const Storage& group : groups_) group.describe(fingerprint);
+    auto& words = fingerprint.words;
+    for (const control::SlotId slot : fingerprint.slots) {
+        const Seat& seated = seats_[index(slot.value)];
+        words.push_back(seated.request.value_or(kNothing));
+        words.push_back(seated.last.value_or(-1));
+        words.push_back(seated.fed);
+        for (const Storage& group : groups_) {
+            group.describe(fingerprint, slot.value, seated.fed, words);
+        }
+    }
+    for (const auto& [request, transfer] : transfers_) {
+        words.push_back(request);
+        words.push_back(static_cast<std::int64_t>(transfer.kind));
+    }
+}
+
+}  // namespace tokenspeed::proof

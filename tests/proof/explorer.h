@@ -1,0 +1,42 @@
+// Every order of events of a small configuration, each state visited once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "world.h"
+
+namespace tokenspeed::proof {
+
+struct Configuration {
+    std::string name;
+    control::Config config;
+    std::vector<Script> scripts;  // each submitted once, at any time
+    int aborts_max;               // requests that may be aborted, each at any time
+    bool flushes;
+    bool fails;  // transfers may fail
+};
+
+struct Event {
+    enum Kind : std::uint8_t { kSubmit, kAbort, kLaunch, kCommit, kFlush, kArrive, kFail };
+    Kind kind;
+    std::uint8_t request;  // of kSubmit, kAbort, kArrive and kFail
+};
+
+std::string text(const std::vector<Event>& trail);
+
+struct Explored {
+    std::int64_t states = 0;
+    std::int64_t transitions = 0;
+    std::int64_t events = 0;        // replayed to reach them
+    std::int64_t depth = 0;         // events to the farthest state
+    std::int64_t drain_events = 0;  // the most that any state needs to come to rest
+};
+
+// Throws Wrong, with the shortest trail of events that leads to what is wrong.
+Explored explore(const Configuration& configuration);
+
+std::vector<Configuration> configurations();
+
+}  // namespace tokenspeed::proof

@@ -1,0 +1,320 @@
+// Any bytes, read as calls with any values: each either works or throws an error of ours, and
+// whatever was thrown, nothing is lost. For libFuzzer, and replayed by fuzz_replay.cpp.
+//
+// The values are those the binding takes: 64-bit ids and limits, columns of 32-bit tokens, a
+// 64-bit salt. An input is a configuration, then calls until the bytes end.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "scheduler.h"
+
+namespace tokenspeed::proof {
+
+namespace {
+
+using Int32 = std::numeric_limits<std::int32_t>;
+using Int64 = std::numeric_limits<std::int64_t>;
+
+// Ends the program where libFuzzer can see it.
+void demand(bool holds, const char* otherwise) {
+    if (holds) return;
+    std::fprintf(stderr, "WRONG: %s\n", otherwise);
+    std::abort();
+}
+
+// Past the end of the bytes every value is 0.
+class Bytes {
+  public:
+    explicit Bytes(std::span<const std::uint8_t> data) : data_(data) {}
+
+    bool empty() const { return data_.empty(); }
+    std::uint8_t byte() {
+        if (data_.empty()) return 0;
+        const std::uint8_t first = data_.front();
+        data_ = data_.subspan(1);
+        return first;
+    }
+    std::int32_t below(std::int32_t bound) { return byte() % bound; }
+
+    // Mostly a small number, sometimes the worst there is.
+    std::int64_t number() {
+        const std::uint8_t first = byte();
+        switch (first) {
+            case 255:
+                return -1;
+            case 254:
+                return Int32::max();
+            case 253:
+                return Int64::max();
+            case 252:
+                return Int64::min();
+            case 251:
+                return Int32::min();
+            default:
+                return first % 40;
+        }
+    }
+    std::int32_t token() {
+        const std::uint8_t first = byte();
+        if (first == 255) return -1;
+        if (first == 254) return Int32::min();
+        if (first == 253) return Int32::max();
+        return first % 5;
+    }
+    std::vector<std::int32_t> tokens(std::int32_t longest) {
+        std::vector<std::int32_t> found(static_cast<std::size_t>(below(longest + 1)));
+        for (std::int32_t& token : found) token = this->token();
+        return found;
+    }
+
+  private:
+    std::span<const std::uint8_t> data_;
+};
+
+// Mostly what is sensible, in one field of some inputs what nobody should ask for.
+control::Config configuration(Bytes& bytes) {
+    control::Config config{.groups = {},
+                           .page_size = 1 + bytes.below(5),
+                           .slots_max = 1 + bytes.below(5),
+                           .step_tokens_max = 1 + bytes.below(24),
+                           .context_max = 1 + bytes.below(64),
+                           .overlap_depth = bytes.below(4),
+                           .prefix_cache = bytes.below(4) > 0,
+                           .cache_policy = static_cast<control::CachePolicy>(bytes.below(2)),
+                           .tps_floor = std::nullopt,
+                           .queue_timeout_us = std::nullopt};
+    if (bytes.below(3) == 0) config.tps_floor = static_cast<double>(bytes.number());
+    if (bytes.below(3) == 0) config.queue_timeout_us = bytes.number();
+    const std::int32_t kinds = bytes.below(8) > 4 ? bytes.below(16) : 1;
+    for (std::int32_t kind = 0; kind < 4; ++kind) {
+        if ((kinds >> kind & 1) == 0) continue;
+        config.groups.push_back({.kind = static_cast<control::GroupKind>(kind),
+                                 .pages = 1 + bytes.below(40),
+                                 .host_pages = std::max(0, bytes.below(24) - 12),
+                                 .window = kind == 1 ? 1 + bytes.below(12) : 0,
+                                 .checkpoint_pages = kind == 3 ? 1 + bytes.below(3) : 0});
+    }
+    const std::int32_t bad = bytes.below(2) == 0 ? -bytes.below(2) : Int32::min();
+    control::GroupConfig* const group = config.groups.empty() ? nullptr : &config.groups.back();
+    switch (bytes.below(48)) {
+        case 0:
+            if (group != nullptr) group->pages = bad;
+            break;
+        case 1:
+            config.page_size = bad;
+            break;
+        case 2:
+            config.slots_max = bad;
+            break;
+        case 3:
+            config.step_tokens_max = bad;
+            break;
+        case 4:
+            config.context_max = bad;
+            break;
+        case 5:
+            config.overlap_depth = Int32::min();
+            break;
+        case 6:
+            if (group != nullptr) group->pages = config.page_size = 1 << 16;
+            break;
+        case 7:
+            config.step_tokens_max = Int32::max();
+            break;
+        case 8:
+            if (group != nullptr) group->host_pages = Int32::min();
+            break;
+        case 9:
+            if (group != nullptr) group->window = bad;
+            break;
+        case 10:
+            if (group != nullptr) group->checkpoint_pages = bad;
+            break;
+        case 11:
+            if (group != nullptr) config.groups.push_back(*group);
+            break;
+        default:
+            break;
+    }
+    return config;
+}
+
+class Caller {
+  public:
+    Caller(const control::Config& config, Bytes& bytes) : scheduler_(config), bytes_(bytes) {}
+
+    void run() {
+        while (!bytes_.empty()) {
+            try {
+                call();
+            } catch (const control::InvalidParameter&) {
+            } catch (const control::ContextOverflow&) {
+            } catch (const control::EngineError&) {
+            }
+            collect();
+            scheduler_.audit();
+        }
+        drain();
+    }
+
+  private:
+    struct Flight {
+        control::StepId step;
+        std::size_t samples;
+    };
+
+    void call() {
+        switch (bytes_.below(14)) {
+            case 0:
+            case 1:
+            case 2: {
+                const std::int64_t request = bytes_.number();
+                control::Submission wish{
+                    .id = control::RequestId(request),
+                    .prompt = bytes_.tokens(40),
+                    .stop_token_ids = bytes_.tokens(3),
+                    .max_new_tokens = bytes_.number(),
+                    .min_new_tokens = bytes_.number(),
+                    .salt = static_cast<std::uint64_t>(bytes_.number()),
+                    .priority = bytes_.token(),
+                    .handover = static_cast<control::Handover>(std::max(0, bytes_.below(12) - 9)),
+                    .tenant = control::TenantId(bytes_.byte())};
+                scheduler_.submit(std::move(wish));
+                demand(live_.insert(request).second, "an id was accepted twice");
+                return;
+            }
+            case 3:
+                return scheduler_.abort(control::RequestId(bytes_.number()));
+            case 4:  // a commit of anything
+                return commit_anything();
+            case 5:
+            case 6:
+            case 7:
+                return commit(true);
+            case 8:
+                static_cast<void>(scheduler_.flush_cache());
+                static_cast<void>(scheduler_.stats());
+                return;
+            case 9:
+                scheduler_.record_cache_events(bytes_.below(2) == 1);
+                static_cast<void>(scheduler_.take_cache_events());
+                static_cast<void>(scheduler_.tokens(control::RequestId(bytes_.number())));
+                return;
+            case 10:  // the end of any transfer
+                return transferred(bytes_.number(), bytes_.below(2) == 0);
+            case 11:
+                if (!transfers_.empty()) {
+                    transferred(*transfers_.begin(), bytes_.below(4) > 0);
+                }
+                return;
+            default:
+                static_cast<void>(launch());
+        }
+    }
+
+    // What is accepted must be under way; a second report before the first is applied is ignored.
+    void transferred(std::int64_t transfer, bool complete) {
+        scheduler_.transferred(control::TransferId(transfer), complete);
+        demand(transfers_.contains(transfer) || reported_.contains(transfer),
+               "the end of a transfer was accepted that never began");
+        transfers_.erase(transfer);
+        reported_.insert(transfer);
+    }
+
+    bool launch() {
+        now_us_ = std::max(now_us_, bytes_.number());
+        const auto plan = scheduler_.plan(now_us_);
+        reported_.clear();
+        if (plan) transfers_.insert(plan->transfers.ids.begin(), plan->transfers.ids.end());
+        if (plan) flights_.push_back({plan->step, plan->sample_rows.size()});
+        return plan.has_value();
+    }
+
+    // What is accepted must be right.
+    void commit_anything() {
+        const control::StepId step(bytes_.number());
+        const std::vector<std::int32_t> tokens = bytes_.tokens(6);
+        scheduler_.commit(step, tokens, bytes_.number());
+        demand(!flights_.empty() && flights_.front().step == step &&
+                   flights_.front().samples == tokens.size() &&
+                   std::ranges::none_of(tokens, [](std::int32_t token) { return token < 0; }),
+               "a commit was accepted that is none");
+        flights_.erase(flights_.begin());
+    }
+
+    // As an engine would, except for the tokens.
+    void commit(bool any_token) {
+        if (flights_.empty()) return;
+        std::vector<std::int32_t> tokens(flights_.front().samples, 1);
+        if (any_token) {
+            for (std::int32_t& token : tokens) token = bytes_.token();
+        }
+        scheduler_.commit(flights_.front().step, tokens, now_us_);
+        demand(std::ranges::none_of(tokens, [](std::int32_t token) { return token < 0; }),
+               "a negative token was accepted");
+        flights_.erase(flights_.begin());
+    }
+
+    void collect() {
+        const control::Outcome outcome = scheduler_.take_outcome();
+        for (const std::int64_t request : outcome.requests) {
+            demand(live_.contains(request) ||
+                       std::ranges::find(outcome.finished, request) != outcome.finished.end(),
+                   "a token of a request that is not live");
+        }
+        for (const std::int64_t request : outcome.finished) {
+            demand(live_.erase(request) == 1, "a terminal event of a request that is not live");
+        }
+    }
+
+    void drain() {
+        for (int turn = 0, idle = 0; turn < 100'000; ++turn) {
+            for (const std::int64_t transfer : std::set(transfers_)) transferred(transfer, true);
+            const bool launched = launch();
+            const bool commits = !launched && !flights_.empty();
+            if (commits) commit(false);
+            collect();
+            // A plan that sends somebody away may launch nothing; the next one does.
+            idle = launched || commits || !transfers_.empty() ? 0 : idle + 1;
+            if (idle < 3) continue;
+            scheduler_.audit();
+            const control::Stats stats = scheduler_.stats();
+            demand(live_.empty() && stats.pages_active == 0 && stats.transferring == 0,
+                   "requests never end");
+            return;
+        }
+        demand(false, "the scheduler does not come to rest");
+    }
+
+    control::Scheduler scheduler_;
+    Bytes& bytes_;
+    std::vector<Flight> flights_;
+    std::set<std::int64_t> live_;
+    std::set<std::int64_t> transfers_;  // under way
+    std::set<std::int64_t> reported_;   // since the last plan
+    std::int64_t now_us_ = 0;
+};
+
+}  // namespace
+
+}  // namespace tokenspeed::proof
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    using namespace tokenspeed;
+    proof::Bytes bytes({data, size});
+    const control::Config config = proof::configuration(bytes);
+    try {
+        proof::Caller(config, bytes).run();
+    } catch (const control::ConfigError&) {
+        // Said once, before anything is held.
+    }
+    return 0;
+}
