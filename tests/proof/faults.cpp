@@ -60,7 +60,7 @@ void run(const Configuration& configuration, std::uint64_t seed) {
     const auto count = static_cast<std::int64_t>(configuration.scripts.size());
     for (int event = 0; event < 60; ++event) {
         const auto request = std::uniform_int_distribution<std::int64_t>(0, count - 1)(random);
-        switch (std::uniform_int_distribution<int>(0, 9)(random)) {
+        switch (std::uniform_int_distribution<int>(0, 11)(random)) {
             case 0:
             case 1:
             case 2:
@@ -76,8 +76,18 @@ void run(const Configuration& configuration, std::uint64_t seed) {
             case 6:
                 if (world.in_flight()) world.commit();
                 break;
+            case 7:
+            case 8:
+                if (world.travels(request)) {
+                    world.transferred(request, !configuration.fails || random() % 3 > 0);
+                }
+                break;
+            case 9:
+                if (configuration.flushes) world.flush();
+                break;
             default:
                 world.launch();
+                break;
         }
     }
     faults.wait_no_more();
