@@ -1,15 +1,19 @@
 // Python module _cpu: tensors are borrowed for the length of a call, nothing is computed here.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "attention.h"
 #include "errors.h"
 #include "gemm.h"
+#include "graph.h"
 #include "packed.h"
 #include "probes.h"
+#include "rowwise.h"
 #include "runtime.h"
 #include "tensor.h"
 
@@ -32,6 +36,8 @@ void translate(const std::exception_ptr& pointer, void* errors) {
         raise("KernelError", error.what());
     }
 }
+
+using HostInts = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 std::vector<std::string_view> supported_isas() {
     std::vector<std::string_view> names;
@@ -106,4 +112,129 @@ NB_MODULE(_cpu, module) {
             cpu::lookup(runtime, rows, table, y_rows);
         },
         "runtime"_a, "ids"_a, "table"_a, "y"_a);
+    module.def(
+        "add_rms_norm",
+        [](cpu::Runtime& runtime, nb::handle x, nb::handle residual, nb::handle weight,
+           float weight_offset, float epsilon, nb::handle stream, nb::handle y) {
+            cpu::AddRmsNorm call{};
+            call.x = tensors.rows<const void*>(x, "x");
+            if (!residual.is_none()) {
+                call.residual = tensors.rows<const void*>(residual, "residual", cpu::Element::f32);
+            }
+            if (!stream.is_none()) {
+                call.stream = tensors.rows<void*>(stream, "stream", cpu::Element::f32);
+            }
+            call.y = tensors.rows<void*>(y, "y");
+            call.weight = tensors.vector(weight, "weight", call.y.columns, call.y.type);
+            call.weight_offset = weight_offset;
+            call.epsilon = epsilon;
+            const nb::gil_scoped_release release;
+            cpu::add_rms_norm(runtime, call);
+        },
+        "runtime"_a, "x"_a, "residual"_a.none(), "weight"_a, "weight_offset"_a, "epsilon"_a,
+        "stream"_a.none(), "y"_a);
+    module.def(
+        "gate",
+        [](cpu::Runtime& runtime, std::string_view activation, nb::handle x, nb::handle y) {
+            const cpu::Gated call{
+                activation == "silu" ? cpu::Activation::silu : cpu::Activation::gelu_tanh,
+                tensors.rows<const void*>(x, "x"), tensors.rows<void*>(y, "y")};
+            const nb::gil_scoped_release release;
+            cpu::gate(runtime, call);
+        },
+        "runtime"_a, "activation"_a, "x"_a, "y"_a);
+    module.def(
+        "angles",
+        [](cpu::Runtime& runtime, nb::handle positions, nb::handle frequencies, nb::handle cosines,
+           nb::handle sines) {
+            const auto places = tensors.integers<std::int64_t>(positions, "positions");
+            const auto steps = tensors.floats(frequencies, "frequencies");
+            const auto cos = tensors.floats(cosines, "cosines", places.size() * steps.size());
+            const auto sin = tensors.floats(sines, "sines", places.size() * steps.size());
+            const nb::gil_scoped_release release;
+            cpu::angles(runtime, places, steps, cos.data(), sin.data());
+        },
+        "runtime"_a, "positions"_a, "frequencies"_a, "cosines"_a, "sines"_a);
+    module.def(
+        "rotate",
+        [](cpu::Runtime& runtime, nb::handle x, nb::handle cosines, nb::handle sines,
+           nb::handle y) {
+            const auto shape = tensors.borrow(x, "x");
+            cpu::Rotation call{};
+            call.x = tensors.heads<const void*>(x, "x");
+            call.y = tensors.heads<void*>(y, "y");
+            call.heads = shape.shape[1];
+            call.head_dim = shape.shape[2];
+            const auto cos = tensors.rows<const void*>(cosines, "cosines", cpu::Element::f32);
+            call.angles = cos.columns;
+            const auto size = static_cast<std::size_t>(call.x.rows * call.angles);
+            call.cosines = tensors.floats(cosines, "cosines", size).data();
+            call.sines = tensors.floats(sines, "sines", size).data();
+            const nb::gil_scoped_release release;
+            cpu::rotate(runtime, call);
+        },
+        "runtime"_a, "x"_a, "cosines"_a, "sines"_a, "y"_a);
+    module.def(
+        "append",
+        [](cpu::Runtime& runtime, nb::handle k, nb::handle v, nb::handle k_pool, nb::handle v_pool,
+           nb::handle slots) {
+            cpu::KvAppend call{tensors.heads<const void*>(k, "k"),
+                               tensors.heads<const void*>(v, "v"), tensors.pages(k_pool, v_pool),
+                               nullptr};
+            const auto places = tensors.integers<std::int64_t>(slots, "slots");
+            if (static_cast<std::int64_t>(places.size()) != call.k.rows) {
+                throw cpu::KernelError("every token needs one slot");
+            }
+            call.slots = places.data();
+            const nb::gil_scoped_release release;
+            cpu::append(runtime, call);
+        },
+        "runtime"_a, "k"_a, "v"_a, "k_pool"_a, "v_pool"_a, "slots"_a);
+    module.def(
+        "attend",
+        [](cpu::Runtime& runtime, nb::handle q, nb::handle k_pool, nb::handle v_pool,
+           HostInts query_starts, HostInts context_lens, HostInts row_slots, nb::handle page_table,
+           float scale, std::int64_t window, float soft_cap, nb::handle y) {
+            cpu::Attention call{};
+            call.heads = tensors.borrow(q, "q").shape[1];
+            call.q = tensors.heads<const void*>(q, "q");
+            call.y = tensors.heads<void*>(y, "y");
+            call.kv = tensors.pages(k_pool, v_pool);
+            const auto table = tensors.borrow(page_table, "page_table");
+            const auto pages = tensors.integers<std::int32_t>(page_table, "page_table");
+            const auto rows = static_cast<std::int64_t>(context_lens.shape(0));
+            if (table.dims != 2 || static_cast<std::int64_t>(query_starts.shape(0)) != rows + 1 ||
+                static_cast<std::int64_t>(row_slots.shape(0)) != rows) {
+                throw cpu::KernelError("a step of " + std::to_string(rows) +
+                                       " rows needs as many slots, and one start more");
+            }
+            call.rows = {query_starts.data(), context_lens.data(), row_slots.data(), pages.data(),
+                         table.shape[1]};
+            call.scale = scale;
+            call.window = window;
+            call.soft_cap = soft_cap;
+            const nb::gil_scoped_release release;
+            cpu::attend(runtime, call, rows);
+        },
+        "runtime"_a, "q"_a, "k_pool"_a, "v_pool"_a, "query_starts"_a, "context_lens"_a,
+        "row_slots"_a, "page_table"_a, "scale"_a, "window"_a, "soft_cap"_a, "y"_a);
+    module.def(
+        "argmax",
+        [](cpu::Runtime& runtime, nb::handle logits, nb::handle tokens) {
+            const auto rows = tensors.rows<const void*>(logits, "logits", cpu::Element::f32);
+            const auto found = tensors.integers<std::int64_t>(tokens, "tokens");
+            if (static_cast<std::int64_t>(found.size()) != rows.rows) {
+                throw cpu::KernelError("every row of logits needs one token");
+            }
+            const nb::gil_scoped_release release;
+            cpu::argmax(runtime, rows, const_cast<std::int64_t*>(found.data()));
+        },
+        "runtime"_a, "logits"_a, "tokens"_a);
+
+    nb::class_<cpu::StepGraph>(module, "StepGraph")
+        .def(nb::init<cpu::Runtime&>(), "runtime"_a, nb::keep_alive<1, 2>())
+        .def("begin", &cpu::StepGraph::begin)
+        .def("end", &cpu::StepGraph::end)
+        .def("run", &cpu::StepGraph::run, "rows"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def("__len__", &cpu::StepGraph::size);
 }

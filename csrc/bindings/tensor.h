@@ -9,10 +9,12 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <string>
 
 #include "errors.h"
-#include "gemm.h"
+#include "kernels.h"
 
 namespace tokenspeed::bindings {
 
@@ -69,6 +71,67 @@ class TensorReader {
         }
         return {tensor.data, element(tensor, name), tensor.shape[0], tensor.shape[1],
                 tensor.strides[0]};
+    }
+    template <class Pointer>
+    cpu::Rows<Pointer> rows(nanobind::handle object, const char* name, cpu::Element type) const {
+        const auto found = rows<Pointer>(object, name);
+        if (found.type != type) {
+            throw cpu::KernelError(std::string(name) + " must be " +
+                                   (type == cpu::Element::f32 ? "float32" : "bfloat16"));
+        }
+        return found;
+    }
+
+    // A contiguous tensor of float32, of `size` elements where that is given.
+    std::span<float> floats(nanobind::handle object, const char* name,
+                            std::optional<std::size_t> size = std::nullopt) const {
+        const DLTensor tensor = borrow(object, name);
+        std::int64_t found = 1;
+        bool fits = element(tensor, name) == cpu::Element::f32;
+        for (int dim = tensor.dims - 1; dim >= 0; --dim) {
+            fits = fits && (tensor.strides[dim] == found || tensor.shape[dim] <= 1);
+            found *= tensor.shape[dim];
+        }
+        if (!fits || (size && *size != static_cast<std::size_t>(found))) {
+            throw cpu::KernelError(std::string(name) + " must be contiguous float32" +
+                                   (size ? ", " + std::to_string(*size) + " of them" : ""));
+        }
+        return {static_cast<float*>(tensor.data), static_cast<std::size_t>(found)};
+    }
+
+    // Heads [tokens, heads, elements] of float32 or bfloat16 as a matrix with a row for each token:
+    // the heads of a token lie one behind the other, tokens as far apart as they like.
+    template <class Pointer>
+    cpu::Rows<Pointer> heads(nanobind::handle object, const char* name) const {
+        const DLTensor tensor = borrow(object, name);
+        if (tensor.dims != 3 || tensor.strides[2] != 1 ||
+            (tensor.strides[1] != tensor.shape[2] && tensor.shape[1] > 1)) {
+            throw cpu::KernelError(std::string(name) +
+                                   " must be [tokens, heads, elements], contiguous within a token");
+        }
+        return {tensor.data, element(tensor, name), tensor.shape[0],
+                tensor.shape[1] * tensor.shape[2], tensor.strides[0]};
+    }
+
+    // K and V of a pool, contiguous [pages, page size, heads, elements] each.
+    cpu::KvPages pages(nanobind::handle k, nanobind::handle v) const {
+        const DLTensor keys = borrow(k, "K's pool"), values = borrow(v, "V's pool");
+        for (const DLTensor& tensor : {keys, values}) {
+            std::int64_t size = 1;
+            bool fits = tensor.dims == 4 && element(tensor, "a pool") == element(keys, "a pool");
+            for (int dim = 3; fits && dim >= 0; --dim) {
+                fits = tensor.shape[dim] == keys.shape[dim] &&
+                       (tensor.strides[dim] == size || tensor.shape[dim] <= 1);
+                size *= tensor.shape[dim];
+            }
+            if (!fits) {
+                throw cpu::KernelError(
+                    "the pools must be contiguous [pages, page size, heads, elements] of one shape "
+                    "and type");
+            }
+        }
+        return {keys.data,     values.data,  element(keys, "a pool"), keys.shape[0], keys.shape[1],
+                keys.shape[2], keys.shape[3]};
     }
 
     // A contiguous vector of `size` elements of a type.

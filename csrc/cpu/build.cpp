@@ -6,11 +6,23 @@
 // hand lacks. For the same reason they use no templates of the standard library.
 #include "constants.h"
 #include "kernels.h"
+
 #include TOKENSPEED_SIMD
+
+#include "attention.inl"
 #include "gemm.inl"
 #include "probes.inl"
+#include "rowwise.inl"
 
 namespace tokenspeed::cpu {
+
+namespace {
+
+constexpr std::size_t larger(std::size_t a, std::size_t b) {
+    return a > b ? a : b;
+}
+
+}  // namespace
 
 constinit const Kernels TOKENSPEED_TABLE = {
     .probes = {.read = probe_read,
@@ -23,9 +35,17 @@ constinit const Kernels TOKENSPEED_TABLE = {
     .quantise = quantise,
     .multiply = {multiply<0>, multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>,
                  multiply<6>, multiply<7>},
+    .add_rms_norm = add_rms_norm,
+    .gate = gate,
+    .rotate = rotate,
+    .argmax = argmax,
+    .append = append,
+    .attend = attend,
+    .merge = merge,
+    .attention_rows = part_rows_max,
     .panels_at_once = few_panels[0],
     .rows_at_once = rows_max,
-    .scratch_size_bytes = unpacked_size_bytes + sums_size_bytes,
+    .scratch_size_bytes = larger(unpacked_size_bytes + sums_size_bytes, sizeof(AttentionScratch)),
 };
 
 }  // namespace tokenspeed::cpu

@@ -9,16 +9,6 @@
 
 namespace tokenspeed::cpu {
 
-// A dense matrix of the caller's: rows of `columns` elements, `stride` elements apart.
-template <class Pointer>
-struct Rows {
-    Pointer data;
-    Element type;
-    std::int64_t rows;
-    std::int64_t columns;
-    std::int64_t stride;
-};
-
 // y = x W^T + bias; bias, of y's type, may be null. W's outputs are cut into parts that hold
 // consecutive columns of y.
 // Throws KernelError: shapes that do not fit each other.

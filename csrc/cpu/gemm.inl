@@ -18,15 +18,6 @@
 namespace tokenspeed::cpu {
 namespace {
 
-#define TOKENSPEED_INLINE inline __attribute__((always_inline))
-
-// Calls f with the constants 0 to count - 1.
-template <int count, class F>
-TOKENSPEED_INLINE void unroll(const F& f) {
-    [&]<int... i>(Constants<i...>)
-        __attribute__((always_inline)) { (f(Constant<i>()), ...); }(CountTo<count>());
-}
-
 // Weights of `panels` panels as they lie in memory.
 template <int format_index, int panels>
 struct PackedSource {

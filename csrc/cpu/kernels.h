@@ -7,11 +7,66 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "constants.h"
 #include "format.h"
 
 namespace tokenspeed::cpu {
 
 enum class Element : std::uint8_t { f32, bf16 };
+
+// A dense matrix of the caller's: rows of `columns` elements, `stride` elements apart.
+template <class Pointer>
+struct Rows {
+    Pointer data;
+    Element type;
+    std::int64_t rows;
+    std::int64_t columns;
+    std::int64_t stride;
+
+    TOKENSPEED_INLINE std::int64_t element_size_bytes() const {
+        return type == Element::f32 ? 4 : 2;
+    }
+    TOKENSPEED_INLINE Pointer at(std::int64_t row) const {
+        // Through a number, because void may be constant.
+        return reinterpret_cast<Pointer>(
+            reinterpret_cast<std::uintptr_t>(data) +
+            static_cast<std::uintptr_t>(row * stride * element_size_bytes()));
+    }
+};
+using In = Rows<const void*>;
+using Out = Rows<void*>;
+
+// stream = x + residual, y = stream / sqrt(mean(stream^2) + epsilon) * (weight + weight_offset).
+struct AddRmsNorm {
+    In x;
+    In residual;         // float32; data is null for none
+    Out stream;          // float32; data is null where it is not wanted
+    const void* weight;  // of the type of y
+    float weight_offset;
+    float epsilon;
+    Out y;
+};
+
+enum class Activation : std::uint8_t { silu, gelu_tanh };
+
+// y = activation(first half of x) * second half of x.
+struct Gated {
+    Activation activation;
+    In x;
+    Out y;
+};
+
+// Elements i and i + angles of each head turned by the token's angle i; what is left of a head
+// behind 2 * angles stays.
+struct Rotation {
+    In x;  // rows of heads
+    Out y;
+    std::int64_t heads;
+    std::int64_t head_dim;
+    std::int64_t angles;
+    const float* cosines;  // [tokens, angles]
+    const float* sines;
+};
 
 // What the product needs to know of 32 consecutive inputs of a row beside their integers: their
 // scale, scale times sum, and negative sums of all and of either half.
@@ -47,6 +102,71 @@ struct Part {
     std::int64_t row, row_end;
 };
 
+// A pool of pages: for each page, of each head, K and V of `page_size` positions.
+//
+// K lies as the products with a query want it: 16 lanes are 16 positions. With `pair` the number of
+// elements in 32 bits (2 of bfloat16, 1 of float32) K of a head in a page is
+// [head_dim / pair, page_size, pair], and V, whose lanes are elements, [page_size / pair, head_dim,
+// pair].
+struct KvPages {
+    void* k;
+    void* v;
+    Element type;
+    std::int64_t pages;
+    std::int64_t page_size;  // a multiple of 16
+    std::int64_t heads;
+    std::int64_t head_dim;  // a multiple of 16
+
+    TOKENSPEED_INLINE std::int64_t head_elements() const { return page_size * head_dim; }
+    TOKENSPEED_INLINE std::int64_t page_elements() const { return heads * head_elements(); }
+};
+
+// Writes K and V of tokens to their slots (page * page_size + position within the page).
+struct KvAppend {
+    In k;  // rows of heads
+    In v;
+    KvPages to;
+    const std::int64_t* slots;
+};
+
+// Rows of a step, each a run of tokens of one request.
+struct RowTable {
+    const std::int32_t* query_starts;  // [rows + 1]
+    const std::int32_t* context_lens;  // [rows]
+    const std::int32_t* slots;         // [rows]
+    const std::int32_t* pages;         // [slots, pages_stride]
+    std::int64_t pages_stride;
+};
+
+// Positions whose scores are kept at a time. Softmax goes over one block as a whole, and results of
+// blocks are put together in their order: so what a token gets does not depend on what is computed
+// beside it.
+constexpr int block_positions = 256;
+constexpr int head_dim_max = 256;
+
+// y = softmax(q k^T * scale) v over the pages of each row, causal.
+struct Attention {
+    In q;  // rows of heads
+    Out y;
+    std::int64_t heads;  // of q; each KV head serves heads / kv.heads of them
+    KvPages kv;
+    RowTable rows;
+    float scale;
+    float soft_cap;       // scores are soft_cap * tanh(score / soft_cap); 0 for as they are
+    std::int64_t window;  // a token sees so many positions, itself among them; 0 for all
+};
+
+// A part of one row's attention: some of its tokens, for the query heads of one KV head, over some
+// blocks of positions.
+struct AttentionPart {
+    std::int64_t row;
+    std::int64_t kv_head;
+    std::int64_t token, token_end;
+    std::int64_t block, block_end;
+    // Where results of the blocks go, to be merged later; null for a part that has all blocks.
+    float* partials;
+};
+
 struct Kernels {
     // Microkernels that do nothing useful, as fast as it goes; `probes.cpp` times them. Each
     // returns a number that depends on all its work, so that none of it can be left out.
@@ -71,6 +191,16 @@ struct Kernels {
                      RowStep* steps);
     // By index in `formats`. `scratch` is the thread's own, of `scratch_size_bytes`.
     void (*multiply[formats.size()])(const Product& product, const Part& part, std::byte* scratch);
+    void (*add_rms_norm)(const AddRmsNorm& call, std::int64_t row);
+    void (*gate)(const Gated& call, std::int64_t row);
+    void (*rotate)(const Rotation& call, std::int64_t token);
+    std::int64_t (*argmax)(const float* logits, std::int64_t count);
+    void (*append)(const KvAppend& call, std::int64_t token, bool last);
+    void (*attend)(const Attention& call, const AttentionPart& part, std::byte* scratch);
+    // Puts together what parts of the same tokens left of blocks [0, blocks), from the first on.
+    void (*merge)(const Attention& call, const AttentionPart& part, std::byte* scratch);
+    // Query rows (tokens times query heads) that a part of attention should have.
+    int attention_rows;
     // Outputs that are best computed together, in panels; rows likewise, at most.
     int panels_at_once;
     int rows_at_once;

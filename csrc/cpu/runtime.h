@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -14,6 +16,10 @@
 #include "pool.h"
 
 namespace tokenspeed::cpu {
+
+// One kernel's work on the first `rows` rows of its operands, which lie where they lay when it was
+// called.
+using Call = std::function<void(std::int64_t rows)>;
 
 class Runtime {
   public:
@@ -30,6 +36,15 @@ class Runtime {
     ThreadPool& pool() { return pool_; }
     // Shared with the weights that lie in it.
     const std::shared_ptr<Arena>& arena() const { return arena_; }
+
+    // Does the work of a kernel; while a step is recorded, keeps it too.
+    template <class Work>
+    void perform(std::int64_t rows, const Work& work) {
+        if (recording_ != nullptr) recording_->emplace_back(work);
+        work(rows);
+    }
+    // Where calls are kept from now on; null to stop.
+    void record(std::vector<Call>* calls) { recording_ = calls; }
 
     // A thread's own memory within a chunk of a job, of `kernels().scratch_size_bytes`.
     std::byte* scratch(int thread) {
@@ -63,6 +78,7 @@ class Runtime {
     ThreadPool pool_;
     Arena scratch_arena_;
     std::span<std::byte> scratch_;
+    std::vector<Call>* recording_ = nullptr;
     std::mutex operation_;
     struct alignas(64) Line {
         std::byte bytes[64];

@@ -6,6 +6,8 @@ KernelError.
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 def supported_isas() -> list[str]: ...
@@ -41,3 +43,58 @@ def linear(
     y: torch.Tensor,
 ) -> None: ...
 def lookup(runtime: Runtime, ids: torch.Tensor, table: PackedMatrix, y: torch.Tensor) -> None: ...
+def add_rms_norm(
+    runtime: Runtime,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_offset: float,
+    epsilon: float,
+    stream: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None: ...
+def gate(runtime: Runtime, activation: str, x: torch.Tensor, y: torch.Tensor) -> None: ...
+def angles(
+    runtime: Runtime,
+    positions: torch.Tensor,
+    frequencies: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+) -> None: ...
+def rotate(
+    runtime: Runtime,
+    x: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    y: torch.Tensor,
+) -> None: ...
+def append(
+    runtime: Runtime,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+) -> None: ...
+def attend(
+    runtime: Runtime,
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    query_starts: npt.NDArray[np.int32],
+    context_lens: npt.NDArray[np.int32],
+    row_slots: npt.NDArray[np.int32],
+    page_table: torch.Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    y: torch.Tensor,
+) -> None: ...
+def argmax(runtime: Runtime, logits: torch.Tensor, tokens: torch.Tensor) -> None: ...
+
+class StepGraph:
+    def __init__(self, runtime: Runtime) -> None: ...
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def run(self, rows: int) -> None: ...
+    def __len__(self) -> int: ...

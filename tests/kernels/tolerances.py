@@ -46,6 +46,9 @@ TOLERANCES = {
         bfloat16=4e-3,
         reason="as rms_norm, and the exact value starts from the sum as it was rounded",
     ),
+    "rope.angles": Tolerance(
+        float32=1e-6, bfloat16=1e-6, reason="float32 whatever the model's type"
+    ),
     "rope.rotate": Tolerance(
         float32=1e-6, bfloat16=4e-3, reason="float32 arithmetic, one rounding of the result"
     ),

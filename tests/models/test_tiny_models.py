@@ -113,7 +113,7 @@ def test_the_residual_stream_of_a_bfloat16_model_is_float32() -> None:
     norm = RMSNorm(8, epsilon=1e-5, kernels=kernels)
     norm.weight.data.fill_(1)
     x = torch.full((2, 8), 3.0, dtype=torch.bfloat16)
-    normed, stream = norm(x, None)
+    normed, stream = norm(x.float(), None)
     assert (normed.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
     # One and 2^-12 is no bfloat16.
     normed, stream = norm(torch.full_like(x, 2**-12), torch.ones(2, 8))

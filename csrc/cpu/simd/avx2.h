@@ -31,6 +31,9 @@ constexpr int tile_rows = 2;
 // Panels read at once for one to four rows.
 constexpr int few_panels[] = {2, 1, 1, 1};
 constexpr int tile_panels = 1;
+// Register tiles of attention: queries by vectors of scores, and by vectors of values.
+constexpr int score_rows = 5, score_vectors = 1;
+constexpr int value_rows = 3, value_vectors = 2;
 
 inline Floats splat(float x) {
     return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
@@ -50,6 +53,61 @@ inline Floats mul(Floats a, Floats b) {
 }
 inline Floats fma(Floats a, Floats b, Floats c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats sub(Floats a, Floats b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+inline Floats div(Floats a, Floats b) {
+    return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+inline Floats max(Floats a, Floats b) {
+    return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+inline Floats min(Floats a, Floats b) {
+    return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
+// To the nearest whole number, ties to even.
+inline Floats round(Floats a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
+}
+inline __m256 times_power_of_two(__m256 a, __m256 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+// a times two to the power of n, a whole number in [-126, 127].
+inline Floats times_power_of_two(Floats a, Floats n) {
+    return {times_power_of_two(a.low, n.low), times_power_of_two(a.high, n.high)};
+}
+// a where x is not below the bound, and 0 elsewhere.
+inline Floats zero_below(Floats x, float bound, Floats a) {
+    const __m256 least = _mm256_set1_ps(bound);
+    return {_mm256_and_ps(_mm256_cmp_ps(x.low, least, _CMP_GE_OQ), a.low),
+            _mm256_and_ps(_mm256_cmp_ps(x.high, least, _CMP_GE_OQ), a.high)};
+}
+// Lanes [from, to) of a; `other` elsewhere.
+inline Floats keep(Floats a, int from, int to, float other) {
+    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
+    const auto pick = [&](__m256 x, __m256i lane) {
+        const __m256i out = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane),
+                                            _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(to - 1)));
+        return _mm256_blendv_ps(x, _mm256_set1_ps(other), _mm256_castsi256_ps(out));
+    };
+    return {pick(a.low, low), pick(a.high, high)};
+}
+// Lanes are added in halves: 8 to 8, 4 to 4, and so on.
+inline float sum(Floats a) {
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline float largest(Floats a) {
+    const __m256 eight = _mm256_max_ps(a.low, a.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 inline float first(Floats a) {
     return _mm256_cvtss_f32(a.low);
@@ -92,6 +150,10 @@ inline __m256i bf16_bits(__m256 a) {
 inline void store_bf16(Floats a, void* at) {
     const __m256i mixed = _mm256_packus_epi32(bf16_bits(a.low), bf16_bits(a.high));
     _mm256_storeu_si256(static_cast<__m256i*>(at), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
+// The same of numbers that are zero or normal.
+inline void store_bf16_normal(Floats a, void* at) {
+    store_bf16(a, at);
 }
 inline float max_abs(Floats a, Floats b) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -196,6 +258,10 @@ inline Ints dot(Ints sum, Bytes a, Bytes b) {
     return {dot(sum.low, a.low, b.low), dot(sum.high, a.high, b.high)};
 }
 
+inline Halves load_halves(const void* at) {
+    const Ints loaded = load_ints(at);
+    return {loaded.low, loaded.high};
+}
 inline Halves splat_halves(std::uint32_t pair) {
     const __m256i pairs = _mm256_set1_epi32(static_cast<std::int32_t>(pair));
     return {pairs, pairs};

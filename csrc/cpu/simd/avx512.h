@@ -31,6 +31,9 @@ constexpr int tile_rows = 6;
 // Panels read at once for one to four rows.
 constexpr int few_panels[] = {4, 4, 2, 2};
 constexpr int tile_panels = 2;
+// Register tiles of attention: queries by vectors of scores, and by vectors of values.
+constexpr int score_rows = 12, score_vectors = 2;
+constexpr int value_rows = 6, value_vectors = 4;
 
 inline Floats splat(float x) {
     return {_mm512_set1_ps(x)};
@@ -49,6 +52,45 @@ inline Floats mul(Floats a, Floats b) {
 }
 inline Floats fma(Floats a, Floats b, Floats c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Floats sub(Floats a, Floats b) {
+    return {_mm512_sub_ps(a.v, b.v)};
+}
+inline Floats div(Floats a, Floats b) {
+    return {_mm512_div_ps(a.v, b.v)};
+}
+inline Floats max(Floats a, Floats b) {
+    return {_mm512_max_ps(a.v, b.v)};
+}
+inline Floats min(Floats a, Floats b) {
+    return {_mm512_min_ps(a.v, b.v)};
+}
+// To the nearest whole number, ties to even.
+inline Floats round(Floats a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a times two to the power of n, a whole number in [-126, 127].
+inline Floats times_power_of_two(Floats a, Floats n) {
+    return {_mm512_scalef_ps(a.v, n.v)};
+}
+// a where x is not below the bound, and 0 elsewhere.
+inline Floats zero_below(Floats x, float bound, Floats a) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ), a.v)};
+}
+// Lanes [from, to) of a; `other` elsewhere.
+inline Floats keep(Floats a, int from, int to, float other) {
+    const __mmask16 kept = static_cast<__mmask16>((1u << to) - (1u << from));
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(other), kept, a.v)};
+}
+// Lanes are added in halves: 8 to 8, 4 to 4, and so on.
+inline float sum(Floats a) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline float largest(Floats a) {
+    return _mm512_reduce_max_ps(a.v);
 }
 inline float first(Floats a) {
     return _mm512_cvtss_f32(a.v);
@@ -84,6 +126,14 @@ inline void store_bf16(Floats a, void* at) {
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
     _mm256_storeu_si256(static_cast<__m256i*>(at), _mm512_cvtepi32_epi16(high));
+}
+// The same of numbers that are zero or normal, where the CPU's own conversion does it.
+inline void store_bf16_normal(Floats a, void* at) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(static_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(a.v));
+#else
+    store_bf16(a, at);
+#endif
 }
 inline float max_abs(Floats a, Floats b) {
     return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a.v), _mm512_abs_ps(b.v)));
@@ -162,6 +212,9 @@ inline Ints dot(Ints sum, Bytes a, Bytes b) {
 #endif
 }
 
+inline Halves load_halves(const void* at) {
+    return {_mm512_loadu_si512(at)};
+}
 inline Halves splat_halves(std::uint32_t pair) {
     return {_mm512_set1_epi32(static_cast<std::int32_t>(pair))};
 }

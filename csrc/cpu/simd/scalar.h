@@ -34,6 +34,9 @@ constexpr int tile_rows = 1;
 // Panels read at once for one to four rows.
 constexpr int few_panels[] = {1, 1, 1, 1};
 constexpr int tile_panels = 1;
+// Register tiles of attention: queries by vectors of scores, and by vectors of values.
+constexpr int score_rows = 1, score_vectors = 1;
+constexpr int value_rows = 1, value_vectors = 1;
 
 template <class Vector, class Lane>
 inline Vector each(Lane lane) {
@@ -61,6 +64,48 @@ inline Floats mul(const Floats& a, const Floats& b) {
 // no such instruction the library computes it, slowly.
 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each<Floats>([&](int i) { return ::fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+inline Floats sub(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Floats div(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Floats max(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Floats min(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+// To the nearest whole number, ties to even.
+inline Floats round(const Floats& a) {
+    return each<Floats>([&](int i) { return ::nearbyintf(a.v[i]); });
+}
+// a times two to the power of n, a whole number in [-126, 127].
+inline Floats times_power_of_two(const Floats& a, const Floats& n) {
+    return each<Floats>([&](int i) {
+        return a.v[i] * from_bits(static_cast<std::uint32_t>(static_cast<int>(n.v[i]) + 127) << 23);
+    });
+}
+// a where x is not below the bound, and 0 elsewhere.
+inline Floats zero_below(const Floats& x, float bound, const Floats& a) {
+    return each<Floats>([&](int i) { return x.v[i] >= bound ? a.v[i] : 0.0f; });
+}
+// Lanes [from, to) of a; `other` elsewhere.
+inline Floats keep(const Floats& a, int from, int to, float other) {
+    return each<Floats>([&](int i) { return i >= from && i < to ? a.v[i] : other; });
+}
+// Lanes are added in halves: 8 to 8, 4 to 4, and so on.
+inline float sum(Floats a) {
+    for (int half = lanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    }
+    return a.v[0];
+}
+inline float largest(const Floats& a) {
+    float most = a.v[0];
+    for (const float one : a.v) most = one > most ? one : most;
+    return most;
 }
 inline float first(const Floats& a) {
     return a.v[0];
@@ -91,6 +136,10 @@ inline void store_bf16(const Floats& a, void* at) {
     std::uint16_t halves[lanes];
     for (int i = 0; i < lanes; ++i) halves[i] = f32_to_bf16(a.v[i]);
     std::memcpy(at, halves, sizeof halves);
+}
+// The same of numbers that are zero or normal.
+inline void store_bf16_normal(const Floats& a, void* at) {
+    store_bf16(a, at);
 }
 inline float max_abs(const Floats& a, const Floats& b) {
     float largest = 0.0f;
@@ -182,6 +231,11 @@ inline Ints dot(const Ints& sum, const Bytes& a, const Bytes& b) {
     });
 }
 
+inline Halves load_halves(const void* at) {
+    Halves out;
+    std::memcpy(&out, at, sizeof out);
+    return out;
+}
 inline Halves splat_halves(std::uint32_t pair) {
     return each<Halves>([&](int) { return pair; });
 }

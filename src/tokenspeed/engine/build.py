@@ -41,6 +41,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         dtype=dtype,
         overrides=config.kernels,
         weight_formats=(PACKED, dtype_name) if checkpoint.packable else (dtype_name,),
+        kv_formats=_kv_formats(dtype_name, config.page_size),
         runtime=start_runtime(threads=config.threads or usable_cpu_count()),
     )
     # On the meta device a model has shapes and no memory: enough to know what it will take.
@@ -129,3 +130,9 @@ def _context_max(config: EngineConfig, model: ModelConfig) -> int:
             f"give {limit} or less"
         )
     return config.max_context
+
+
+def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:
+    """Interleaved pages need whole vectors of positions."""
+    interleaved = (f"interleaved_{dtype_name}",) if page_size % 16 == 0 else ()
+    return (*interleaved, dtype_name)

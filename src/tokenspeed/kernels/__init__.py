@@ -17,7 +17,7 @@ from tokenspeed.kernels.weights import PACKED, BlockMatrix, Matrix, PackedWeight
 
 # Importing these fills the registry: first the ops, then our own kernels for them.
 from tokenspeed.kernels import ops, reference  # isort: skip
-from tokenspeed.kernels.cpu import gemm as _native_gemm  # noqa: F401  # isort: skip
+from tokenspeed.kernels.cpu import solution as _solution  # noqa: F401  # isort: skip
 
 __all__ = [
     "ANY",

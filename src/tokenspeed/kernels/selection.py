@@ -71,6 +71,7 @@ class KernelSelector:
         overrides: op name to the solution that must be used.
         weight_formats: formats in which the checkpoint's matrices can be had, best first; the
             dtype alone if None.
+        kv_formats: formats that KV pages may have, best first; the dtype alone if None.
         runtime: threads and memory of native kernels; None for one that has the calling thread,
             and is started when a kernel first needs it.
         registry: where kernels are looked up; the package's own unless a test brings another.
@@ -87,6 +88,7 @@ class KernelSelector:
         dtype: torch.dtype,
         overrides: Mapping[str, str] | None = None,
         weight_formats: Sequence[str] | None = None,
+        kv_formats: Sequence[str] | None = None,
         runtime: CpuRuntime | None = None,
         registry: Registry | None = None,
         platform: Platform | None = None,
@@ -97,6 +99,7 @@ class KernelSelector:
         self._platform = platform or Platform.of(device)
         self._overrides = dict(overrides or {})
         self._weight_formats = tuple(weight_formats or (self._dtype_name,))
+        self._kv_formats = tuple(kv_formats or (self._dtype_name,))
         self._runtime = runtime
         for name in self._overrides:
             self._registry.op(name)
@@ -123,6 +126,22 @@ class KernelSelector:
         """
         for name in self._weight_formats:
             if all(self._reads(op.name, name) for op in ops):
+                return name
+        return self._dtype_name
+
+    def kv_format(self, *ops: Op[..., Any], head_dim: int) -> str:
+        """The first of the formats of KV pages that all of some ops read.
+
+        Args:
+            ops: those that share the pages.
+            head_dim: elements of a head.
+        """
+        for name in self._kv_formats:
+            found = [
+                self.explain(op.name, format_name=name, traits={"head_dim": head_dim}).winner
+                for op in ops
+            ]
+            if all(found):
                 return name
         return self._dtype_name
 

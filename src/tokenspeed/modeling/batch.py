@@ -30,10 +30,11 @@ class ForwardBatch:
         token_ids_T: int64.
         positions_T: int64; the position of each token in its request.
         groups: one per cache group of the model, in the order of `Model.kv_specs()`.
-        sample_token_indices_S: int64; the tokens of the batch whose logits are wanted.
+        sample_token_indices_S: int64; the tokens of the batch whose logits are wanted. None for
+            all, in their order.
     """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     groups: tuple[PagedRows, ...]
-    sample_token_indices_S: torch.Tensor
+    sample_token_indices_S: torch.Tensor | None

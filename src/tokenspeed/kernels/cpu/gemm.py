@@ -54,6 +54,6 @@ def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, *, runtime: CpuRuntime) 
     """The rows of the table, dequantised."""
     assert isinstance(table_VM, PackedWeight)
     (table,) = table_VM.matrices
-    x_TM = torch.empty((len(token_ids_T), table_VM.shape[1]), dtype=table_VM.dtype)
+    x_TM = torch.empty((len(token_ids_T), table_VM.shape[1]))
     _cpu.lookup(runtime, token_ids_T, table, x_TM)
     return x_TM

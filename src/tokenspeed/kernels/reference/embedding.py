@@ -14,4 +14,4 @@ __all__ = ["lookup"]
 @kernel("embedding.lookup", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
 def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor) -> torch.Tensor:
     """The rows of the table."""
-    return table_VM.index_select(0, token_ids_T)
+    return table_VM.index_select(0, token_ids_T).float()

@@ -10,7 +10,13 @@ from tokenspeed.kernels.registry import ANY, Priority, kernel
 __all__ = ["append"]
 
 
-@kernel("kvcache.append", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+@kernel(
+    "kvcache.append",
+    solution="reference",
+    formats=("float32", "bfloat16", "float16"),
+    traits={"head_dim": ANY},
+    priority=Priority.REFERENCE,
+)
 def append(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,

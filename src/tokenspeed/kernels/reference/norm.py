@@ -23,5 +23,5 @@ def add_rms_norm(
     x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum, then its norm."""
-    sum_TM = (x_TM + residual_TM).to(residual_TM.dtype)
+    sum_TM = x_TM + residual_TM
     return rms_norm(sum_TM, weight_M, epsilon), sum_TM

@@ -7,7 +7,16 @@ import torch
 
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 
-__all__ = ["rotate"]
+__all__ = ["angles", "rotate"]
+
+
+@kernel("rope.angles", solution="reference", formats=("float32",), priority=Priority.REFERENCE)
+def angles(
+    positions_T: torch.Tensor, frequencies_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The angles, and their cosines and sines."""
+    angles_TE = positions_T[:, None].float() * frequencies_E
+    return angles_TE.cos(), angles_TE.sin()
 
 
 @kernel(

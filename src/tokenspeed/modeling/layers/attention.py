@@ -55,8 +55,11 @@ class Attention(Module):
         self.output = RowLinear(heads * head_dim, hidden_size, kernels=kernels, bias=output_bias)
         traits = {"head_dim": head_dim}
         self._rotate = kernels.select(ops.rope.rotate, traits=traits)
-        self._append = kernels.select(ops.kvcache.append)
-        self._attend = kernels.select(ops.attention.paged_mha, traits=traits)
+        kv_format = kernels.kv_format(
+            ops.kvcache.append, ops.attention.paged_mha, head_dim=head_dim
+        )
+        self._append = kernels.select(ops.kvcache.append, format_name=kv_format, traits=traits)
+        self._attend = kernels.select(ops.attention.paged_mha, format_name=kv_format, traits=traits)
 
     def forward(
         self,

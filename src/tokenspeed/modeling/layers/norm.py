@@ -38,7 +38,7 @@ class RMSNorm(Module):
     def forward(
         self, x_TM: torch.Tensor, residual_TM: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual); a residual of None starts the stream with x."""
+        """(norm(x + residual), x + residual). Without a residual x, float32, begins the stream."""
         if residual_TM is None:
-            return self._rms_norm(x_TM, self.weight.tensor, self._epsilon), x_TM.float()
+            return self._rms_norm(x_TM, self.weight.tensor, self._epsilon), x_TM
         return self._add_rms_norm(x_TM, residual_TM, self.weight.tensor, self._epsilon)

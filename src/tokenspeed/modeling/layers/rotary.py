@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.modeling.config import RopeConfig
 from tokenspeed.modeling.module import Module
 
@@ -29,15 +30,16 @@ class RotaryEmbedding(Module):
     Args:
         rope: base and scaling of the frequencies.
         head_dim: 2 E.
+        kernels: chooses the op.
     """
 
-    def __init__(self, rope: RopeConfig, *, head_dim: int) -> None:
+    def __init__(self, rope: RopeConfig, *, head_dim: int, kernels: KernelSelector) -> None:
         self._frequencies_E = _frequencies(rope, head_dim)
+        self._angles = kernels.select(ops.rope.angles, format_name="float32")
 
     def forward(self, positions_T: torch.Tensor) -> Angles:
         """Angles of int64 positions."""
-        angles_TE = positions_T[:, None].float() * self._frequencies_E
-        return Angles(angles_TE.cos(), angles_TE.sin())
+        return Angles(*self._angles(positions_T, self._frequencies_E))
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

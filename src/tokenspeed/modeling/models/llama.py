@@ -104,7 +104,7 @@ class Llama(Model):
     def __init__(self, config: ModelConfig, kernels: KernelSelector) -> None:
         super().__init__(config, kernels)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, kernels=kernels)
-        self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim)
+        self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim, kernels=kernels)
         self.blocks = tuple(self.block(config, kernels) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
         self.head = LMHead(
@@ -133,6 +133,8 @@ class Llama(Model):
             x_TM, residual_TM = block(x_TM, residual_TM, angles, rows, kv.layer(0, index))
         assert residual_TM is not None
         sampled_S = batch.sample_token_indices_S
-        x_SM, _ = self.norm(x_TM[sampled_S], residual_TM[sampled_S])
+        if sampled_S is not None:
+            x_TM, residual_TM = x_TM[sampled_S], residual_TM[sampled_S]
+        x_SM, _ = self.norm(x_TM, residual_TM)
         logits_SV: torch.Tensor = self.head(x_SM)
         return logits_SV

@@ -24,5 +24,5 @@ def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torc
 def add_rms_norm(
     x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum = x + residual, in the residual's type; gives (rms_norm(sum), sum)."""
+    """sum = x + residual, both sum and residual float32; gives (rms_norm(sum), sum)."""
     return add_rms_norm.best(x_TM)(x_TM, residual_TM, weight_M, epsilon)

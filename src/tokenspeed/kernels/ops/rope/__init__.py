@@ -7,7 +7,19 @@ import torch
 
 from tokenspeed.kernels.registry import declare_op
 
-__all__ = ["rotate"]
+__all__ = ["angles", "rotate"]
+
+
+@declare_op("rope.angles")
+def angles(
+    positions_T: torch.Tensor, frequencies_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos_TE, sin_TE) of position times frequency.
+
+    Positions are int64, frequencies float32, and so are their products, as where models were
+    trained.
+    """
+    return angles.best(frequencies_E)(positions_T, frequencies_E)
 
 
 @declare_op("rope.rotate", traits=("head_dim",))

@@ -1,0 +1,465 @@
+// Attention over paged KV, for one token or many.
+//
+// For one token and one query head:
+//
+//     for each block of 256 positions, as far as the token sees:
+//         s = (q . k) * scale, over pairs of elements in their order
+//         m = max s;  p = 2^(s log2(e) - m), rounded to V's type;  l = sum of p
+//         o = sum of p v, over pairs of positions in their order
+//     M, L, O = the blocks' m, l and o merged from the first to the last;  y = O / L
+//
+// Positions that a token does not see have p = 0, which changes no sum. So a token's result is the
+// same bits whether it is computed alone or among the tokens of a prompt, however that was cut, and
+// whichever thread does which blocks.
+//
+// The query heads of a KV head stand beside each other as rows, and so do tokens: each vector of K
+// and V that is read serves all of them. Blocks and softmax: Dao et al. 2022 (FlashAttention);
+// blocks of one token on several threads: Dao et al. 2023 (Flash-Decoding).
+
+#include "math.inl"
+
+namespace tokenspeed::cpu {
+namespace {
+
+constexpr float nothing_seen = -1e30f;
+
+// How 32 bits of a pool's elements are multiplied.
+template <Element type>
+struct Words;
+template <>
+struct Words<Element::f32> {
+    static constexpr int pair = 1;
+    using Vector = Floats;
+    static Vector load(const std::byte* at) {
+        return load_floats(reinterpret_cast<const float*>(at));
+    }
+    static Vector splat_word(const std::byte* at) {
+        float word;
+        __builtin_memcpy(&word, at, sizeof word);
+        return splat(word);
+    }
+    static Floats multiply_add(Vector a, Vector b, Floats sum) { return fma(a, b, sum); }
+    static void store_weights(Floats p, std::byte* at) { store(p, reinterpret_cast<float*>(at)); }
+    static Floats load_weights(const std::byte* at) { return load(at); }
+};
+template <>
+struct Words<Element::bf16> {
+    static constexpr int pair = 2;
+    using Vector = Halves;
+    static Vector load(const std::byte* at) { return load_halves(at); }
+    static Vector splat_word(const std::byte* at) {
+        std::uint32_t word;
+        __builtin_memcpy(&word, at, sizeof word);
+        return splat_halves(word);
+    }
+    static Floats multiply_add(Vector a, Vector b, Floats sum) { return dot(sum, a, b); }
+    static void store_weights(Floats p, std::byte* at) { store_bf16_normal(p, at); }
+    static Floats load_weights(const std::byte* at) { return load_bf16(at); }
+};
+
+// Query rows of a part are worked on in the thread's scratch memory.
+constexpr int part_rows_max = 48;
+constexpr int block_groups = block_positions / lanes;
+struct AttentionScratch {
+    std::byte queries[part_rows_max][head_dim_max * 4];
+    float scores[part_rows_max][block_positions];
+    std::byte weights[part_rows_max][block_positions * 4];
+    float block_outputs[part_rows_max][head_dim_max];
+    float outputs[part_rows_max][head_dim_max];
+    float block_peaks[part_rows_max], block_sums[part_rows_max];
+    float peaks[part_rows_max], sums[part_rows_max];
+};
+
+// Which positions a query row sees: [from, to).
+struct Seen {
+    std::int64_t from, to;
+};
+
+// The part's geometry.
+template <Element type>
+struct AttentionView {
+    static constexpr int pair = Words<type>::pair;
+    static constexpr std::int64_t element = 4 / pair;
+
+    const Attention& call;
+    const AttentionPart& part;
+    std::int64_t group = call.heads / call.kv.heads;
+    std::int64_t rows = (part.token_end - part.token) * group;
+    std::int64_t first_token = call.rows.query_starts[part.row];
+    const std::int32_t* pages =
+        call.rows.pages + call.rows.slots[part.row] * call.rows.pages_stride;
+
+    std::int64_t token_of(std::int64_t row) const { return part.token + row / group; }
+    Seen seen(std::int64_t row) const {
+        const std::int64_t position = call.rows.context_lens[part.row] + token_of(row);
+        const std::int64_t from = call.window == 0 ? 0 : position + 1 - call.window;
+        return {from > 0 ? from : 0, position + 1};
+    }
+    std::int64_t head_of(std::int64_t row) const { return part.kv_head * group + row % group; }
+    const std::byte* query(std::int64_t row) const {
+        return static_cast<const std::byte*>(call.q.at(first_token + token_of(row))) +
+               head_of(row) * call.kv.head_dim * element;
+    }
+    std::byte* output(std::int64_t row) const {
+        return static_cast<std::byte*>(call.y.at(first_token + token_of(row))) +
+               head_of(row) * call.kv.head_dim * element;
+    }
+    // Where the part's KV head begins in the page that holds a position.
+    const std::byte* page(const void* pool, std::int64_t position) const {
+        const std::int64_t page = pages[position / call.kv.page_size];
+        return static_cast<const std::byte*>(pool) +
+               (page * call.kv.page_elements() + part.kv_head * call.kv.head_elements()) * element;
+    }
+    // K of 16 positions from a multiple of 16 on: vectors of one pair of elements each, so far
+    // apart.
+    const std::byte* keys(std::int64_t position) const {
+        return page(call.kv.k, position) + position % call.kv.page_size * 4;
+    }
+    std::int64_t keys_stride() const { return call.kv.page_size * 4; }
+    // V from a multiple of 16 on: rows of head_dim words, for one pair of positions each.
+    const std::byte* values(std::int64_t position) const {
+        return page(call.kv.v, position) +
+               position % call.kv.page_size * call.kv.head_dim * element;
+    }
+};
+
+// Dot products of `rows` queries with `vectors` times 16 keys.
+template <Element type, int rows, int vectors>
+void score_tile(const std::byte* queries, const std::byte* const* keys, std::int64_t stride,
+                std::int64_t words, float* scores) {
+    using W = Words<type>;
+    Floats sums[rows][vectors];
+    for (auto& of_row : sums) {
+        for (Floats& sum : of_row) sum = splat(0.0f);
+    }
+    const std::byte* at[vectors];
+    for (int v = 0; v < vectors; ++v) at[v] = keys[v];
+    for (std::int64_t word = 0; word < words; ++word) {
+        typename W::Vector k[vectors];
+        for (int v = 0; v < vectors; ++v) {
+            k[v] = W::load(at[v]);
+            at[v] += stride;
+        }
+        for (int row = 0; row < rows; ++row) {
+            const auto q = W::splat_word(queries + row * head_dim_max * 4 + word * 4);
+            for (int v = 0; v < vectors; ++v) {
+                sums[row][v] = W::multiply_add(q, k[v], sums[row][v]);
+            }
+        }
+    }
+    for (int row = 0; row < rows; ++row) {
+        for (int v = 0; v < vectors; ++v) {
+            store(sums[row][v], scores + row * block_positions + v * lanes);
+        }
+    }
+}
+
+// Scores of all rows with positions [from, to) of a block that starts at `block`; both are
+// multiples of 16 from there.
+template <Element type>
+void score_block(const AttentionView<type>& view, AttentionScratch& scratch, std::int64_t block,
+                 int from, int to) {
+    const std::int64_t words = view.call.kv.head_dim / Words<type>::pair;
+    for (int at = from; at < to; at += score_vectors * lanes) {
+        const int left = (to - at) / lanes;
+        const std::byte* keys[score_vectors];
+        // Beyond the end the last ones stand in.
+        for (int v = 0; v < score_vectors; ++v) {
+            keys[v] = view.keys(block + at + (v < left ? v : left - 1) * lanes);
+        }
+        for (std::int64_t row = 0; row < view.rows; row += score_rows) {
+            const auto tile = [&]<int rows>(Constant<rows>) {
+                const std::byte* queries = scratch.queries[row];
+                float* scores = scratch.scores[row] + at;
+                if (score_vectors == 1 || left >= score_vectors) {
+                    score_tile<type, rows, score_vectors>(queries, keys, view.keys_stride(), words,
+                                                          scores);
+                } else {
+                    score_tile<type, rows, 1>(queries, keys, view.keys_stride(), words, scores);
+                }
+            };
+            const std::int64_t rows = view.rows - row;
+            with_count<score_rows>(rows < score_rows ? rows : score_rows, tile);
+        }
+    }
+}
+
+// Weights of a row over lanes [from, to) of the block, of which it sees [seen_from, seen_to).
+template <Element type>
+void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, int from, int to,
+           Seen seen) {
+    const int seen_from = static_cast<int>(seen.from), seen_to = static_cast<int>(seen.to);
+    float* const scores = scratch.scores[row];
+    std::byte* const weights = scratch.weights[row];
+    const Floats factor = splat(call.soft_cap == 0.0f ? call.scale * log2_e : call.scale);
+    const auto load = [&](int at) {
+        Floats score = mul(load_floats(scores + at), factor);
+        if (call.soft_cap != 0.0f) {
+            const Floats curve = tanh(div(score, splat(call.soft_cap)));
+            score = mul(curve, splat(call.soft_cap * log2_e));
+        }
+        if (at >= seen_from && at + lanes <= seen_to) return score;
+        const auto within = [&](int position) {
+            const int lane = position - at;
+            return lane < 0 ? 0 : lane > lanes ? lanes : lane;
+        };
+        return keep(score, within(seen_from), within(seen_to), nothing_seen);
+    };
+    Floats most = splat(nothing_seen);
+    for (int at = from; at < to; at += lanes) {
+        const Floats score = load(at);
+        store(score, scores + at);
+        most = max(score, most);
+    }
+    const float peak = largest(most);
+    Floats sums = splat(0.0f);
+    const Floats peaks = splat(peak);
+    for (int at = from; at < to; at += lanes) {
+        std::byte* const to_weights = weights + at * (4 / Words<type>::pair);
+        Words<type>::store_weights(exp2(sub(load_floats(scores + at), peaks)), to_weights);
+        sums = add(sums, Words<type>::load_weights(to_weights));
+    }
+    scratch.block_peaks[row] = peak;
+    scratch.block_sums[row] = sum(sums);
+}
+
+// Adds `rows` rows' weights times `vectors` vectors of V to their sums, over some words of
+// positions.
+template <Element type, int rows, int vectors>
+void value_tile(const std::byte* weights, const std::byte* values, std::int64_t stride,
+                std::int64_t words, float* outputs) {
+    using W = Words<type>;
+    Floats sums[rows][vectors];
+    for (int row = 0; row < rows; ++row) {
+        for (int v = 0; v < vectors; ++v) {
+            sums[row][v] = load_floats(outputs + row * head_dim_max + v * lanes);
+        }
+    }
+    for (std::int64_t word = 0; word < words; ++word) {
+        typename W::Vector value[vectors];
+        for (int v = 0; v < vectors; ++v) value[v] = W::load(values + v * lanes * 4);
+        values += stride;
+        for (int row = 0; row < rows; ++row) {
+            const auto weight = W::splat_word(weights + row * block_positions * 4 + word * 4);
+            for (int v = 0; v < vectors; ++v) {
+                sums[row][v] = W::multiply_add(weight, value[v], sums[row][v]);
+            }
+        }
+    }
+    for (int row = 0; row < rows; ++row) {
+        for (int v = 0; v < vectors; ++v) {
+            store(sums[row][v], outputs + row * head_dim_max + v * lanes);
+        }
+    }
+}
+
+// Weighted sums of V over positions [from, to) of a block; `from` is a multiple of 16 from its
+// start.
+template <Element type>
+void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std::int64_t block,
+                int from, int to) {
+    constexpr int pair = Words<type>::pair;
+    const std::int64_t dim = view.call.kv.head_dim, page_size = view.call.kv.page_size;
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+        for (std::int64_t at = 0; at < dim; at += lanes) {
+            store(splat(0.0f), scratch.block_outputs[row] + at);
+        }
+    }
+    for (std::int64_t at = from; at < to;) {
+        // As far as the page goes.
+        const std::int64_t page_left = page_size - (block + at) % page_size;
+        const std::int64_t count = to - at < page_left ? to - at : page_left;
+        const std::byte* values = view.values(block + at);
+        const std::int64_t words = (count + pair - 1) / pair;
+        for (std::int64_t row = 0; row < view.rows;) {
+            // Tiles of about equal height.
+            const std::int64_t left = view.rows - row;
+            const std::int64_t tiles = (left + value_rows - 1) / value_rows;
+            const std::int64_t height = (left + tiles - 1) / tiles;
+            const std::byte* weights = scratch.weights[row] + at * (4 / pair);
+            const auto tile = [&]<int rows>(Constant<rows>) {
+                for (std::int64_t v = 0; v < dim / lanes; v += value_vectors) {
+                    const std::byte* from_v = values + v * lanes * 4;
+                    float* outputs = scratch.block_outputs[row] + v * lanes;
+                    const std::int64_t vectors = dim / lanes - v;
+                    with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
+                                              [&]<int count_v>(Constant<count_v>) {
+                                                  value_tile<type, rows, count_v>(
+                                                      weights, from_v, dim * 4, words, outputs);
+                                              });
+                }
+            };
+            with_count<value_rows>(height, tile);
+            row += height;
+        }
+        at += count;
+    }
+}
+
+// Takes one block's result of a row into what the row has of earlier ones.
+void merge_block(float& peak, float& total, float* output, float block_peak, float block_total,
+                 const float* block_output, std::int64_t dim) {
+    const float most = peak > block_peak ? peak : block_peak;
+    const float old_part = first(exp2(splat(peak - most)));
+    const float new_part = first(exp2(splat(block_peak - most)));
+    peak = most;
+    total = first(fma(splat(total), splat(old_part), splat(block_total * new_part)));
+    for (std::int64_t at = 0; at < dim; at += lanes) {
+        const Floats added = mul(load_floats(block_output + at), splat(new_part));
+        store(fma(load_floats(output + at), splat(old_part), added), output + at);
+    }
+}
+
+template <Element type>
+void begin_rows(const AttentionView<type>& view, AttentionScratch& scratch) {
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+        scratch.peaks[row] = nothing_seen;
+        scratch.sums[row] = 0.0f;
+        for (std::int64_t at = 0; at < view.call.kv.head_dim; at += lanes) {
+            store(splat(0.0f), scratch.outputs[row] + at);
+        }
+    }
+}
+
+template <Element type>
+void end_rows(const AttentionView<type>& view, AttentionScratch& scratch) {
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+        const Floats factor = splat(1.0f / scratch.sums[row]);
+        for (std::int64_t at = 0; at < view.call.kv.head_dim; at += lanes) {
+            store_part(mul(load_floats(scratch.outputs[row] + at), factor), view.output(row), type,
+                       at, lanes);
+        }
+    }
+}
+
+// One block of a partial result: peak, sum, and sums of V.
+constexpr std::int64_t partial_floats(std::int64_t head_dim) {
+    return head_dim + lanes;
+}
+
+template <Element type>
+void attend(const Attention& call, const AttentionPart& part, AttentionScratch& scratch) {
+    const AttentionView<type> view{call, part};
+    const std::int64_t dim = call.kv.head_dim;
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+        __builtin_memcpy(scratch.queries[row], view.query(row),
+                         static_cast<std::size_t>(dim * view.element));
+    }
+    if (part.partials == nullptr) begin_rows(view, scratch);
+    // Of all rows, the first position any of them sees, and the end of what the last one sees.
+    const Seen all{view.seen(0).from, view.seen(view.rows - 1).to};
+    for (std::int64_t index = part.block; index < part.block_end; ++index) {
+        const std::int64_t block = index * block_positions;
+        const auto within = [&](std::int64_t position) {
+            const std::int64_t at = position - block;
+            return at < 0 ? 0 : at > block_positions ? std::int64_t{block_positions} : at;
+        };
+        const int from = static_cast<int>(within(all.from) / lanes * lanes);
+        const int to = static_cast<int>(within(all.to));
+        if (from < to) {
+            const int whole_to = (to + lanes - 1) / lanes * lanes;
+            score_block(view, scratch, block, from, whole_to);
+            for (std::int64_t row = 0; row < view.rows; ++row) {
+                const Seen seen = view.seen(row);
+                weigh<type>(call, scratch, row, from, whole_to,
+                            {within(seen.from), within(seen.to)});
+            }
+            sum_values(view, scratch, block, from, to);
+        }
+        for (std::int64_t row = 0; row < view.rows; ++row) {
+            const Seen seen = view.seen(row);
+            const bool sees = within(seen.from) < within(seen.to);
+            if (part.partials != nullptr) {
+                float* const partial =
+                    part.partials + ((index - part.block) * view.rows + row) * partial_floats(dim);
+                partial[0] = sees ? scratch.block_peaks[row] : nothing_seen;
+                partial[1] = scratch.block_sums[row];
+                for (std::int64_t at = 0; sees && at < dim; at += lanes) {
+                    store(load_floats(scratch.block_outputs[row] + at), partial + lanes + at);
+                }
+            } else if (sees) {
+                merge_block(scratch.peaks[row], scratch.sums[row], scratch.outputs[row],
+                            scratch.block_peaks[row], scratch.block_sums[row],
+                            scratch.block_outputs[row], dim);
+            }
+        }
+    }
+    if (part.partials == nullptr) end_rows(view, scratch);
+}
+
+template <Element type>
+void merge(const Attention& call, const AttentionPart& part, AttentionScratch& scratch) {
+    const AttentionView<type> view{call, part};
+    const std::int64_t dim = call.kv.head_dim;
+    begin_rows(view, scratch);
+    for (std::int64_t block = part.block; block < part.block_end; ++block) {
+        for (std::int64_t row = 0; row < view.rows; ++row) {
+            const float* const partial =
+                part.partials + ((block - part.block) * view.rows + row) * partial_floats(dim);
+            if (partial[0] == nothing_seen) continue;
+            merge_block(scratch.peaks[row], scratch.sums[row], scratch.outputs[row], partial[0],
+                        partial[1], partial + lanes, dim);
+        }
+    }
+    end_rows(view, scratch);
+}
+
+void attend(const Attention& call, const AttentionPart& part, std::byte* scratch) {
+    auto& memory = *reinterpret_cast<AttentionScratch*>(scratch);
+    if (call.kv.type == Element::f32) {
+        attend<Element::f32>(call, part, memory);
+    } else {
+        attend<Element::bf16>(call, part, memory);
+    }
+}
+
+void merge(const Attention& call, const AttentionPart& part, std::byte* scratch) {
+    auto& memory = *reinterpret_cast<AttentionScratch*>(scratch);
+    if (call.kv.type == Element::f32) {
+        merge<Element::f32>(call, part, memory);
+    } else {
+        merge<Element::bf16>(call, part, memory);
+    }
+}
+
+// Writes a token's K and V. Behind the last token of a row V's other half of the pair is zeroed:
+// attention multiplies it by 0, and what was there before may be no number.
+void append(const KvAppend& call, std::int64_t token, bool last) {
+    const KvPages& to = call.to;
+    const std::int64_t element = size_bytes_of(to.type);
+    const std::int64_t pair = 4 / element;
+    const std::int64_t page = call.slots[token] / to.page_size;
+    const std::int64_t position = call.slots[token] % to.page_size;
+    const auto copy = [&](void* pool, std::int64_t index, const void* row, std::int64_t from) {
+        auto* target = static_cast<std::byte*>(pool) + index * element;
+        const auto* source = static_cast<const std::byte*>(row) + from * element;
+        // A store of two or four bytes, whichever it is.
+        if (element == 4) {
+            __builtin_memcpy(target, source, 4);
+        } else {
+            __builtin_memcpy(target, source, 2);
+        }
+    };
+    const std::uint32_t zero = 0;
+    for (std::int64_t head = 0; head < to.heads; ++head) {
+        const std::int64_t base = page * to.page_elements() + head * to.head_elements();
+        for (std::int64_t at = 0; at < to.head_dim; at += pair) {
+            const std::int64_t word = base + (at / pair * to.page_size + position) * pair;
+            __builtin_memcpy(static_cast<std::byte*>(to.k) + word * element,
+                             static_cast<const std::byte*>(call.k.at(token)) +
+                                 (head * to.head_dim + at) * element,
+                             4);
+        }
+        for (std::int64_t at = 0; at < to.head_dim; ++at) {
+            const std::int64_t index =
+                base + (position / pair * to.head_dim + at) * pair + position % pair;
+            copy(to.v, index, call.v.at(token), head * to.head_dim + at);
+            if (last && pair == 2 && position % pair == 0) {
+                copy(to.v, index + 1, &zero, 0);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tokenspeed::cpu

@@ -1,0 +1,74 @@
+// Elementary functions of vectors, the same bits on every instruction set, and vectors of rows that
+// may end within one.
+
+#pragma once
+
+namespace tokenspeed::cpu {
+namespace {
+
+constexpr float log2_e = 1.44269504f;
+constexpr float ln_2 = 0.693147181f;
+
+// 2^x, by its Taylor series about the nearest whole number: relative error below 2^-22. 0 where x
+// is below -126; x is at most 127.
+inline Floats exp2(Floats x) {
+    const Floats whole = round(max(x, splat(-126.0f)));
+    const Floats z = mul(sub(x, whole), splat(ln_2));
+    Floats series = splat(1.0f / 720.0f);
+    for (const float term : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) {
+        series = fma(series, z, splat(term));
+    }
+    return zero_below(x, -126.0f, times_power_of_two(series, whole));
+}
+
+// 1 / (1 + e^-x)
+inline Floats sigmoid(Floats x) {
+    const Floats power = min(mul(x, splat(-log2_e)), splat(127.0f));
+    return div(splat(1.0f), add(splat(1.0f), exp2(power)));
+}
+
+inline Floats tanh(Floats x) {
+    return fma(splat(2.0f), sigmoid(add(x, x)), splat(-1.0f));
+}
+
+constexpr std::int64_t size_bytes_of(Element type) {
+    return type == Element::f32 ? 4 : 2;
+}
+
+// Elements [at, at + count) of a row; lanes from `count` on are 0.
+inline Floats load_part(const void* row, Element type, std::int64_t at, std::int64_t count) {
+    const auto* from = static_cast<const std::byte*>(row) + at * size_bytes_of(type);
+    alignas(64) std::byte whole[lanes * 4];
+    if (count < lanes) {
+        for (std::byte& byte : whole) byte = std::byte{0};
+        __builtin_memcpy(whole, from, static_cast<std::size_t>(count * size_bytes_of(type)));
+        from = whole;
+    }
+    return type == Element::f32 ? load_floats(reinterpret_cast<const float*>(from))
+                                : load_bf16(from);
+}
+
+inline void store_part(Floats x, void* row, Element type, std::int64_t at, std::int64_t count) {
+    auto* to = static_cast<std::byte*>(row) + at * size_bytes_of(type);
+    alignas(64) std::byte whole[lanes * 4];
+    std::byte* const end = count < lanes ? whole : to;
+    if (type == Element::f32) {
+        store(x, reinterpret_cast<float*>(end));
+    } else {
+        store_bf16(x, end);
+    }
+    if (count < lanes) {
+        __builtin_memcpy(to, whole, static_cast<std::size_t>(count * size_bytes_of(type)));
+    }
+}
+
+// Calls f(at, count) for each vector of a row of so many elements.
+template <class F>
+inline __attribute__((always_inline)) void each_vector(std::int64_t elements, const F& f) {
+    std::int64_t at = 0;
+    for (; at + lanes <= elements; at += lanes) f(at, std::int64_t{lanes});
+    if (at < elements) f(at, elements - at);
+}
+
+}  // namespace
+}  // namespace tokenspeed::cpu

@@ -1,0 +1,28 @@
+// Operations that take each row of a batch by itself, on all threads of a runtime.
+//
+// What they throw is KernelError: operands of shapes or types that do not fit each other.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels.h"
+#include "runtime.h"
+
+namespace tokenspeed::cpu {
+
+void add_rms_norm(Runtime& runtime, const AddRmsNorm& call);
+
+void gate(Runtime& runtime, const Gated& call);
+
+void rotate(Runtime& runtime, const Rotation& call);
+
+// Cosine and sine of position * frequency, in float32 as where models were trained: each
+// [positions, frequencies].
+void angles(Runtime& runtime, std::span<const std::int64_t> positions,
+            std::span<const float> frequencies, float* cosines, float* sines);
+
+// The likeliest token of each row of float32 logits.
+void argmax(Runtime& runtime, const In& logits, std::int64_t* tokens);
+
+}  // namespace tokenspeed::cpu

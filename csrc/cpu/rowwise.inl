@@ -1,0 +1,128 @@
+// Operations that take each row of a batch by itself: norms, activations, rotary positions, writes
+// to the KV cache, the likeliest token.
+
+#include "math.inl"
+
+namespace tokenspeed::cpu {
+namespace {
+
+// A few sums side by side hide the latency of an addition.
+constexpr int norm_chains = 4;
+
+void add_rms_norm(const AddRmsNorm& call, std::int64_t row) {
+    const void* const x = call.x.at(row);
+    void* const stream = call.stream.data == nullptr ? nullptr : call.stream.at(row);
+    Floats sums[norm_chains];
+    for (Floats& sum : sums) sum = splat(0.0f);
+    each_vector(call.x.columns, [&](std::int64_t at, std::int64_t count) {
+        Floats value = load_part(x, call.x.type, at, count);
+        if (call.residual.data != nullptr) {
+            value = add(value, load_part(call.residual.at(row), Element::f32, at, count));
+        }
+        if (stream != nullptr) store_part(value, stream, Element::f32, at, count);
+        Floats& sum = sums[at / lanes % norm_chains];
+        sum = fma(value, value, sum);
+    });
+    const float squares = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    const float mean = squares / static_cast<float>(call.x.columns);
+    const Floats scale = splat(1.0f / __builtin_sqrtf(mean + call.epsilon));
+    each_vector(call.x.columns, [&](std::int64_t at, std::int64_t count) {
+        const Floats value = stream != nullptr ? load_part(stream, Element::f32, at, count)
+                                               : load_part(x, call.x.type, at, count);
+        Floats weight = load_part(call.weight, call.y.type, at, count);
+        if (call.weight_offset != 0.0f) weight = add(weight, splat(call.weight_offset));
+        store_part(mul(mul(value, scale), weight), call.y.at(row), call.y.type, at, count);
+    });
+}
+
+template <Activation activation>
+void gate(const Gated& call, std::int64_t row) {
+    const std::int64_t features = call.y.columns;
+    const void* const x = call.x.at(row);
+    each_vector(features, [&](std::int64_t at, std::int64_t count) {
+        const Floats gate = load_part(x, call.x.type, at, count);
+        const Floats up = load_part(x, call.x.type, features + at, count);
+        Floats active;
+        if constexpr (activation == Activation::silu) {
+            active = mul(gate, sigmoid(gate));
+        } else {
+            // Hendrycks and Gimpel 2016, with tanh for the error function.
+            const Floats cube = mul(mul(gate, gate), gate);
+            const Floats inner = fma(cube, splat(0.044715f), gate);
+            const Floats curve = tanh(mul(inner, splat(0.797884561f)));
+            active = mul(mul(splat(0.5f), gate), add(splat(1.0f), curve));
+        }
+        store_part(mul(active, up), call.y.at(row), call.y.type, at, count);
+    });
+}
+
+void gate(const Gated& call, std::int64_t row) {
+    if (call.activation == Activation::silu) {
+        gate<Activation::silu>(call, row);
+    } else {
+        gate<Activation::gelu_tanh>(call, row);
+    }
+}
+
+void rotate(const Rotation& call, std::int64_t token) {
+    const std::int64_t half = call.angles;
+    const float* const cosines = call.cosines + token * half;
+    const float* const sines = call.sines + token * half;
+    for (std::int64_t head = 0; head < call.heads; ++head) {
+        const auto element = size_bytes_of(call.x.type);
+        const auto* const x =
+            static_cast<const std::byte*>(call.x.at(token)) + head * call.head_dim * element;
+        auto* const y = static_cast<std::byte*>(call.y.at(token)) + head * call.head_dim * element;
+        each_vector(half, [&](std::int64_t at, std::int64_t count) {
+            const Floats first = load_part(x, call.x.type, at, count);
+            const Floats second = load_part(x, call.x.type, half + at, count);
+            const Floats cosine = load_part(cosines, Element::f32, at, count);
+            const Floats sine = load_part(sines, Element::f32, at, count);
+            // first cos - second sin, and second cos + first sin.
+            const Floats minus = sub(splat(0.0f), second);
+            store_part(fma(minus, sine, mul(first, cosine)), y, call.y.type, at, count);
+            store_part(fma(first, sine, mul(second, cosine)), y, call.y.type, half + at, count);
+        });
+        each_vector(call.head_dim - 2 * half, [&](std::int64_t at, std::int64_t count) {
+            store_part(load_part(x, call.x.type, 2 * half + at, count), y, call.y.type,
+                       2 * half + at, count);
+        });
+    }
+}
+
+// The largest logit of a row, the first of equal ones; 0 if none is above minus infinity. NaN
+// counts as that, and plus infinity as the greatest finite number.
+std::int64_t argmax(const float* logits, std::int64_t count) {
+    constexpr std::int64_t block = 1024;
+    constexpr float greatest = __FLT_MAX__;
+    // Of an operand that is NaN these give the second one.
+    const auto cap = [&](float x) { return greatest < x ? greatest : x; };
+    // The greatest of each block, then the first block that has the greatest of all.
+    float best = -__builtin_inff();
+    std::int64_t best_block = 0;
+    for (std::int64_t first = 0; first < count; first += block) {
+        const std::int64_t size = count - first < block ? count - first : block;
+        Floats most = splat(best);
+        std::int64_t at = 0;
+        for (; at + lanes <= size; at += lanes) {
+            most = max(min(splat(greatest), load_floats(logits + first + at)), most);
+        }
+        float peak = largest(most);
+        for (; at < size; ++at) {
+            const float one = cap(logits[first + at]);
+            peak = one > peak ? one : peak;
+        }
+        if (peak > best) {
+            best = peak;
+            best_block = first;
+        }
+    }
+    if (!(best >= -greatest)) return 0;
+    for (std::int64_t at = best_block; at < count; ++at) {
+        if (cap(logits[at]) == best) return at;
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace tokenspeed::cpu

@@ -1,0 +1,27 @@
+"""Gated activations; a row's result is the same bits in any batch.
+
+Legend: T tokens, F features of the MLP.
+"""
+
+import torch
+
+from tokenspeed import _cpu
+from tokenspeed.kernels.capability import Capability
+from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.registry import Priority, kernel
+
+__all__ = ["silu_and_mul"]
+
+
+@kernel(
+    "activation.silu_and_mul",
+    solution="cpu",
+    requires=Capability(device="cpu"),
+    formats=("float32", "bfloat16"),
+    priority=Priority.NATIVE,
+)
+def silu_and_mul(gate_up_T2F: torch.Tensor, *, runtime: CpuRuntime) -> torch.Tensor:
+    """One pass in float32, rounded once."""
+    x_TF = gate_up_T2F.new_empty((len(gate_up_T2F), gate_up_T2F.shape[1] // 2))
+    _cpu.gate(runtime, "silu", gate_up_T2F, x_TF)
+    return x_TF
