@@ -123,10 +123,11 @@ struct AttentionView {
     }
 };
 
-// Dot products of `rows` queries with `vectors` times 16 keys.
+// Dot products of `rows` queries with `vectors` times 16 keys. Asks for what is `ahead` of the keys
+// meanwhile, because CPUs do not look beyond a page of memory by themselves.
 template <Element type, int rows, int vectors>
 void score_tile(const std::byte* queries, const std::byte* const* keys, std::int64_t stride,
-                std::int64_t words, float* scores) {
+                std::int64_t words, std::int64_t ahead, float* scores) {
     using W = Words<type>;
     Floats sums[rows][vectors];
     for (auto& of_row : sums) {
@@ -138,6 +139,7 @@ void score_tile(const std::byte* queries, const std::byte* const* keys, std::int
         typename W::Vector k[vectors];
         for (int v = 0; v < vectors; ++v) {
             k[v] = W::load(at[v]);
+            __builtin_prefetch(at[v] + ahead);
             at[v] += stride;
         }
         for (int row = 0; row < rows; ++row) {
@@ -167,15 +169,20 @@ void score_block(const AttentionView<type>& view, AttentionScratch& scratch, std
         for (int v = 0; v < score_vectors; ++v) {
             keys[v] = view.keys(block + at + (v < left ? v : left - 1) * lanes);
         }
+        const int next = at + score_vectors * lanes;
+        const std::byte* next_keys =
+            next < to ? view.keys(block + next) : view.values(block + from);
         for (std::int64_t row = 0; row < view.rows; row += score_rows) {
             const auto tile = [&]<int rows>(Constant<rows>) {
                 const std::byte* queries = scratch.queries[row];
+                const std::int64_t ahead = next_keys - keys[0];
                 float* scores = scratch.scores[row] + at;
                 if (score_vectors == 1 || left >= score_vectors) {
                     score_tile<type, rows, score_vectors>(queries, keys, view.keys_stride(), words,
-                                                          scores);
+                                                          ahead, scores);
                 } else {
-                    score_tile<type, rows, 1>(queries, keys, view.keys_stride(), words, scores);
+                    score_tile<type, rows, 1>(queries, keys, view.keys_stride(), words, ahead,
+                                              scores);
                 }
             };
             const std::int64_t rows = view.rows - row;
@@ -227,7 +234,7 @@ void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, i
 // positions.
 template <Element type, int rows, int vectors>
 void value_tile(const std::byte* weights, const std::byte* values, std::int64_t stride,
-                std::int64_t words, float* outputs) {
+                std::int64_t words, std::int64_t ahead, float* outputs) {
     using W = Words<type>;
     Floats sums[rows][vectors];
     for (int row = 0; row < rows; ++row) {
@@ -237,7 +244,10 @@ void value_tile(const std::byte* weights, const std::byte* values, std::int64_t 
     }
     for (std::int64_t word = 0; word < words; ++word) {
         typename W::Vector value[vectors];
-        for (int v = 0; v < vectors; ++v) value[v] = W::load(values + v * lanes * 4);
+        for (int v = 0; v < vectors; ++v) {
+            value[v] = W::load(values + v * lanes * 4);
+            __builtin_prefetch(values + v * lanes * 4 + ahead);
+        }
         values += stride;
         for (int row = 0; row < rows; ++row) {
             const auto weight = W::splat_word(weights + row * block_positions * 4 + word * 4);
@@ -257,7 +267,7 @@ void value_tile(const std::byte* weights, const std::byte* values, std::int64_t 
 // start.
 template <Element type>
 void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std::int64_t block,
-                int from, int to) {
+                int from, int to, const std::byte* after) {
     constexpr int pair = Words<type>::pair;
     const std::int64_t dim = view.call.kv.head_dim, page_size = view.call.kv.page_size;
     for (std::int64_t row = 0; row < view.rows; ++row) {
@@ -270,6 +280,7 @@ void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std:
         const std::int64_t page_left = page_size - (block + at) % page_size;
         const std::int64_t count = to - at < page_left ? to - at : page_left;
         const std::byte* values = view.values(block + at);
+        const std::byte* next = at + count < to ? view.values(block + at + count) : after;
         const std::int64_t words = (count + pair - 1) / pair;
         for (std::int64_t row = 0; row < view.rows;) {
             // Tiles of about equal height.
@@ -285,7 +296,8 @@ void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std:
                     with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
                                               [&]<int count_v>(Constant<count_v>) {
                                                   value_tile<type, rows, count_v>(
-                                                      weights, from_v, dim * 4, words, outputs);
+                                                      weights, from_v, dim * 4, words,
+                                                      next - values, outputs);
                                               });
                 }
             };
@@ -364,7 +376,9 @@ void attend(const Attention& call, const AttentionPart& part, AttentionScratch& 
                 weigh<type>(call, scratch, row, from, whole_to,
                             {within(seen.from), within(seen.to)});
             }
-            sum_values(view, scratch, block, from, to);
+            const bool more = index + 1 < part.block_end && to == block_positions;
+            const std::int64_t next = more ? block + block_positions : block + from;
+            sum_values(view, scratch, block, from, to, view.keys(next));
         }
         for (std::int64_t row = 0; row < view.rows; ++row) {
             const Seen seen = view.seen(row);
