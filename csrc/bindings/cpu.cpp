@@ -39,6 +39,8 @@ void translate(const std::exception_ptr& pointer, void* errors) {
 
 using HostInts = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Ints = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 std::vector<std::string_view> supported_isas() {
     std::vector<std::string_view> names;
     for (const cpu::Isa& isa : cpu::isas()) {
@@ -231,10 +233,54 @@ NB_MODULE(_cpu, module) {
         },
         "runtime"_a, "logits"_a, "tokens"_a);
 
-    nb::class_<cpu::StepGraph>(module, "StepGraph")
-        .def(nb::init<cpu::Runtime&>(), "runtime"_a, nb::keep_alive<1, 2>())
-        .def("begin", &cpu::StepGraph::begin)
-        .def("end", &cpu::StepGraph::end)
-        .def("run", &cpu::StepGraph::run, "rows"_a, nb::call_guard<nb::gil_scoped_release>())
-        .def("__len__", &cpu::StepGraph::size);
+    nb::class_<cpu::StepRecording>(module, "StepRecording")
+        .def(
+            "__init__",
+            [](cpu::StepRecording* self, cpu::Runtime& runtime, nb::handle token_ids,
+               nb::handle positions, Ints context_lens, Ints row_slots, nb::handle last_tokens,
+               const std::vector<std::tuple<nb::object, nb::object>>& groups) {
+                const auto longs = [](nb::handle tensor, const char* name) {
+                    return const_cast<std::int64_t*>(
+                        tensors.integers<std::int64_t>(tensor, name).data());
+                };
+                cpu::StepInputs inputs{longs(token_ids, "token_ids"),
+                                       longs(positions, "positions"),
+                                       context_lens.data(),
+                                       row_slots.data(),
+                                       longs(last_tokens, "last_tokens"),
+                                       {}};
+                for (const auto& [kv_slots, page_table] : groups) {
+                    const auto pages = tensors.integers<std::int32_t>(page_table, "page_table");
+                    inputs.groups.push_back({longs(kv_slots, "kv_slots"),
+                                             const_cast<std::int32_t*>(pages.data()),
+                                             tensors.borrow(page_table, "page_table").shape[1]});
+                }
+                new (self) cpu::StepRecording(runtime, std::move(inputs));
+            },
+            "runtime"_a, "token_ids"_a, "positions"_a, "context_lens"_a, "row_slots"_a,
+            "last_tokens"_a, "groups"_a, nb::keep_alive<1, 2>())
+        .def("begin", &cpu::StepRecording::begin)
+        .def("end",
+             [](cpu::StepRecording& self, nb::handle chosen) {
+                 self.end(tensors.integers<std::int64_t>(chosen, "chosen").data());
+             })
+        .def(
+            "run",
+            [](const cpu::StepRecording& self, HostInts row_slots, HostInts context_lens,
+               const std::vector<std::tuple<HostInts, HostInts, HostInts, HostInts>>& groups,
+               Ints tokens) {
+                const auto span = [](const HostInts& array) {
+                    return std::span(array.data(), array.shape(0));
+                };
+                cpu::DecodePlan plan{span(row_slots), span(context_lens), {}};
+                for (const auto& [kv_slots, slots, indices, pages] : groups) {
+                    plan.groups.push_back(
+                        {span(kv_slots), span(slots), span(indices), span(pages)});
+                }
+                const std::span<std::int32_t> chosen(tokens.data(), tokens.shape(0));
+                const nb::gil_scoped_release release;
+                self.run(plan, chosen);
+            },
+            "row_slots"_a, "context_lens"_a, "groups"_a, "tokens"_a)
+        .def("__len__", &cpu::StepRecording::size);
 }

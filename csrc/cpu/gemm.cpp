@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "errors.h"
 
@@ -81,23 +82,9 @@ void multiply(Runtime& runtime, const PackedMatrix& weight, const Product& produ
     });
 }
 
-}  // namespace
-
-void linear(Runtime& runtime, const Rows<const void*>& x,
-            std::span<const PackedMatrix* const> weight, const void* bias, const Rows<void*>& y) {
-    std::int64_t outputs = 0;
-    for (const PackedMatrix* part : weight) {
-        outputs += part->outputs();
-        if (part->inputs() != x.columns) {
-            throw KernelError("x has rows of " + std::to_string(x.columns) +
-                              " elements, but the weight takes " + std::to_string(part->inputs()));
-        }
-    }
-    if (y.columns != outputs || y.rows != x.rows) {
-        throw KernelError("y is " + std::to_string(y.rows) + " x " + std::to_string(y.columns) +
-                          ", but x W^T is " + std::to_string(x.rows) + " x " +
-                          std::to_string(outputs));
-    }
+// y = x W^T + bias, of operands that fit.
+void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedMatrix*>& weight,
+                  const void* bias, const Out& y) {
     if (x.rows == 0) return;
     const auto lease = runtime.lease();
     const auto values_size = static_cast<std::size_t>(x.rows * x.columns);
@@ -125,6 +112,29 @@ void linear(Runtime& runtime, const Rows<const void*>& x,
     }
 }
 
+}  // namespace
+
+void linear(Runtime& runtime, const Rows<const void*>& x,
+            std::span<const PackedMatrix* const> weight, const void* bias, const Rows<void*>& y) {
+    std::int64_t outputs = 0;
+    for (const PackedMatrix* part : weight) {
+        outputs += part->outputs();
+        if (part->inputs() != x.columns) {
+            throw KernelError("x has rows of " + std::to_string(x.columns) +
+                              " elements, but the weight takes " + std::to_string(part->inputs()));
+        }
+    }
+    if (y.columns != outputs || y.rows != x.rows) {
+        throw KernelError("y is " + std::to_string(y.rows) + " x " + std::to_string(y.columns) +
+                          ", but x W^T is " + std::to_string(x.rows) + " x " +
+                          std::to_string(outputs));
+    }
+    const std::vector<const PackedMatrix*> parts(weight.begin(), weight.end());
+    runtime.perform(x.rows, [&runtime, x, parts, bias, y](std::int64_t rows) {
+        multiply_all(runtime, x.first(rows), parts, bias, y.first(rows));
+    });
+}
+
 void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMatrix& table,
             const Rows<void*>& y) {
     if (y.columns != table.inputs() || y.rows != static_cast<std::int64_t>(ids.size())) {
@@ -138,10 +148,10 @@ void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMat
                               std::to_string(table.outputs()) + " rows");
         }
     }
-    const std::int64_t element = y.type == Element::f32 ? 4 : 2;
-    runtime.pool().run(static_cast<int>(ids.size()), [&](int index, int) noexcept {
-        table.read_row(ids[static_cast<std::size_t>(index)], y.type,
-                       static_cast<std::byte*>(y.data) + index * y.stride * element);
+    runtime.perform(y.rows, [&runtime, ids, &table, y](std::int64_t rows) {
+        runtime.pool().run(static_cast<int>(rows), [&](int index, int) noexcept {
+            table.read_row(ids[static_cast<std::size_t>(index)], y.type, y.at(index));
+        });
     });
 }
 

@@ -2,36 +2,66 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "runtime.h"
 
 namespace tokenspeed::cpu {
 
+// The memory that the recorded kernels read a decode step's inputs from: entry i of each is row
+// i's.
+struct StepInputs {
+    std::int64_t* token_ids;
+    std::int64_t* positions;
+    std::int32_t* context_lens;
+    std::int32_t* row_slots;
+    // The last token of each slot.
+    std::int64_t* last_tokens;
+    struct Group {
+        std::int64_t* kv_slots;
+        std::int32_t* page_table;
+        std::int64_t pages_stride;
+    };
+    std::vector<Group> groups;
+};
+
+// A decode step as the control plane planned it.
+struct DecodePlan {
+    std::span<const std::int32_t> row_slots;
+    std::span<const std::int32_t> context_lens;
+    struct Group {
+        std::span<const std::int32_t> kv_slots;
+        std::span<const std::int32_t> table_slots, table_indices, table_pages;
+    };
+    std::vector<Group> groups;
+};
+
 // Operands are remembered by address: whoever records keeps their memory, and sees to it that
-// nothing but kernels of the runtime touches it between inputs and results. Rows of a step are
-// independent of each other, so what was recorded for some rows can be run for fewer.
-class StepGraph {
+// nothing but kernels of the runtime touches it between inputs and results. Rows of a decode step
+// are independent of each other, so what was recorded for some rows can be run for fewer.
+class StepRecording {
   public:
-    explicit StepGraph(Runtime& runtime) : runtime_(runtime) {}
-    StepGraph(const StepGraph&) = delete;
-    StepGraph& operator=(const StepGraph&) = delete;
+    StepRecording(Runtime& runtime, StepInputs inputs)
+        : runtime_(runtime), inputs_(std::move(inputs)) {}
+    StepRecording(const StepRecording&) = delete;
+    StepRecording& operator=(const StepRecording&) = delete;
 
-    // Kernels called on the runtime between these two are recorded, and run too.
-    // Throws KernelError: nothing is being recorded.
+    // Kernels called on the runtime between these two are recorded instead of run. The last one
+    // chooses a token for each row, and writes it where `chosen` says.
     void begin();
-    void end();
-
-    // Runs what was recorded, for the first `rows` rows.
-    void run(std::int64_t rows) const {
-        for (const Call& call : calls_) call(rows);
-    }
+    void end(const std::int64_t* chosen);
     std::size_t size() const { return calls_.size(); }
+
+    // Takes a plan's inputs in, runs what was recorded for its rows, and makes the chosen tokens
+    // their slots' last; writes them to `tokens`, too.
+    void run(const DecodePlan& plan, std::span<std::int32_t> tokens) const;
 
   private:
     Runtime& runtime_;
+    StepInputs inputs_;
     std::vector<Call> calls_;
-    bool recording_ = false;
+    const std::int64_t* chosen_ = nullptr;
 };
 
 }  // namespace tokenspeed::cpu

@@ -26,6 +26,9 @@ struct Rows {
     TOKENSPEED_INLINE std::int64_t element_size_bytes() const {
         return type == Element::f32 ? 4 : 2;
     }
+    TOKENSPEED_INLINE Rows first(std::int64_t count) const {
+        return {data, type, count, columns, stride};
+    }
     TOKENSPEED_INLINE Pointer at(std::int64_t row) const {
         // Through a number, because void may be constant.
         return reinterpret_cast<Pointer>(

@@ -37,13 +37,16 @@ class Runtime {
     // Shared with the weights that lie in it.
     const std::shared_ptr<Arena>& arena() const { return arena_; }
 
-    // Does the work of a kernel; while a step is recorded, keeps it too.
+    // Does the work of a kernel, or keeps it for later while a step is recorded.
     template <class Work>
     void perform(std::int64_t rows, const Work& work) {
-        if (recording_ != nullptr) recording_->emplace_back(work);
-        work(rows);
+        if (recording_ != nullptr) {
+            recording_->emplace_back(work);
+        } else {
+            work(rows);
+        }
     }
-    // Where calls are kept from now on; null to stop.
+    // Where calls are kept from now on, instead of being done; null to do them again.
     void record(std::vector<Call>* calls) { recording_ = calls; }
 
     // A thread's own memory within a chunk of a job, of `kernels().scratch_size_bytes`.

@@ -92,9 +92,31 @@ def attend(
 ) -> None: ...
 def argmax(runtime: Runtime, logits: torch.Tensor, tokens: torch.Tensor) -> None: ...
 
-class StepGraph:
-    def __init__(self, runtime: Runtime) -> None: ...
+class StepRecording:
+    def __init__(
+        self,
+        runtime: Runtime,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context_lens: npt.NDArray[np.int32],
+        row_slots: npt.NDArray[np.int32],
+        last_tokens: torch.Tensor,
+        groups: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None: ...
     def begin(self) -> None: ...
-    def end(self) -> None: ...
-    def run(self, rows: int) -> None: ...
+    def end(self, chosen: torch.Tensor) -> None: ...
+    def run(
+        self,
+        row_slots: npt.NDArray[np.int32],
+        context_lens: npt.NDArray[np.int32],
+        groups: Sequence[
+            tuple[
+                npt.NDArray[np.int32],
+                npt.NDArray[np.int32],
+                npt.NDArray[np.int32],
+                npt.NDArray[np.int32],
+            ]
+        ],
+        tokens: npt.NDArray[np.int32],
+    ) -> None: ...
     def __len__(self) -> int: ...

@@ -17,6 +17,7 @@ from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
+from tokenspeed.execution.graph import DecodeGraph
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
 from tokenspeed.execution.sampler import Sampler
@@ -102,6 +103,7 @@ class Runner:
             )
             for _ in groups
         ]
+        self._graph: DecodeGraph | None = None
         self._bindings: list[_Binding] = []
         self._profiler = ForwardProfiler()
         self._thread = (
@@ -148,7 +150,8 @@ class Runner:
         return LaunchedStep(self._submit(self._run, plan, bindings))
 
     def warm_up(self) -> None:
-        """Run a tiny prefill and a decode, so that the first request finds everything ready.
+        """Run a tiny prefill and a decode, so that the first request finds everything ready, and
+        record decode steps where the device is a CPU.
 
         To be called before any other plan: it writes to the pools' first page.
         """
@@ -162,6 +165,14 @@ class Runner:
         )
         for plan in warm_up_plans(self._config, groups=len(self._tables)):
             self.launch(plan).result()
+        if self._device.type == "cpu":
+            self._graph = DecodeGraph.record(
+                self._model,
+                self._pools,
+                self._config,
+                tables=[table.pages_XP for table in self._tables],
+                last_token_X=self._last_token_X,
+            )
 
     def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
         """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
@@ -219,13 +230,19 @@ class Runner:
             for table, group in zip(self._tables, plan.groups, strict=True):
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
-        slots_S = plan.row_slots[plan.sample_rows]
         with self._profiler.step():
-            logits_SV = self._model.forward(self._batch(plan), self._pools)
-            tokens_S, logprobs = self._sampler.sample(logits_SV, slots_S, plan.sample_positions)
-            self._last_token_X[self._sampled_slots.fill(slots_S)] = tokens_S
-            tokens = tokens_S.cpu().numpy().astype(np.int32)
-        return StepResult(tokens=tokens, logprobs=logprobs)
+            if self._graph is None or not self._graph.fits(plan):
+                return self._sample(plan, self._model.forward(self._batch(plan), self._pools))
+            logits_SV, tokens = self._graph.run(plan)
+            if self._sampler.takes_likeliest(plan.row_slots, plan.sample_positions):
+                return StepResult(tokens=tokens, logprobs=None)
+            return self._sample(plan, logits_SV)
+
+    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
+        slots_S = plan.row_slots[plan.sample_rows]
+        tokens_S, logprobs = self._sampler.sample(logits_SV, slots_S, plan.sample_positions)
+        self._last_token_X[self._sampled_slots.fill(slots_S)] = tokens_S
+        return StepResult(tokens=tokens_S.cpu().numpy().astype(np.int32), logprobs=logprobs)
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:
         """The plan's values in the static buffers, with what only this side knows."""

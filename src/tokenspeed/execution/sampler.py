@@ -124,6 +124,15 @@ class Sampler:
                 device=self._device,
             )
 
+    def takes_likeliest(self, slots_S: Int32Array, positions_S: Int32Array) -> bool:
+        """Whether `sample` without a bitmask is the likeliest token of each row, and no more."""
+        return not (
+            self._edited_X[slots_S]
+            | self._reports_X[slots_S]
+            | (positions_S < self._min_new_X[slots_S])
+            | (self._temperature_X[slots_S] > 0.0)
+        ).any()
+
     def sample(
         self,
         logits_SV: torch.Tensor,
@@ -143,12 +152,12 @@ class Sampler:
         Returns:
             int64 tokens [S] on the logits' device, and what was asked for of log-probabilities.
         """
+        if bitmask_SW is None and self.takes_likeliest(slots_S, positions_S):
+            return self._argmax(logits_SV), None
         excluding_S = positions_S < self._min_new_X[slots_S]
         edited_S = self._edited_X[slots_S] | excluding_S | (bitmask_SW is not None)
         reports_S = self._reports_X[slots_S]
         drawn_S = self._temperature_X[slots_S] > 0.0
-        if not (edited_S | reports_S | drawn_S).any():
-            return self._argmax(logits_SV), None
         with one_thread():
             original = self._edit_rows(logits_SV, slots_S, edited_S, excluding_S, bitmask_SW)
             tokens_S = self._choose(logits_SV, slots_S, positions_S, drawn_S)

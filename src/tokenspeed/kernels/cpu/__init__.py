@@ -1,6 +1,19 @@
 """Owns the typed face of the native CPU kernels; never computes anything itself."""
 
-from tokenspeed.kernels.cpu.runtime import CpuRuntime, Roofline, start_runtime, supported_isas
+from tokenspeed.kernels.cpu.runtime import (
+    CpuRuntime,
+    Roofline,
+    StepRecording,
+    start_runtime,
+    supported_isas,
+)
 from tokenspeed.kernels.cpu.weights import PackedWeight
 
-__all__ = ["CpuRuntime", "PackedWeight", "Roofline", "start_runtime", "supported_isas"]
+__all__ = [
+    "CpuRuntime",
+    "PackedWeight",
+    "Roofline",
+    "StepRecording",
+    "start_runtime",
+    "supported_isas",
+]

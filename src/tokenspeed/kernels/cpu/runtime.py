@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from tokenspeed._cpu import Runtime as CpuRuntime
-from tokenspeed._cpu import supported_isas
+from tokenspeed._cpu import StepRecording, supported_isas
 from tokenspeed.core import environment
 
-__all__ = ["CpuRuntime", "Roofline", "start_runtime", "supported_isas"]
+__all__ = ["CpuRuntime", "Roofline", "StepRecording", "start_runtime", "supported_isas"]
 
 # Far beyond the last cache of any CPU.
 _READ_SIZE_BYTES = 512 << 20
