@@ -11,6 +11,7 @@
 #include "errors.h"
 #include "gemm.h"
 #include "graph.h"
+#include "memory.h"
 #include "packed.h"
 #include "probes.h"
 #include "rowwise.h"
@@ -76,6 +77,18 @@ NB_MODULE(_cpu, module) {
                 return std::make_tuple(peaks.int8, peaks.bf16, peaks.f32);
             },
             nb::kw_only(), "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
+
+    module.def(
+        "prefer_huge_pages",
+        [](nb::handle tensor) {
+            const auto found = tensors.borrow(tensor, "tensor");
+            std::size_t size = found.element.bits / 8;
+            for (int dim = 0; dim < found.dims; ++dim) {
+                size *= static_cast<std::size_t>(found.shape[dim]);
+            }
+            cpu::prefer_huge_pages({static_cast<std::byte*>(found.data), size});
+        },
+        "tensor"_a);
 
     nb::class_<cpu::PackedMatrix>(module, "PackedMatrix")
         .def_static(

@@ -10,6 +10,7 @@ namespace tokenspeed::cpu {
 
 namespace {
 
+constexpr std::size_t small_page = 4096;
 constexpr std::size_t huge_page = std::size_t{2} << 20;
 constexpr std::size_t region_size = std::size_t{256} << 20;
 
@@ -28,14 +29,23 @@ std::byte* reserve(std::size_t size_bytes) {
     const std::size_t before = round_up(address, huge_page) - address;
     if (before > 0) munmap(first, before);
     if (huge_page > before) munmap(first + before + size_bytes, huge_page - before);
-#if defined(MADV_HUGEPAGE)
-    // A system without huge pages refuses; small ones are slower and as right.
-    madvise(first + before, size_bytes, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages({first + before, size_bytes});
     return first + before;
 }
 
 }  // namespace
+
+void prefer_huge_pages(std::span<std::byte> memory) {
+#if defined(MADV_HUGEPAGE)
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+    const std::size_t before = round_up(address, small_page) - address;
+    if (memory.size() <= before) return;
+    // A system without huge pages refuses; small ones are slower and as right.
+    madvise(memory.data() + before, memory.size() - before, MADV_HUGEPAGE);
+#else
+    (void)memory;
+#endif
+}
 
 Arena::~Arena() {
     for (const Region& region : regions_) munmap(region.start, region.size_bytes);

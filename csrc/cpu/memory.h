@@ -8,6 +8,9 @@
 
 namespace tokenspeed::cpu {
 
+// Asks for huge pages below memory that someone else took; what it had on small ones stays there.
+void prefer_huge_pages(std::span<std::byte> memory);
+
 // Reading weights misses the translation of addresses on every 4 KiB page, which costs half of the
 // bandwidth; with pages of 2 MiB hardly ever. Blocks lie one behind the other in large regions, and
 // what of a region is never written takes no memory.

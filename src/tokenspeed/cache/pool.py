@@ -10,6 +10,7 @@ import torch
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import InsufficientMemory
 from tokenspeed.core.step import Int32Array
+from tokenspeed.kernels.cpu import prefer_huge_pages
 
 __all__ = ["KVPool", "KVPools"]
 
@@ -72,7 +73,11 @@ class KVPool:
         dtype = _ELEMENTS[self.spec.dtype]
 
         def tensor() -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+            made = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+            if device.type == "cpu" and not pinned:
+                # Attention jumps from page to page, and would look up each one's address.
+                prefer_huge_pages(made)
+            return made
 
         return tuple((tensor(), tensor()) for _ in range(self.spec.layers))
 

@@ -4,6 +4,7 @@ from tokenspeed.kernels.cpu.runtime import (
     CpuRuntime,
     Roofline,
     StepRecording,
+    prefer_huge_pages,
     start_runtime,
     supported_isas,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "PackedWeight",
     "Roofline",
     "StepRecording",
+    "prefer_huge_pages",
     "start_runtime",
     "supported_isas",
 ]

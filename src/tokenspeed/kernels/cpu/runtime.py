@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 
 from tokenspeed._cpu import Runtime as CpuRuntime
-from tokenspeed._cpu import StepRecording, supported_isas
+from tokenspeed._cpu import StepRecording, prefer_huge_pages, supported_isas
 from tokenspeed.core import environment
 
-__all__ = ["CpuRuntime", "Roofline", "StepRecording", "start_runtime", "supported_isas"]
+__all__ = [
+    "CpuRuntime",
+    "Roofline",
+    "StepRecording",
+    "prefer_huge_pages",
+    "start_runtime",
+    "supported_isas",
+]
 
 # Far beyond the last cache of any CPU.
 _READ_SIZE_BYTES = 512 << 20
