@@ -26,7 +26,12 @@ LineId FairQueue::join(std::int32_t priority, TenantId tenant) {
         free_.pop_back();
         line = {.priority = priority, .tenant = tenant};
     }
-    if (line.live++ == 0) ++live_lines_;
+    if (line.live == 0) {
+        // Now, not when it waits: by then those who are there may have left.
+        no_lower_than_others(line);
+        ++live_lines_;
+    }
+    ++line.live;
     return found->second;
 }
 
@@ -48,10 +53,7 @@ void FairQueue::wait(LineId id, std::int64_t arrival, std::int64_t tokens) {
     const bool pauses = line.arrivals.empty();
     line.arrivals.emplace(arrival, tokens);
     line.tokens += tokens;
-    if (!pauses) return;
-    if (const auto least = least_served(line.priority, &line)) {
-        line.served = std::max(line.served, *least);
-    }
+    if (pauses) no_lower_than_others(line);
 }
 
 void FairQueue::leave(LineId id, std::int64_t arrival) noexcept {
@@ -97,6 +99,12 @@ std::optional<std::int64_t> FairQueue::least_served(std::int32_t priority,
         if (!least || line.served < *least) least = line.served;
     }
     return least;
+}
+
+void FairQueue::no_lower_than_others(Line& line) noexcept {
+    if (const auto least = least_served(line.priority, &line)) {
+        line.served = std::max(line.served, *least);
+    }
 }
 
 // Among so many tenants one that pauses has waited its turn by now.

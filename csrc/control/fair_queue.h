@@ -2,9 +2,9 @@
 //
 // What a tenant was given within a priority is counted in tokens, prompt tokens computed and tokens
 // sampled alike (the virtual token counter of Sheng et al., "Fairness in Serving Large Language
-// Models", OSDI 2024). Whoever comes to wait after a pause starts no lower than the least served of
-// those who are there: a pause saves up no turns. Within a line, which is one tenant at one
-// priority, the order is arrival order, and with a single tenant there is no other.
+// Models", OSDI 2024). Whoever comes, or waits again after a pause, starts no lower than the least
+// served of those who are there: a pause saves up no turns. Within a line, which is one tenant at
+// one priority, the order is arrival order, and with a single tenant there is no other.
 //
 // Holds places, not requests. Nothing here depends on the ids of requests, nor on the numbers of
 // tenants beyond which of them are equal.
@@ -83,6 +83,7 @@ class FairQueue {
     }
     // What the least served line of a priority got, among those with live requests but one.
     std::optional<std::int64_t> least_served(std::int32_t priority, const Line* but) const noexcept;
+    void no_lower_than_others(Line& line) noexcept;
     void forget_paused() noexcept;
 
     std::vector<Line> lines_;  // those not in `by_tenant_` are free

@@ -1,9 +1,31 @@
 // The fingerprint of a scheduler's state. For tests: O(everything).
 //
-// Each part is written with its length, so that no two states run into one. Left out are counters
-// that only statistics read, whatever each plan starts afresh, and what is learned as time goes by
-// (step times, lengths of answers): explore with time standing still and few requests, and nothing
-// is learned.
+// Each part is written with its length, so that no two states run into one. Two schedulers of one
+// fingerprint do the same from here on, as far as an explorer can see that keeps time standing
+// still, holds no floor, sets no queue timeout and submits fewer than eight requests (it checks
+// that it does). What is in, and in which form:
+//
+//   requests       who they are, what they know, how far they are, pages and slots by first mention
+//   their order    as ranks: numbers of arrivals only grow
+//   transfers      that are under way, by the request's slot; steps in flight, with their stores
+//   fair turns     what each line was given beyond the least given at its priority: shares are
+//                  compared and raised to each other, so that only differences matter
+//   retraction     what a request knew when it was seated last, and how often it was retracted, up
+//                  to as many times as make a difference
+//   the index      its content, references, and for each lane what would be dropped in which order
+//   sessions       branches, where they left others, and the pages they lost (ghosts), as these
+//                  decide whose the next prompt is; under the session policy also their waits and
+//                  all that was learned of times away
+//   what is said   next: page tables, loads, handovers, endings
+//
+// Left out is:
+//
+//   step times     no time passes, and the model takes no step into account that took none
+//   floor          its patience and when the last step returned are read only where a floor is held
+//   deadlines      are kept only where there is a queue timeout, as is `full_` between plans
+//   answers        their lengths foretell nothing before the eighth
+//   openings       and the order of siblings decide only what statistics say, as do all counters
+//   the draft      every plan starts it afresh
 
 #include "fingerprint.h"
 
@@ -127,9 +149,10 @@ class Scribe {
     void request(const Request& request) {
         word(request.id().value);
         word(request.known().value);
-        word(request.retractions());
+        word(std::min(request.retractions(), kDoublingsMax));
         word(request.was_admitted() ? request.cached().value : kNothing);
         word(request.known_at_admission().value);
+        word(request.receives() ? 1 : 0);
         word(request.recomputes() ? 1 : 0);
     }
 
@@ -356,7 +379,11 @@ Fingerprint Scheduler::fingerprint() const {
         if (place.branch) branches.emplace(id, *place.branch);
     }
     std::vector<BranchId> wanted;
-    for (const auto& [id, branch] : branches) wanted.push_back(branch);
+    for (const auto& [id, branch] : branches) {
+        wanted.push_back(branch);
+        // What it answered before it ended is told to its session when its pages are back.
+        if (store_.index.sessions().learns()) scribe.word(places_.at(id).outputs.value);
+    }
     store_.index.sessions().describe(nodes, wanted, scribe.words());
     return std::move(scribe).result();
 }

@@ -3,11 +3,15 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 
 #include "prefix_index.h"
 #include "requests.h"
 
 namespace tokenspeed::control {
+
+// As many retractions of a request make a difference.
+inline constexpr std::int32_t kDoublingsMax = 4;
 
 // Pages an admission leaves to those who run already, two for each and itself: any of them may need
 // its next page at any step, and whoever took the last would be retracted soon. A request that was
@@ -15,7 +19,7 @@ namespace tokenspeed::control {
 // thrash. With nobody running nothing is left: whatever fits the pool is admitted in the end.
 inline PageCount admission_reserve(std::size_t running, const Request& request) noexcept {
     if (running == 0) return PageCount(0);
-    const int doublings = std::min(request.retractions(), 4);
+    const std::int32_t doublings = std::min(request.retractions(), kDoublingsMax);
     return PageCount(static_cast<std::int32_t>((2 * (running + 1)) << doublings));
 }
 

@@ -114,6 +114,27 @@ double ReturnTimes::learn(std::int64_t outputs, double pace, std::int64_t away_u
     return pace + kPaceRate * surprise;
 }
 
+void ReturnTimes::describe(std::vector<std::int64_t>& words) const {
+    const auto tell = [&](std::size_t place, double now) {
+        words.push_back(static_cast<std::int64_t>(place));
+        words.push_back(std::bit_cast<std::int64_t>(now));
+    };
+    static const ReturnTimes prior;
+    for (std::size_t c = 0; c < at(kClasses); ++c) {
+        for (std::size_t b = 0; b < at(kBins); ++b) {
+            const std::size_t place = c * at(kBins) + b;
+            if (watched_[c][b] != prior.watched_[c][b]) tell(place, watched_[c][b]);
+            if (returned_[c][b] != prior.returned_[c][b]) tell(place, returned_[c][b]);
+            if (worth_[c][b] != prior.worth_[c][b]) tell(place, worth_[c][b]);
+        }
+        words.push_back(news_[c]);
+    }
+    for (std::size_t length = 0; length < at(kLengths); ++length) {
+        tell(length, log_wait_[length]);
+        words.push_back(seen_[length]);
+    }
+}
+
 void ReturnTimes::refit(std::int32_t wait_class) noexcept {
     const auto& watched = watched_[at(wait_class)];
     const auto& returned = returned_[at(wait_class)];

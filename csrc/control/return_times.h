@@ -13,6 +13,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace tokenspeed::control {
 
@@ -45,6 +46,10 @@ class ReturnTimes {
     double worth(std::int32_t wait_class, std::int32_t bin) const noexcept {
         return worth_[at(wait_class)][at(bin)];
     }
+
+    // For fingerprints: appends what was learned, the counts that are not as they were at first
+    // among them. What a page is worth follows from the counts, or lags behind by `news_`.
+    void describe(std::vector<std::int64_t>& words) const;
 
   private:
     static constexpr std::int32_t kLengths = 18;  // half octaves of answers, from 16 tokens

@@ -390,7 +390,12 @@ void Sessions::describe(const std::vector<NodeId>& nodes, const std::vector<Bran
     for (std::size_t i = 0; i < nodes.size(); ++i) {
         node_names[static_cast<std::size_t>(nodes[i].value)] = static_cast<std::int64_t>(i);
     }
-    const auto tell = [&](BranchId id) {
+    // A branch by its own name, or by nothing where it is another by now.
+    const auto current = [&](const Ghost& ghost) {
+        const Branch& branch = at(ghost.branch);
+        return branch.life != Life::kUnused && branch.generation == ghost.generation;
+    };
+    const auto tell = [&](auto&& self, BranchId id) -> void {
         std::int64_t& name = branch_names[static_cast<std::size_t>(id.value)];
         const bool first = name < 0;
         if (first) name = branches++;
@@ -402,7 +407,12 @@ void Sessions::describe(const std::vector<NodeId>& nodes, const std::vector<Bran
               std::int64_t{group(branch)}, branch.left_us}) {
             words.push_back(word);
         }
-        if (policy_ == CachePolicy::kLru) return;
+        if (branch.origin && current(*branch.origin)) {
+            self(self, branch.origin->branch);
+        } else {
+            words.push_back(-1);
+        }
+        if (!learns()) return;
         for (const std::int64_t word :
              {std::int64_t{branch.first_pages}, std::int64_t{branch.prompt_pages}, branch.outputs,
               std::bit_cast<std::int64_t>(branch.pace)}) {
@@ -417,7 +427,7 @@ void Sessions::describe(const std::vector<NodeId>& nodes, const std::vector<Bran
             words.push_back(group);
             each(groups.rings, static_cast<Rings::Place>(group), [&](Rings::Place place) {
                 const BranchId branch(static_cast<std::int32_t>(place) - kGroups);
-                tell(branch);
+                tell(tell, branch);
                 visit(branch);
             });
         };
@@ -429,8 +439,8 @@ void Sessions::describe(const std::vector<NodeId>& nodes, const std::vector<Bran
             }
         }
     };
-    for (const BranchId branch : wanted) tell(branch);
-    for (const NodeId node : nodes) tell(at(node).branch);
+    for (const BranchId branch : wanted) tell(tell, branch);
+    for (const NodeId node : nodes) tell(tell, at(node).branch);
     for (const Lane& lane : lanes_) {
         const auto tell_offers = [&](Rings::Place head) {
             words.push_back(-1);
@@ -441,20 +451,19 @@ void Sessions::describe(const std::vector<NodeId>& nodes, const std::vector<Bran
         tell_offers(firsts());
         tell_groups(lane.groups, [&](BranchId branch) { tell_offers(offers(branch)); });
     }
-    if (policy_ == CachePolicy::kSession) {
+    if (learns()) {
         tell_groups(all_, [](BranchId) {});
-        each(spare_, kGoneHead, [&](Rings::Place place) { tell(spare_branch(place)); });
+        each(spare_, kGoneHead, [&](Rings::Place place) { tell(tell, spare_branch(place)); });
+        times_.describe(words);
     }
     std::vector<std::pair<std::uint64_t, BranchId>> ghosts;
     ghosts_.each([&](std::uint64_t hash, const Ghost& ghost) {
-        const Branch& branch = at(ghost.branch);
-        const bool away = branch.life == Life::kAway || branch.life == Life::kGone;
-        if (away && branch.generation == ghost.generation) ghosts.emplace_back(hash, ghost.branch);
+        if (current(ghost)) ghosts.emplace_back(hash, ghost.branch);
     });
     std::ranges::sort(ghosts);
     for (const auto& [hash, branch] : ghosts) {
         words.push_back(static_cast<std::int64_t>(hash));
-        tell(branch);
+        tell(tell, branch);
     }
 }
 

@@ -88,8 +88,11 @@ class Sessions {
     }
     std::optional<NodeId> coldest(LaneId lane) const noexcept;
 
+    // Whether it matters how long sessions stay away.
+    bool learns() const noexcept { return policy_ == CachePolicy::kSession; }
+
     // For fingerprints: appends whose the nodes are and in which order they would be dropped, with
-    // branches named as they come. What was learned of times away is left out.
+    // branches named as they come; and what was learned of times away, where it decides that.
     void describe(const std::vector<NodeId>& nodes, const std::vector<BranchId>& wanted,
                   std::vector<std::int64_t>& words) const;
 

@@ -20,7 +20,7 @@ CACHE = ROOT / "build" / "proof"
 _WORLD = ("device.cpp", "storage.cpp", "world.cpp", "last_words.cpp")
 # Each program's sources here; every one also has the whole control plane.
 DRIVERS = {
-    "explore": (*_WORLD, "configurations.cpp", "explorer.cpp", "explore.cpp"),
+    "explore": (*_WORLD, "configurations.cpp", "explorer.cpp", "explore.cpp", "witness.cpp"),
     "random_runs": (*_WORLD, "random_runs.cpp"),
     "faults": (*_WORLD, "configurations.cpp", "faults.cpp"),
     "fuzz_replay": ("fuzz.cpp", "fuzz_replay.cpp", "last_words.cpp"),

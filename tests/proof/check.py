@@ -25,6 +25,22 @@ from tests.proof.mutations import BUGS, Bug, MovedOn, sow
 CORPUS = Path(__file__).parent / "corpus"
 THREADS = min(2, os.cpu_count() or 1)
 HANG_S = 240
+# The compiler reports the entry of each function but those of these files: of the transitions.
+WATCHED = (
+    "-finstrument-functions",
+    "-finstrument-functions-exclude-file-list="
+    + ",".join(
+        [
+            "/usr/",
+            "tests/proof/",
+            *sorted(
+                f"control/{file.name}"
+                for file in CONTROL.iterdir()
+                if file.stem not in {"transitions", "travel", "admission", "events"}
+            ),
+        ]
+    ),
+)
 SOWN_DRIVERS = ("explore", "random_runs", "faults", "fuzz_replay")
 SANITIZERS = {
     "ASan + UBSan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -79,11 +95,16 @@ def plain_build(*flags: str) -> Build:
 
 
 def check_exploration(quick: bool) -> str:
-    (explore,) = build_all(plain_build("-O2"), "explore", threads=THREADS)
+    build = plain_build("-O2")
+    watched = not Path(build.compiler).name.startswith("clang")
+    if watched:
+        build = plain_build("-O2", *WATCHED)
+    (explore,) = build_all(build, "explore", threads=THREADS)
     output = run(explore, "quick" if quick else "full", str(THREADS))
     if not quick:
         print(output.rstrip())
-    return f"{last_line(output)}; every invariant held"
+    unwatched = "" if watched else "; pairs were not counted, which takes g++"
+    return f"{last_line(output)}; every invariant held{unwatched}"
 
 
 def check_random_runs(quick: bool) -> str:

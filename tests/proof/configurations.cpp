@@ -41,7 +41,8 @@ control::GroupConfig recurrent(std::int32_t checkpoint_pages, std::int32_t pages
 
 control::Config sizes(std::vector<control::GroupConfig> groups, std::int32_t page_size,
                       std::int32_t slots, std::int32_t step_tokens, std::int32_t context,
-                      std::int32_t depth, bool cache = true) {
+                      std::int32_t depth, bool cache = true,
+                      control::CachePolicy policy = control::CachePolicy::kLru) {
     return {.groups = std::move(groups),
             .page_size = page_size,
             .slots_max = slots,
@@ -49,7 +50,7 @@ control::Config sizes(std::vector<control::GroupConfig> groups, std::int32_t pag
             .context_max = context,
             .overlap_depth = depth,
             .prefix_cache = cache,
-            .cache_policy = control::CachePolicy::kLru,
+            .cache_policy = policy,
             .tps_floor = std::nullopt,
             .queue_timeout_us = std::nullopt};
 }
@@ -127,6 +128,15 @@ std::vector<Configuration> configurations() {
                          0,
                          false,
                          false});
+        // One slot, from which the urgent push whoever decodes; it comes back, or is aborted apart.
+        found.push_back({"parked" + deep,
+                         sizes({full(7)}, 1, 1, 2, 8, depth),
+                         {{.prompt = {1, 2}, .max_new_tokens = 3, .priority = 1},
+                          {.prompt = {3}, .max_new_tokens = 2},
+                          {.prompt = {1, 4}, .max_new_tokens = 1}},
+                         2,
+                         false,
+                         false});
         // One that never fits, one that fills the pool alone, one that waits for both.
         found.push_back({"too large" + deep,
                          sizes({full(4)}, 1, 2, 4, 16, depth),
@@ -145,6 +155,15 @@ std::vector<Configuration> configurations() {
                          1,
                          false,
                          true});
+        // Sessions: the next turn of one, a fork, and a prompt for whose pages others go.
+        found.push_back({"sessions" + deep,
+                         sizes({full(5)}, 1, 2, 4, 8, depth, true, control::CachePolicy::kSession),
+                         {{.prompt = {1, 2}, .max_new_tokens = 1},
+                          {.prompt = {1, 2, 3}, .max_new_tokens = 1},
+                          {.prompt = {1, 4, 5}, .max_new_tokens = 2}},
+                         1,
+                         false,
+                         false});
         // Pages behind the window return while others still need them.
         found.push_back({"window" + deep,
                          sizes({full(6), window(2, 2 * depth + 5)}, 1, 2, 2, 8, depth),

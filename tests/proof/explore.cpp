@@ -8,11 +8,13 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <string>
 #include <string_view>
 #include <thread>
 
 #include "explorer.h"
 #include "last_words.h"
+#include "witness.h"
 #include "wrong.h"
 
 using namespace tokenspeed::proof;
@@ -65,8 +67,25 @@ int main(int count, char** arguments) {
     work();
     for (std::thread& worker : workers) worker.join();
     if (failed) return 1;
-    std::printf("explored %lld states, %lld transitions, %lld events in %zu configurations\n",
+    std::string covered;
+    if (watching()) {
+        // A single world need not reach everything, but nothing may do what is never to be done.
+        const Pairs found = pairs();
+        covered = std::to_string(found.reached) + " of " + std::to_string(found.legal) +
+                  " (event, state) pairs, ";
+        const bool all = set == "quick" || set == "full";
+        for (const std::string& pair : found.missing) {
+            std::fprintf(stderr, "%sno world reaches %s\n", all ? "WRONG: explorer: " : "",
+                         pair.c_str());
+        }
+        for (const std::string& pair : found.wrong) {
+            std::fprintf(stderr, "WRONG: explorer: %s has no occasion, but happened\n",
+                         pair.c_str());
+        }
+        if (!found.wrong.empty() || (all && !found.missing.empty())) return 1;
+    }
+    std::printf("explored %lld states, %lld transitions, %s%lld events in %zu configurations\n",
                 static_cast<long long>(total.states), static_cast<long long>(total.transitions),
-                static_cast<long long>(total.events), chosen.size());
+                covered.c_str(), static_cast<long long>(total.events), chosen.size());
     return 0;
 }

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
+#include <span>
 #include <unordered_map>
 
 #include "last_words.h"
+#include "witness.h"
 #include "wrong.h"
 
 namespace tokenspeed::proof {
@@ -12,6 +15,7 @@ namespace tokenspeed::proof {
 namespace {
 
 constexpr std::int64_t kStatesMax = 40'000'000;
+constexpr std::size_t kScriptsMax = 8;  // from as many answers on lengths are foreseen
 constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
 
 struct KeyHash {
@@ -28,12 +32,21 @@ struct State {
 
 class Explorer {
   public:
-    explicit Explorer(const Configuration& configuration) : configuration_(configuration) {}
+    explicit Explorer(const Configuration& configuration)
+        : configuration_(configuration),
+          aborts_scarce_(configuration.aborts_max <
+                         static_cast<int>(configuration.scripts.size())) {
+        // What the fingerprint leaves out must not matter.
+        expect(!configuration.config.tps_floor && !configuration.config.queue_timeout_us &&
+                   configuration.scripts.size() < kScriptsMax,
+               "explorer: the world knows a floor, deadlines or many requests, which fingerprints "
+               "leave out");
+    }
 
     Explored run() {
         try {
             World world(configuration_.config, kChecks);
-            arrive(world.key(), kNone, {Event::kFlush, 0});
+            arrive(world.key(aborts_scarce_), kNone, {Event::kFlush, 0});
             for (std::uint32_t state = 0; state < states_.size(); ++state) expand(state);
             trail_.clear();
             check_progress();
@@ -56,7 +69,8 @@ class Explorer {
             case Event::kSubmit:
                 return world.submit(event.request, configuration_.scripts[event.request]);
             case Event::kAbort:
-                return world.abort(event.request);
+                if (!world.abort(event.request)) witness_late_abort();
+                return;
             case Event::kLaunch:
                 launched_ = world.launch();
                 return;
@@ -75,7 +89,9 @@ class Explorer {
 
     void replay(World& world) {
         last_words_begin(configuration_.name);
+        world.check_events(false);
         for (const Event event : trail_) apply(world, event);
+        world.check_events(true);
         found_.events += static_cast<std::int64_t>(trail_.size());
     }
 
@@ -133,27 +149,26 @@ class Explorer {
         trace(number);
         found_.depth = std::max(found_.depth, static_cast<std::int64_t>(trail_.size()));
         states_[number].first_edge = static_cast<std::uint32_t>(edges_.size());
-        std::vector<Event> events;
-        bool idle = true, full = false;
         std::uint32_t after_launch = kNone, after_commit = kNone, after_arrival = kNone;
-        {
-            World world(configuration_.config, kChecks);
-            replay(world);
-            const auto same = numbers_.find(world.key());
-            expect(same != numbers_.end() && same->second == number,
-                   "explorer: the same calls led to another state");
-            events = enabled(world);
-            idle = world.live_count() == 0 && !world.in_flight() && !world.any_travels();
-            full = world.full();
-        }
-        for (const Event event : events) {
-            World world(configuration_.config, kChecks);
-            replay(world);
+        std::optional<World> world;
+        const auto go_there = [&] {
+            world.emplace(configuration_.config, kChecks);
+            replay(*world);
+        };
+        go_there();
+        const auto same = numbers_.find(world->key(aborts_scarce_));
+        expect(same != numbers_.end() && same->second == number,
+               "explorer: the same calls led to another state");
+        const bool idle = world->live_count() == 0 && !world->in_flight() && !world->any_travels();
+        const bool full = world->full();
+        for (const Event event : enabled(*world)) {
+            if (!world) go_there();
             trail_.push_back(event);
             launched_ = false;
-            apply(world, event);
-            world.scheduler().audit();
-            const std::uint32_t next = arrive(world.key(), number, event);
+            apply(*world, event);
+            world->scheduler().audit();
+            const std::uint32_t next = arrive(world->key(aborts_scarce_), number, event);
+            world.reset();
             trail_.pop_back();
             edges_.push_back(next);
             if (event.kind == Event::kLaunch) after_launch = next;
@@ -167,9 +182,8 @@ class Explorer {
         // wait for transfers when nothing is in flight.
         const bool plans = !full && after_launch != number;
         if (idle && !plans) {
-            World world(configuration_.config, kChecks);
-            replay(world);
-            return world.check_rest();
+            go_there();
+            return world->check_rest();
         }
         states_[number].drain_next = plans                   ? after_launch
                                      : after_commit != kNone ? after_commit
@@ -217,6 +231,7 @@ class Explorer {
     }
 
     const Configuration& configuration_;
+    bool aborts_scarce_;
     std::unordered_map<World::Key, std::uint32_t, KeyHash> numbers_;
     std::vector<State> states_;
     std::vector<std::uint32_t> edges_;

@@ -88,12 +88,16 @@ void World::submit(std::int64_t request, const Script& script) {
     after_event();
 }
 
-void World::abort(std::int64_t request) {
+bool World::abort(std::int64_t request) {
+    const auto found = clients_.find(request);
+    const bool ended = found == clients_.end() || found->second.ended;
+    // One that ended may fly or travel on; else there is nothing that an abort could change.
+    const std::size_t before = ended ? scheduler_.fingerprint().words.size() : 0;
     attempt([&] { scheduler_.abort(control::RequestId(request)); });
-    if (const auto found = clients_.find(request); found != clients_.end()) {
-        found->second.aborted = true;
-    }
+    const bool known = !ended || scheduler_.fingerprint().words.size() > before;
+    if (found != clients_.end()) found->second.aborted = found->second.aborted || known;
     after_event();
+    return known;
 }
 
 bool World::live(std::int64_t request) const {
@@ -242,8 +246,14 @@ void World::check_end(const Client& client, FinishReason reason) const {
 }
 
 void World::after_event() {
+    if (!checks_events_) return;
     if (checks_.scribble) device_.scribble(scheduler_.fingerprint());
     if (++events_ % checks_.audit_every == 0) scheduler_.audit();
+}
+
+void World::check_events(bool on) {
+    checks_events_ = on;
+    if (on && checks_.scribble) device_.scribble(scheduler_.fingerprint());
 }
 
 void World::drain(std::int64_t turns_max) {
@@ -268,19 +278,31 @@ void World::check_rest() {
            "client: nobody is left, but something is held");
 }
 
-World::Key World::key() const {
+World::Key World::key(bool aborts_scarce) const {
     control::Fingerprint fingerprint = scheduler_.fingerprint();
     device_.describe(fingerprint);
+    auto& words = fingerprint.words;
+    // Of the order of arrival only what is between those who live.
+    std::vector<std::int64_t> arrivals;
+    std::int64_t aborts = 0;
     for (const auto& [request, client] : clients_) {
-        fingerprint.words.push_back(request);
-        fingerprint.words.push_back(static_cast<std::int64_t>(client.outputs));
-        fingerprint.words.push_back(client.ended ? 0 : client.arrival);
-        fingerprint.words.push_back(client.cached);
-        fingerprint.words.push_back(client.stays > 1 ? 2 : client.stays);
-        fingerprint.words.push_back(static_cast<std::int64_t>(client.outputs_at_stay));
-        fingerprint.words.push_back(client.aborted * 8 + client.ended * 4 + client.sent * 2 +
-                                    client.failed);
+        if (!client.ended) arrivals.push_back(client.arrival);
+        aborts += client.aborted;
     }
+    std::ranges::sort(arrivals);
+    const bool flies = in_flight() || any_travels();
+    for (const auto& [request, client] : clients_) {
+        words.push_back(request);
+        words.push_back(client.ended * 2 + (client.aborted && (flies || !client.ended)));
+        if (client.ended) continue;
+        words.push_back(std::ranges::lower_bound(arrivals, client.arrival) - arrivals.begin());
+        words.push_back(static_cast<std::int64_t>(client.outputs));
+        words.push_back(client.cached);
+        words.push_back(client.stays > 1 ? 2 : client.stays);
+        words.push_back(static_cast<std::int64_t>(client.outputs_at_stay));
+        words.push_back(client.sent * 2 + client.failed);
+    }
+    if (aborts_scarce) words.push_back(aborts);
     Key key{1, 2};
     for (const std::int64_t word : fingerprint.words) {
         const auto bits = static_cast<std::uint64_t>(word);

@@ -57,7 +57,8 @@ class World final : private Histories {
 
     // `script` is rehearsed and stays where it is.
     void submit(std::int64_t request, const Script& script);
-    void abort(std::int64_t request);
+    // Whether it was of a request that the scheduler still knows.
+    bool abort(std::int64_t request);
     bool launch();  // whether there was a step to launch
     void commit();
     void flush();
@@ -84,9 +85,12 @@ class World final : private Histories {
     void check_rest();
 
     const control::Scheduler& scheduler() const { return scheduler_; }
-    // Equal for states with equal futures. A hash of 128 bits.
+    // A trail that went well before need not be checked at each of its events.
+    void check_events(bool on);
+    // Equal for states with equal futures. A hash of 128 bits. `aborts_scarce`: whether the number
+    // of aborts so far decides whether there may be another.
     using Key = std::array<std::uint64_t, 2>;
-    Key key() const;
+    Key key(bool aborts_scarce) const;
 
   private:
     struct Client {
@@ -124,6 +128,7 @@ class World final : private Histories {
     std::deque<Flight> flights_;
     std::map<std::int64_t, Client> clients_;
     std::int64_t submitted_ = 0;
+    bool checks_events_ = true;
     std::size_t live_ = 0;
     std::int64_t events_ = 0;
     std::int64_t now_us_ = 0;

@@ -5,7 +5,7 @@ import pytest
 
 from tests.scenario.simulation import Client, Simulation
 from tests.unit.control.worlds import world
-from tokenspeed.core.config import CacheGroup, CachePolicy
+from tokenspeed.core.config import CacheGroup, CacheGroupKind, CachePolicy
 
 SECOND_US = 1_000_000
 STORED = 0
@@ -15,9 +15,16 @@ OURS, LRU = CachePolicy.SESSION, CachePolicy.LRU
 class Agents:
     """Sessions that take turns; a world of 4-token pages in which nothing else happens."""
 
-    def __init__(self, *, pages: int, policy: CachePolicy = OURS, **changes: int) -> None:
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        groups: tuple[CacheGroup, ...] | None = None,
+        policy: CachePolicy = OURS,
+        **changes: int,
+    ) -> None:
         self.world: Simulation = world(
-            groups=(CacheGroup(pages=pages),),
+            groups=groups or (CacheGroup(pages=pages),),
             cache_policy=policy,
             context_max=4096,
             step_tokens_max=512,
@@ -201,6 +208,28 @@ def test_pages_shared_by_many_go_after_those_of_each() -> None:
         agents.wait(1)
     agents.ask(list(range(4 * 62)), 1)
     assert agents.cached_pages(system) == 2
+
+
+@pytest.mark.parametrize("policy", [OURS, LRU])
+def test_what_sessions_share_is_as_young_as_the_last_that_used_it(policy: CachePolicy) -> None:
+    # States of a recurrence may go in any order, where of whole prefixes what is shared goes last:
+    # one at the end of what is shared, one at the end of each session.
+    states = CacheGroup(kind=CacheGroupKind.RECURRENT, pages=5, checkpoint_pages=64)
+    agents = Agents(groups=(states,), policy=policy)
+
+    def ask(*prompt: int) -> int:
+        cached = agents.ask([*prompt, 1], 1).cached
+        agents.wait(300)
+        return cached
+
+    shared, first, second = range(16), range(100, 108), range(200, 208)
+    ask(*shared)
+    ask(*shared, *first)
+    ask(*range(300, 316))
+    assert ask(*shared, *second) == 16
+    # One must go: the first session's end, which nobody has used for longest.
+    ask(*range(400, 416))
+    assert ask(*shared, *first) == 16
 
 
 @pytest.mark.parametrize("policy", [OURS, LRU])

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from tests.scenario.simulation import i32
 from tests.unit.control.clocked import Machine
 
 LONG, SHORT = 1, 2
@@ -83,6 +84,24 @@ def test_a_pause_saves_up_no_turns() -> None:
         plan = machine.step()
         bound += [] if plan is None else plan.bound_requests.tolist()
     assert sum(request >= 100 for request in bound[:10]) in (5, 6)
+
+
+def test_a_newcomer_owes_nothing_to_those_who_leave_before_it_waits() -> None:
+    """It starts level with whoever was there when it came, also if they come back only later."""
+    machine = Machine(slots_max=1)
+    machine.submit(0, 2000, 1, tenant=1)
+    plan = machine.scheduler.plan(machine.now_us)
+    assert plan is not None
+    for request in (10, 11, 12):
+        machine.submit(request, 100, 1, tenant=2)
+    machine.scheduler.commit(plan.step, i32(7), machine.now_us)  # Tenant 1 has left by now.
+    bound: list[int] = []
+    while len(bound) < 4:
+        plan = machine.step()
+        bound += [] if plan is None else plan.bound_requests.tolist()
+        if bound == [10]:
+            machine.submit(1, 100, 1, tenant=1)
+    assert bound == [10, 11, 1, 12], "tenant 1 does not wait until the other has had 2000 tokens"
 
 
 def test_whoever_starts_when_all_have_gone_starts_like_everybody() -> None:
