@@ -35,7 +35,7 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
     }
     reserve_commit(flight);
 
-    now_us_ = std::max(now_us_, now_us);
+    pass_to(now_us);
     const Retired done = ledger_.retire();
     each_group([&]<class G>() {
         for (auto& stored : flight.stores.of<G>()) store_.index.stow<G>(std::move(stored), done);

@@ -7,7 +7,7 @@
 namespace tokenspeed::control {
 
 std::optional<Plan> Scheduler::plan(std::int64_t now_us) {
-    now_us_ = std::max(now_us_, now_us);
+    pass_to(now_us);
     store_.index.sessions().advance(now_us_);
     apply_events();
     refuse_late();

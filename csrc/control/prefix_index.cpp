@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cassert>
-#include <ranges>
 
 namespace tokenspeed::control {
 
@@ -161,10 +160,10 @@ NodeRef PrefixIndex::enter(const PageContent& content, const NodeRef* parent,
 
 void PrefixIndex::release(std::vector<NodeRef>&& trail) noexcept {
     std::optional<BranchId> branch;
-    for (const NodeRef& ref : std::views::reverse(trail)) {
-        if (!tree_.listed(ref.id())) continue;
-        if (!branch) branch = sessions_.branch(ref.id());
-        sessions_.used(ref.id(), *branch);
+    for (auto ref = trail.rbegin(); ref != trail.rend(); ++ref) {
+        if (!tree_.listed(ref->id())) continue;
+        if (!branch) branch = sessions_.branch(ref->id());
+        sessions_.used(ref->id(), *branch);
     }
     for (; !trail.empty(); trail.pop_back()) tree_.prune(tree_.unlink(std::move(trail.back())));
 }

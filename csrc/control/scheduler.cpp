@@ -236,7 +236,8 @@ void Scheduler::apply(Queued&& submitted) {
             refuse(std::move(submitted), wait_us);
             return;
         }
-        deadlines_.push_back({request.order(), now_us_ + *queue_timeout_us_});
+        const std::int64_t wait_max_us = std::min(*queue_timeout_us_, kTimeMaxUs);
+        deadlines_.push_back({request.order(), now_us_ + wait_max_us});
     }
     queued_.reserve(request.order());
     Place& place = places_.find(request.id().value)->second;

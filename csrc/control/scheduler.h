@@ -8,8 +8,10 @@
 // and prompts not yet computed take turns: priority, tokens given to the tenant, arrival.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <deque>
+#include <limits>
 #include <optional>
 #include <span>
 #include <unordered_map>
@@ -132,6 +134,12 @@ class Scheduler {
     using Live = std::variant<Queued, Loading, Receiving, Prefilling, Decoding, Stepping, Parked,
                               Sending, Doomed, Cancelled>;
     using Travelling = std::variant<Loading, Receiving, Sending, Cancelled>;
+
+    // No time is so late, and no time-out so long, that their sum could not be told.
+    static constexpr std::int64_t kTimeMaxUs = std::numeric_limits<std::int64_t>::max() / 4;
+    void pass_to(std::int64_t now_us) noexcept {
+        now_us_ = std::min(std::max(now_us_, now_us), kTimeMaxUs);
+    }
 
     // --- events ---
     void apply_events();

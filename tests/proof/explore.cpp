@@ -1,5 +1,6 @@
-// Explores the small worlds: `explore quick|full|NAME [THREADS]`, where quick allows one abort at
-// most in each. Each thread has schedulers of its own, as several engines of one process have.
+// Explores the small worlds: `explore brief|quick|full|NAME [THREADS]`, where quick allows one
+// abort at most in each, and brief none, nor flushes, with one step in flight beside another. Each
+// thread has schedulers of its own, as several engines of one process have.
 
 #include <algorithm>
 #include <atomic>
@@ -26,9 +27,14 @@ int main(int count, char** arguments) {
 
     std::vector<Configuration> chosen;
     for (Configuration& configuration : configurations()) {
-        const bool quick = set == "quick";
+        const bool quick = set == "quick", brief = set == "brief";
         if (quick) configuration.aborts_max = std::min(configuration.aborts_max, 1);
-        if (quick || set == "full" || set == configuration.name) {
+        if (brief) {
+            if (configuration.config.overlap_depth != 1) continue;
+            configuration.aborts_max = 0;
+            configuration.flushes = false;
+        }
+        if (quick || brief || set == "full" || set == configuration.name) {
             chosen.push_back(std::move(configuration));
         }
     }

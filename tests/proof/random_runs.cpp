@@ -87,9 +87,10 @@ class RandomRun {
         const double draw = std::uniform_real_distribution<>()(random_);
         if (draw < 0.02 && world_.live_count() < kLiveMax) return submit();
         if (draw < 0.024 && next_ > 0) {
-            return world_.abort(
+            world_.abort(
                 past_[static_cast<std::size_t>(below(static_cast<std::int64_t>(past_.size())))]
                     .request);
+            return;
         }
         if (draw < 0.0241) return world_.flush();
         if (draw < 0.55 && world_.in_flight()) return world_.commit();

@@ -32,6 +32,15 @@ def test_nobody_waits_for_longer_than_the_limit() -> None:
     assert machine.scheduler.stats().refusals == len(refused)
 
 
+def test_a_limit_beyond_all_times_refuses_nobody() -> None:
+    machine = Machine(slots_max=1, queue_timeout_us=2**63 - 1)
+    machine.now_us = 1
+    for request in range(3):
+        machine.submit(request, 100, 3)
+    machine.run_until(0, 1, 2)
+    assert set(machine.finished.values()) == {FinishReason.LENGTH}
+
+
 def test_without_a_limit_all_wait() -> None:
     machine = Machine(slots_max=8, tps_floor=100.0)
     overload(machine, 150)
