@@ -184,6 +184,7 @@ std::optional<const char*> ContentTree::broken() const {
         listed += node.listed ? 1 : 0;
         if (!held(node)) return "a node stayed that nothing keeps";
         if (node.listed && !shared_) return "a node is listed though sharing is off";
+        if (node.listed && !find(node.hash)) return "a node is listed, but not found";
         if (!node.parent) continue;
         if (!at(*node.parent).used) return "a node lost its parent";
         Node& parent = counted[static_cast<std::size_t>(node.parent->value)];
