@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Build:
     def _run(self, target: Path, *arguments: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place and moved there, so that a broken build leaves no half object.
-        half = target.with_name(f"{target.name}.{os.getpid()}.half")
+        half = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}.half")
         flags = self.flags if "-c" not in arguments else ()
         command = [self.compiler, *_FLAGS, *flags, *arguments, "-o", str(half)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
