@@ -101,6 +101,14 @@ NB_MODULE(_cpu, module) {
                                                inputs);
             },
             "runtime"_a, "ggml_type"_a, "blocks"_a, nb::kw_only(), "outputs"_a, "inputs"_a)
+        .def_static(
+            "pack_dense",
+            [](cpu::Runtime& runtime, nb::handle weight) {
+                const auto rows = tensors.rows<const void*>(weight, "weight");
+                const nb::gil_scoped_release release;
+                return cpu::PackedMatrix::pack_dense(runtime, rows);
+            },
+            "runtime"_a, "weight"_a)
         .def_prop_ro("format", [](const cpu::PackedMatrix& self) { return self.format().name; })
         .def_prop_ro("outputs", &cpu::PackedMatrix::outputs)
         .def_prop_ro("inputs", &cpu::PackedMatrix::inputs)

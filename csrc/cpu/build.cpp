@@ -10,6 +10,7 @@
 #include TOKENSPEED_SIMD
 
 #include "attention.inl"
+#include "dense.inl"
 #include "gemm.inl"
 #include "probes.inl"
 #include "rowwise.inl"
@@ -34,7 +35,8 @@ constinit const Kernels TOKENSPEED_TABLE = {
                .f32_round = f32_round},
     .quantise = quantise,
     .multiply = {multiply<0>, multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>,
-                 multiply<6>, multiply<7>},
+                 multiply<6>, multiply<7>, multiply_dense<Element::bf16>,
+                 multiply_dense<Element::f32>},
     .add_rms_norm = add_rms_norm,
     .gate = gate,
     .rotate = rotate,
@@ -43,8 +45,13 @@ constinit const Kernels TOKENSPEED_TABLE = {
     .attend = attend,
     .merge = merge,
     .attention_rows = part_rows_max,
-    .panels_at_once = few_panels[0],
-    .rows_at_once = rows_max,
+    .streamed_rows_max = streamed_rows_max,
+    .streams = few_panels[0],
+    .few_rows = few_rows,
+    .tile_panels = tile_panels,
+    .tile_rows = tile_rows,
+    .rows_max = rows_max,
+    .panels_max = panels_max,
     .scratch_size_bytes = larger(unpacked_size_bytes + sums_size_bytes, sizeof(AttentionScratch)),
 };
 

@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Rows that a few threads quantise are too little work to wake another for.
+// Rows that a thread quantises in less time than it takes to share them out.
 constexpr std::int64_t elements_per_chunk = 1 << 14;
 // What one thread reads in some microseconds; less is not worth the help of another.
 constexpr std::int64_t weights_per_chunk_size_bytes = 64 << 10;
@@ -23,93 +24,172 @@ constexpr std::int64_t part_rows_min = 64;
 // Parts for each thread, so that one which is held up can leave most of its share to others.
 constexpr std::int64_t parts_per_thread = 8;
 
-void quantise_all(Runtime& runtime, const Rows<const void*>& x, std::int8_t* values,
-                  RowStep* steps) {
-    const std::int64_t rows_per_chunk = std::max<std::int64_t>(1, elements_per_chunk / x.columns);
-    const std::int64_t element = x.type == Element::f32 ? 4 : 2;
-    const auto quantise = [&](int chunk, int) noexcept {
-        const std::int64_t end = std::min(x.rows, (chunk + 1) * rows_per_chunk);
-        for (std::int64_t row = chunk * rows_per_chunk; row < end; ++row) {
-            runtime.kernels().quantise(
-                static_cast<const std::byte*>(x.data) + row * x.stride * element, x.type, x.columns,
-                values + row * x.columns, steps + row * (x.columns / step_inputs));
-        }
+// Quantises the rows [first, end), and with the last row zeros to fill its group up.
+void quantise_rows(const Kernels& kernels, const Rows<const void*>& x, std::int64_t first,
+                   std::int64_t end, const QuantisedRows& to) {
+    const std::int64_t group_size = to.group_size_bytes(x.columns);
+    const std::int64_t step_size = to.step_size_bytes();
+    const auto values_at = [&](std::int64_t row) {
+        return to.groups + row / to.group_rows * group_size + row % to.group_rows * step_inputs;
     };
-    runtime.pool().run(static_cast<int>(ceil_div(x.rows, rows_per_chunk)), quantise);
+    const auto steps_at = [&](std::int64_t row) {
+        return to.groups + row / to.group_rows * group_size + to.group_rows * step_inputs +
+               row % to.group_rows * static_cast<std::int64_t>(sizeof(RowStep));
+    };
+    for (std::int64_t row = first; row < end; ++row) {
+        kernels.quantise(x.at(row), x.type, x.columns, values_at(row), steps_at(row), step_size);
+    }
+    for (std::int64_t row = end; end == x.rows && row % to.group_rows != 0; ++row) {
+        for (std::int64_t step = 0; step < x.columns / step_inputs; ++step) {
+            std::memset(values_at(row) + step * step_size, 0, step_inputs);
+            std::memset(steps_at(row) + step * step_size, 0, sizeof(RowStep));
+        }
+    }
 }
 
-// How a product is cut: a grid of parts, so many panels wide and rows high.
-struct Cut {
+// Groups of few rows are equally high, or nearly so.
+std::int64_t group_rows(const Kernels& kernels, std::int64_t rows) {
+    if (rows > kernels.streamed_rows_max) return kernels.tile_rows;
+    return ceil_div(rows, ceil_div(rows, kernels.few_rows));
+}
+
+// One part of the weight in a job: its product, cut into a grid of chunks so many panels wide and
+// rows high.
+struct Piece {
+    Product product;
+    std::size_t format_index;
     std::int64_t panels;
-    std::int64_t rows;
+    std::int64_t part_panels;
+    std::int64_t part_rows;
+    std::int64_t high;
+    int chunk_end;  // of the job
+
+    Piece(const Runtime& runtime, int threads, const PackedMatrix& weight, const Product& whole,
+          int first_chunk)
+        : product(whole), format_index(weight.format_index()), panels(panel_count(whole.outputs)) {
+        const Kernels& kernels = runtime.kernels();
+        const std::int64_t rows = product.rows;
+        const std::int64_t wanted = threads == 1 ? 1 : parts_per_thread * threads;
+        if (rows <= kernels.streamed_rows_max) {
+            const std::int64_t least = ceil_div(weights_per_chunk_size_bytes,
+                                                weight.format().panel_size_bytes(product.inputs));
+            const std::int64_t streams = kernels.streams;
+            part_panels = ceil_div(std::max(ceil_div(panels, wanted), least), streams) * streams;
+            part_rows = rows;
+        } else {
+            const std::int64_t tile = kernels.tile_panels;
+            part_panels = std::clamp<std::int64_t>(ceil_div(panels, wanted) / tile * tile, tile,
+                                                   kernels.panels_max);
+            part_rows = std::min<std::int64_t>(rows, kernels.rows_max);
+            while (part_rows > part_rows_min &&
+                   ceil_div(panels, part_panels) * ceil_div(rows, part_rows) < wanted / 2) {
+                part_rows = ceil_div(ceil_div(part_rows, 2), kernels.tile_rows) * kernels.tile_rows;
+            }
+        }
+        high = ceil_div(rows, part_rows);
+        chunk_end = first_chunk + static_cast<int>(ceil_div(panels, part_panels) * high);
+    }
+
+    // Parts of the same panels follow each other: a thread finds their weights in its cache.
+    Part part(int chunk) const {
+        const std::int64_t panel = chunk / high * part_panels;
+        const std::int64_t row = chunk % high * part_rows;
+        return {panel, std::min(panels, panel + part_panels), row,
+                std::min(product.rows, row + part_rows)};
+    }
 };
-
-Cut cut(const Runtime& runtime, std::int64_t rows, std::int64_t panels,
-        std::int64_t panel_size_bytes, int threads) {
-    const Kernels& kernels = runtime.kernels();
-    const std::int64_t at_once = kernels.panels_at_once;
-    const std::int64_t wanted = threads == 1 ? 1 : parts_per_thread * threads;
-    Cut part{at_once, std::min<std::int64_t>(rows, kernels.rows_at_once)};
-    if (rows <= 4) {
-        const std::int64_t least = ceil_div(weights_per_chunk_size_bytes, panel_size_bytes);
-        part.panels = ceil_div(std::max(ceil_div(panels, wanted), least), at_once) * at_once;
-        return part;
-    }
-    part.panels = std::max(at_once, ceil_div(panels, wanted) / at_once * at_once);
-    while (part.rows > part_rows_min &&
-           ceil_div(panels, part.panels) * ceil_div(rows, part.rows) < wanted / 2) {
-        part.rows = ceil_div(part.rows, 2);
-    }
-    return part;
-}
-
-void multiply(Runtime& runtime, const PackedMatrix& weight, const Product& product) {
-    const std::int64_t panels = panel_count(product.outputs);
-    const Cut part =
-        cut(runtime, product.rows, panels, weight.format().panel_size_bytes(product.inputs),
-            runtime.pool().threads());
-    const std::int64_t wide = ceil_div(panels, part.panels);
-    const std::int64_t high = ceil_div(product.rows, part.rows);
-    const auto kernel = runtime.kernels().multiply[weight.format_index()];
-    runtime.pool().run(static_cast<int>(wide * high), [&](int chunk, int thread) noexcept {
-        // Parts of the same panels follow each other: a thread finds their weights in its cache.
-        const std::int64_t panel = chunk / high * part.panels;
-        const std::int64_t row = chunk % high * part.rows;
-        kernel(product,
-               {panel, std::min(panels, panel + part.panels), row,
-                std::min(product.rows, row + part.rows)},
-               runtime.scratch(thread));
-    });
-}
 
 // y = x W^T + bias, of operands that fit.
 void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedMatrix*>& weight,
                   const void* bias, const Out& y) {
     if (x.rows == 0) return;
     const auto lease = runtime.lease();
-    const auto values_size = static_cast<std::size_t>(x.rows * x.columns);
-    std::byte* const memory =
-        lease.memory(values_size + values_size / step_inputs * sizeof(RowStep));
-    // Inputs come in 32s, so the steps behind the bytes are aligned.
-    auto* const values = reinterpret_cast<std::int8_t*>(memory);
-    auto* const steps = reinterpret_cast<RowStep*>(memory + values_size);
-    quantise_all(runtime, x, values, steps);
+    const int threads = runtime.pool().threads();
+    // Dense weights are as wide as whole steps, and read rows as they lie if these are too.
+    In whole = x;
+    if (weight.front()->format().dense() && x.columns % step_inputs != 0) {
+        const std::int64_t columns = step_count(x.columns) * step_inputs;
+        const auto size = static_cast<std::size_t>(x.rows * columns * x.element_size_bytes());
+        whole = {lease.memory(size), x.type, x.rows, columns, columns};
+        std::memset(const_cast<void*>(whole.data), 0, size);
+        for (std::int64_t row = 0; row < x.rows; ++row) {
+            std::memcpy(const_cast<void*>(whole.at(row)), x.at(row),
+                        static_cast<std::size_t>(x.columns * x.element_size_bytes()));
+        }
+    }
+    std::vector<Piece> pieces;
+    pieces.reserve(weight.size());
     std::int64_t first = 0;
     const std::int64_t element = y.type == Element::f32 ? 4 : 2;
     for (const PackedMatrix* part : weight) {
         const auto* const part_bias = static_cast<const std::byte*>(bias);
-        multiply(runtime, *part,
-                 {.weights = part->data(),
-                  .inputs = part->inputs(),
-                  .outputs = part->outputs(),
-                  .x = {values, steps},
-                  .bias = bias == nullptr ? nullptr : part_bias + first * element,
-                  .y = static_cast<std::byte*>(y.data) + first * element,
-                  .y_stride = y.stride,
-                  .y_type = y.type,
-                  .rows = x.rows});
+        pieces.emplace_back(runtime, threads, *part,
+                            Product{.weights = part->data(),
+                                    .inputs = step_count(part->inputs()) * step_inputs,
+                                    .outputs = part->outputs(),
+                                    .x = {},
+                                    .dense = whole.data,
+                                    .dense_stride = whole.stride,
+                                    .bias = bias == nullptr ? nullptr : part_bias + first * element,
+                                    .y = static_cast<std::byte*>(y.data) + first * element,
+                                    .y_stride = y.stride,
+                                    .y_type = y.type,
+                                    .rows = x.rows},
+                            pieces.empty() ? 0 : pieces.back().chunk_end);
         first += part->outputs();
     }
+    const Kernels& kernels = runtime.kernels();
+    const int chunks = pieces.back().chunk_end;
+    const auto multiply = [&](const QuantisedRows& inputs, int chunk, int thread) {
+        int begin = 0;
+        for (const Piece& piece : pieces) {
+            if (chunk < piece.chunk_end) {
+                Product product = piece.product;
+                product.x = inputs;
+                kernels.multiply[piece.format_index](product, piece.part(chunk - begin),
+                                                     runtime.scratch(thread));
+                return;
+            }
+            begin = piece.chunk_end;
+        }
+    };
+    if (weight.front()->format().dense()) {
+        runtime.pool().run(chunks,
+                           [&](int chunk, int thread) noexcept { multiply({}, chunk, thread); });
+        return;
+    }
+    QuantisedRows rows{nullptr, group_rows(kernels, x.rows)};
+    const auto rows_size = static_cast<std::int64_t>(rows.group_size_bytes(x.columns) *
+                                                     ceil_div(x.rows, rows.group_rows));
+    if (x.rows * x.columns <= elements_per_chunk) {
+        // Each thread quantises all rows for itself, with the first chunk it gets: one job, and
+        // nobody waits for what another thread writes.
+        constexpr std::int64_t line = 64;
+        const std::int64_t own_size = line + ceil_div(rows_size, line) * line;
+        std::byte* const memory = lease.memory(static_cast<std::size_t>(own_size * threads));
+        for (int thread = 0; thread < threads; ++thread) memory[own_size * thread] = std::byte{0};
+        runtime.pool().run(chunks, [&](int chunk, int thread) noexcept {
+            std::byte* const done = memory + own_size * thread;
+            const QuantisedRows own{done + line, rows.group_rows};
+            if (*done == std::byte{0}) {
+                quantise_rows(kernels, x, 0, x.rows, own);
+                *done = std::byte{1};
+            }
+            multiply(own, chunk, thread);
+        });
+        return;
+    }
+    rows.groups = lease.memory(static_cast<std::size_t>(rows_size));
+    const std::int64_t rows_per_chunk =
+        std::max<std::int64_t>(1, elements_per_chunk / x.columns / rows.group_rows) *
+        rows.group_rows;
+    runtime.pool().run(static_cast<int>(ceil_div(x.rows, rows_per_chunk)),
+                       [&](int chunk, int) noexcept {
+                           quantise_rows(kernels, x, chunk * rows_per_chunk,
+                                         std::min(x.rows, (chunk + 1) * rows_per_chunk), rows);
+                       });
+    runtime.pool().run(chunks,
+                       [&](int chunk, int thread) noexcept { multiply(rows, chunk, thread); });
 }
 
 }  // namespace
@@ -128,6 +208,15 @@ void linear(Runtime& runtime, const Rows<const void*>& x,
         throw KernelError("y is " + std::to_string(y.rows) + " x " + std::to_string(y.columns) +
                           ", but x W^T is " + std::to_string(x.rows) + " x " +
                           std::to_string(outputs));
+    }
+    const bool dense = !weight.empty() && weight.front()->format().dense();
+    for (const PackedMatrix* part : weight) {
+        const Format& format = part->format();
+        if (format.dense() != dense || (dense && format.bits != 8 * x.element_size_bytes())) {
+            throw KernelError("a product of x in " + std::to_string(8 * x.element_size_bytes()) +
+                              " bits cannot have weights in " + std::string(format.name) +
+                              (dense ? "" : " beside quantised ones"));
+        }
     }
     const std::vector<const PackedMatrix*> parts(weight.begin(), weight.end());
     runtime.perform(x.rows, [&runtime, x, parts, bias, y](std::int64_t rows) {

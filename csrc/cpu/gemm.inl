@@ -13,7 +13,15 @@
 //
 // For few rows the weights go from memory through registers, once: 2 to 8 operations unpack a
 // vector of 64 weights, far less than the time their bytes take to come. For many rows a thread
-// unpacks two panels of up to 1024 inputs into its first cache, and runs all rows over them.
+// unpacks a few panels of some inputs into its first cache, and runs all rows over them; it goes
+// through all panels of its part before it comes to further inputs, so that the rows' part of
+// those inputs stays in its second cache.
+//
+// Bound for many rows: a CPU that starts two products a cycle starts dots, multiplications and fmas
+// on the same two ports, so a step takes 8 of 10 to 12 places there, 67% (w6_nested) to 80% (w4,
+// w5, w8) of its peak; conversions, additions and unpacking have ports of their own.
+
+#include "product.inl"
 
 namespace tokenspeed::cpu {
 namespace {
@@ -143,17 +151,33 @@ constexpr int log2(int x) {
     return x <= 1 ? 0 : 1 + log2(x / 2);
 }
 
-// Rows of inputs from some step on.
+// A group of rows from some step on.
 template <int rows>
-struct RowPointers {
-    const std::int8_t* values[rows];
-    const RowStep* steps[rows];
+struct Inputs {
+    static constexpr std::int64_t step_size_bytes = rows * QuantisedRows::row_step_size_bytes;
+
+    const std::byte* group;
+
+    // `group_rows` of the product's inputs are `rows`, and `row` is the first of a group.
+    TOKENSPEED_INLINE Inputs(const Product& product, std::int64_t row, std::int64_t step)
+        : group(product.x.groups +
+                row * QuantisedRows::row_step_size_bytes * (product.inputs / step_inputs) +
+                step * step_size_bytes) {}
+
+    TOKENSPEED_INLINE const std::int8_t* values(std::int64_t step, int row) const {
+        return reinterpret_cast<const std::int8_t*>(group + step * step_size_bytes +
+                                                    row * step_inputs);
+    }
+    TOKENSPEED_INLINE const RowStep& of(std::int64_t step, int row) const {
+        return reinterpret_cast<const RowStep*>(group + step * step_size_bytes +
+                                                rows * step_inputs)[row];
+    }
 };
 
 // Adds `count` steps of the source to the cells' sums.
 template <class Source, int rows, int panels>
-TOKENSPEED_INLINE void accumulate(const Source& source, const RowPointers<rows>& x,
-                                  std::int64_t count, Floats (&acc)[rows][panels]) {
+TOKENSPEED_INLINE void accumulate(const Source& source, const Inputs<rows>& x, std::int64_t count,
+                                  Floats (&acc)[rows][panels]) {
     constexpr Format format = Source::format;
     constexpr bool halves = format.scales == Scales::nested_halves;
     constexpr int shift = log2(format.zero_point());
@@ -168,9 +192,16 @@ TOKENSPEED_INLINE void accumulate(const Source& source, const RowPointers<rows>&
                 for (int m = 0; m < rows; ++m) {
                     Ints start = splat_ints(0);
                     if constexpr (format.zero_point() > 0) {
-                        const RowStep& inputs = x.steps[m][step];
-                        start = shift_left<shift>(splat_ints(halves ? inputs.negative_halves[half]
-                                                                    : inputs.negative_sum));
+                        const RowStep& inputs = x.of(step, m);
+                        if constexpr (!halves) {
+                            start = splat_ints(inputs.negative_sum);
+                        } else if constexpr (half == 0) {
+                            start = splat_ints(inputs.negative_first_half);
+                        } else {
+                            start = sub(splat_ints(inputs.negative_sum),
+                                        splat_ints(inputs.negative_first_half));
+                        }
+                        start = shift_left<shift>(start);
                     }
                     for (int p = 0; p < panels; ++p) sums[m][p] = start;
                 }
@@ -178,14 +209,14 @@ TOKENSPEED_INLINE void accumulate(const Source& source, const RowPointers<rows>&
             Bytes weights[panels];
             for (int p = 0; p < panels; ++p) weights[p] = source.template quants<quad>(p, step);
             for (int m = 0; m < rows; ++m) {
-                const Bytes inputs = splat_quad(x.values[m] + step * step_inputs + quad * 4);
+                const Bytes inputs = splat_quad(x.values(step, m) + quad * 4);
                 for (int p = 0; p < panels; ++p) sums[m][p] = dot(sums[m][p], weights[p], inputs);
             }
             if constexpr (quad == step_quads - 1 || (halves && quad == step_quads / 2 - 1)) {
                 for (int p = 0; p < panels; ++p) {
                     const Floats scale = source.template scale<half>(p, step);
                     for (int m = 0; m < rows; ++m) {
-                        const Floats both = mul(scale, splat(x.steps[m][step].scale));
+                        const Floats both = mul(scale, splat(x.of(step, m).scale));
                         acc[m][p] = fma(to_floats(sums[m][p]), both, acc[m][p]);
                     }
                 }
@@ -195,39 +226,11 @@ TOKENSPEED_INLINE void accumulate(const Source& source, const RowPointers<rows>&
             for (int p = 0; p < panels; ++p) {
                 const Floats minimum = source.minimum(p, step);
                 for (int m = 0; m < rows; ++m) {
-                    acc[m][p] = fma(minimum, splat(x.steps[m][step].scaled_sum), acc[m][p]);
+                    acc[m][p] = fma(minimum, splat(x.of(step, m).scaled_sum), acc[m][p]);
                 }
             }
         }
     }
-}
-
-// Adds the bias and writes one panel of a row.
-TOKENSPEED_INLINE void write(const Product& product, std::int64_t row, std::int64_t panel,
-                             Floats acc) {
-    const std::int64_t output = panel * lanes;
-    const std::int64_t left = product.outputs - output;
-    const std::int64_t count = left < lanes ? left : lanes;
-    const bool f32 = product.y_type == Element::f32;
-    const std::int64_t element = f32 ? 4 : 2;
-    if (product.bias != nullptr) {
-        const auto* bias = static_cast<const std::byte*>(product.bias) + output * element;
-        alignas(64) std::byte whole[lanes * 4] = {};
-        if (count < lanes) {
-            __builtin_memcpy(whole, bias, static_cast<std::size_t>(count * element));
-            bias = whole;
-        }
-        acc = add(acc, f32 ? load_floats(reinterpret_cast<const float*>(bias)) : load_bf16(bias));
-    }
-    auto* y = static_cast<std::byte*>(product.y) + (row * product.y_stride + output) * element;
-    alignas(64) std::byte whole[lanes * 4];
-    std::byte* const to = count < lanes ? whole : y;
-    if (f32) {
-        store(acc, reinterpret_cast<float*>(to));
-    } else {
-        store_bf16(acc, to);
-    }
-    if (count < lanes) __builtin_memcpy(y, whole, static_cast<std::size_t>(count * element));
 }
 
 // The packed panels first, first + apart, ...; beyond `end` the last one stands in, and is not
@@ -246,132 +249,175 @@ TOKENSPEED_INLINE PackedSource<format_index, panels> packed_panels(const Product
     return source;
 }
 
-// Rows from `first` on, from the given step; beyond `end` the last one stands in.
-template <int rows>
-TOKENSPEED_INLINE RowPointers<rows> row_pointers(const Product& product, std::int64_t first,
-                                                 std::int64_t end, std::int64_t step) {
-    RowPointers<rows> x;
-    for (int m = 0; m < rows; ++m) {
-        const std::int64_t row = first + m < end ? first + m : end - 1;
-        x.values[m] = product.x.values + row * product.inputs + step * step_inputs;
-        x.steps[m] = product.x.steps + row * (product.inputs / step_inputs) + step;
-    }
-    return x;
-}
-
-// Weights from memory through registers, for `rows` rows from `row` on. The panels at hand are read
-// as so many streams, each of them through a stretch of its own of the part: long streams are what
-// the CPU's prefetchers follow.
+// Weights from memory through registers, for groups of `rows` rows. The panels at hand are read as
+// so many streams, each of them through a stretch of its own of the part: long streams are what the
+// CPU's prefetchers follow. The first group brings the panels into the second cache, where the
+// others find them.
 template <int format_index, int rows, int panels>
-void multiply_few(const Product& product, const Part& part, std::int64_t row) {
-    const auto x = row_pointers<rows>(product, row, part.row_end, 0);
+void multiply_streamed(const Product& product, const Part& part) {
     const std::int64_t stretch = (part.panel_end - part.panel + panels - 1) / panels;
     for (std::int64_t panel = part.panel; panel < part.panel + stretch; ++panel) {
         const auto source =
             packed_panels<format_index, panels>(product, panel, stretch, part.panel_end);
-        Floats acc[rows][panels];
-        for (auto& of_row : acc) {
-            for (Floats& cell : of_row) cell = splat(0.0f);
-        }
-        accumulate(source, x, product.inputs / step_inputs, acc);
-        for (int m = 0; m < rows; ++m) {
-            for (int p = 0; p < panels; ++p) {
-                const std::int64_t output_panel = panel + p * stretch;
-                if (output_panel < part.panel_end) write(product, row + m, output_panel, acc[m][p]);
+        for (std::int64_t row = part.row; row < part.row_end; row += rows) {
+            Floats acc[rows][panels];
+            clear(acc);
+            accumulate(source, Inputs<rows>(product, row, 0), product.inputs / step_inputs, acc);
+            for (int m = 0; m < rows && row + m < part.row_end; ++m) {
+                for (int p = 0; p < panels; ++p) {
+                    const std::int64_t output_panel = panel + p * stretch;
+                    if (output_panel < part.panel_end) {
+                        write(product, row + m, output_panel, acc[m][p]);
+                    }
+                }
             }
         }
     }
 }
 
-constexpr std::int64_t unpacked_steps = 32;
-constexpr std::int64_t rows_max = 512;
+constexpr std::int64_t unpacked_steps_max = 28;
+static_assert(rows_max % tile_rows == 0);
 constexpr std::size_t unpacked_size_bytes =
-    unpacked_steps * tile_panels * (step_quads * quad_size_bytes + 2 * lanes * 4);
-constexpr std::size_t sums_size_bytes = rows_max * tile_panels * lanes * 4;
+    unpacked_steps_max * tile_panels * (step_quads * quad_size_bytes + 2 * lanes * 4);
 
-// Weights unpacked once for all rows of the part, of which there are at most rows_max.
+// Weights unpacked once for all rows of the part, of which there are at most rows_max, as there are
+// at most panels_max panels.
 template <int format_index>
 void multiply_many(const Product& product, const Part& part, std::byte* scratch) {
+    constexpr Format format = formats[format_index];
     const UnpackedSource<format_index, tile_panels> unpacked{scratch};
-    auto* const sums = reinterpret_cast<float*>(scratch + unpacked_size_bytes);
+    auto* const sums_start = reinterpret_cast<float*>(scratch + unpacked_size_bytes);
+    constexpr std::int64_t tile_floats = tile_rows * tile_panels * lanes;
+    const std::int64_t tiles = (part.row_end - part.row + tile_rows - 1) / tile_rows;
     const std::int64_t steps = product.inputs / step_inputs;
-    for (std::int64_t panel = part.panel; panel < part.panel_end; panel += tile_panels) {
-        const auto packed =
-            packed_panels<format_index, tile_panels>(product, panel, 1, part.panel_end);
-        for (std::int64_t first = 0; first < steps; first += unpacked_steps) {
-            const std::int64_t left = steps - first;
-            const std::int64_t count = left < unpacked_steps ? left : unpacked_steps;
-            unpacked.fill(packed, first, count);
-            for (std::int64_t row = part.row; row < part.row_end; row += tile_rows) {
-                const auto x = row_pointers<tile_rows>(product, row, part.row_end, first);
-                float* const kept = sums + (row - part.row) * tile_panels * lanes;
+    const std::int64_t chunks = (steps + unpacked_steps_max - 1) / unpacked_steps_max;
+    const std::int64_t panel_size = format.panel_size_bytes(product.inputs);
+    const std::int64_t panels = (product.outputs + lanes - 1) / lanes;
+    for_each_chunk(
+        part, chunks,
+        [&](std::int64_t chunk, std::int64_t panel, std::int64_t next_chunk,
+            std::int64_t next_panel) {
+            const std::int64_t first = steps * chunk / chunks;
+            const std::int64_t count = steps * (chunk + 1) / chunks - first;
+            Stretch next[tile_panels];
+            for (int p = 0; p < tile_panels; ++p) {
+                const std::int64_t at = format.header_offset(steps * next_chunk / chunks);
+                const std::int64_t end = format.step_offset(steps * (next_chunk + 1) / chunks);
+                const bool some = next_panel + p < panels;
+                next[p] = {product.weights + (next_panel + p) * panel_size + at,
+                           some ? end - at : 0};
+            }
+            unpacked.fill(
+                packed_panels<format_index, tile_panels>(product, panel, 1, part.panel_end), first,
+                count);
+            float* sums = sums_start + (panel - part.panel) / tile_panels * tiles * tile_floats;
+            for (std::int64_t tile = 0; tile < tiles; ++tile, sums += tile_floats) {
+                const std::int64_t row = part.row + tile * tile_rows;
+                const Inputs<tile_rows> x(product, row, first);
+                for (const Stretch& of_panel : next) prefetch_share(of_panel, tile, tiles);
                 Floats acc[tile_rows][tile_panels];
-                for (int m = 0; m < tile_rows; ++m) {
-                    for (int p = 0; p < tile_panels; ++p) {
-                        acc[m][p] = first == 0 || row + m >= part.row_end
-                                        ? splat(0.0f)
-                                        : load_floats(kept + (m * tile_panels + p) * lanes);
-                    }
+                if (chunk == 0) {
+                    clear(acc);
+                } else {
+                    load_tile(sums, acc);
                 }
                 accumulate(unpacked, x, count, acc);
-                const bool last = first + count == steps;
-                for (int m = 0; m < tile_rows && row + m < part.row_end; ++m) {
-                    for (int p = 0; p < tile_panels; ++p) {
-                        if (!last) {
-                            store(acc[m][p], kept + (m * tile_panels + p) * lanes);
-                        } else if (panel + p < part.panel_end) {
-                            write(product, row + m, panel + p, acc[m][p]);
-                        }
-                    }
+                if (chunk == chunks - 1) {
+                    write_tile(product, part, row, panel, acc);
+                } else {
+                    store_tile(acc, sums);
                 }
             }
-        }
-    }
+        });
 }
 
 template <int format_index>
 void multiply(const Product& product, const Part& part, std::byte* scratch) {
-    switch (part.row_end - part.row) {
-        case 1:
-            return multiply_few<format_index, 1, few_panels[0]>(product, part, part.row);
-        case 2:
-            return multiply_few<format_index, 2, few_panels[1]>(product, part, part.row);
-        case 3:
-            return multiply_few<format_index, 3, few_panels[2]>(product, part, part.row);
-        case 4:
-            return multiply_few<format_index, 4, few_panels[3]>(product, part, part.row);
-        default:
-            return multiply_many<format_index>(product, part, scratch);
+    if (part.row_end - part.row > streamed_rows_max) {
+        return multiply_many<format_index>(product, part, scratch);
     }
+    unroll<few_rows>([&]<int below>(Constant<below>) {
+        if (product.x.group_rows == below + 1) {
+            multiply_streamed<format_index, below + 1, few_panels[below]>(product, part);
+        }
+    });
 }
 
 constexpr float scale_min = 0x1p-100f;
 
-void quantise(const void* x, Element type, std::int64_t inputs, std::int8_t* values,
-              RowStep* steps) {
-    for (std::int64_t first = 0; first < inputs; first += step_inputs, ++steps) {
-        Floats halves[2];
-        for (int half = 0; half < 2; ++half) {
-            const std::int64_t at = first + half * lanes;
-            halves[half] = type == Element::f32
-                               ? load_floats(static_cast<const float*>(x) + at)
-                               : load_bf16(static_cast<const std::uint16_t*>(x) + at);
+TOKENSPEED_INLINE Floats load_inputs(const void* x, Element type, std::int64_t at) {
+    return type == Element::f32 ? load_floats(static_cast<const float*>(x) + at)
+                                : load_bf16(static_cast<const std::uint16_t*>(x) + at);
+}
+
+// Quantises `count` steps, a lane for each: what concerns a whole step is done once for all.
+template <Element type>
+TOKENSPEED_INLINE void quantise_steps(const void* x, std::int64_t first, int count,
+                                      std::byte* values, std::byte* steps,
+                                      std::int64_t step_size_bytes) {
+    constexpr std::int64_t element = type == Element::f32 ? 4 : 2;
+    Floats inputs[2][lanes];
+    Floats magnitudes[lanes];
+    Ints rounded[2][lanes];
+    for (int i = 0; i < lanes; ++i) {
+        // What the next steps will load: the CPU's own prefetchers stop at the end of each page.
+        const std::byte* next =
+            static_cast<const std::byte*>(x) + (first + (i + lanes) * step_inputs) * element;
+        for (std::int64_t line = 0; line < step_inputs * element; line += 64) {
+            __builtin_prefetch(next + line);
         }
-        const float largest = max_abs(halves[0], halves[1]);
-        // Of inputs smaller than any model's nothing is left, rather than an infinite factor.
-        const bool some = largest >= scale_min;
-        const Floats factor = splat(some ? 127.0f / largest : 0.0f);
-        std::int32_t total = 0;
         for (int half = 0; half < 2; ++half) {
-            const Ints rounded = to_ints(mul(halves[half], factor));
-            store_bytes(rounded, values + first + half * lanes);
-            const std::int32_t part = sum(rounded);
-            steps->negative_halves[half] = -part;
-            total += part;
+            inputs[half][i] =
+                i < count ? load_inputs(x, type, first + (2 * i + half) * lanes) : splat(0.0f);
         }
-        steps->scale = some ? largest / 127.0f : 0.0f;
-        steps->scaled_sum = steps->scale * static_cast<float>(total);
-        steps->negative_sum = -total;
+        magnitudes[i] = max_abs(inputs[0][i], inputs[1][i]);
+    }
+    const Floats largest = max_of_each(magnitudes);
+    // Of inputs smaller than any model's nothing is left, rather than an infinite factor.
+    alignas(64) float factors[lanes];
+    store(if_at_least(largest, scale_min, div(splat(127.0f), largest)), factors);
+    const Floats scale = if_at_least(largest, scale_min, div(largest, splat(127.0f)));
+    for (int i = 0; i < lanes; ++i) {
+        for (int half = 0; half < 2; ++half) {
+            rounded[half][i] = to_ints(mul(inputs[half][i], splat(factors[i])));
+            if (i < count) {
+                store_bytes(rounded[half][i], reinterpret_cast<std::int8_t*>(
+                                                  values + i * step_size_bytes + half * lanes));
+            }
+        }
+    }
+    const Ints first_half = sum_of_each(rounded[0]);
+    const Ints total = add(first_half, sum_of_each(rounded[1]));
+    alignas(64) RowStep row_steps[lanes];
+    store_columns(scale, mul(scale, to_floats(total)), sub(splat_ints(0), total),
+                  sub(splat_ints(0), first_half), row_steps);
+    for (int i = 0; i < count; ++i) {
+        __builtin_memcpy(steps + i * step_size_bytes, &row_steps[i], sizeof(RowStep));
+    }
+}
+
+template <Element type>
+void quantise_as(const void* x, std::int64_t inputs, std::byte* values, std::byte* steps,
+                 std::int64_t step_size_bytes) {
+    const std::int64_t all = inputs / step_inputs;
+    std::int64_t step = 0;
+    for (; step + lanes <= all; step += lanes) {
+        quantise_steps<type>(x, step * step_inputs, lanes, values + step * step_size_bytes,
+                             steps + step * step_size_bytes, step_size_bytes);
+    }
+    if (step < all) {
+        quantise_steps<type>(x, step * step_inputs, static_cast<int>(all - step),
+                             values + step * step_size_bytes, steps + step * step_size_bytes,
+                             step_size_bytes);
+    }
+}
+
+void quantise(const void* x, Element type, std::int64_t inputs, std::byte* values, std::byte* steps,
+              std::int64_t step_size_bytes) {
+    if (type == Element::f32) {
+        quantise_as<Element::f32>(x, inputs, values, steps, step_size_bytes);
+    } else {
+        quantise_as<Element::bf16>(x, inputs, values, steps, step_size_bytes);
     }
 }
 

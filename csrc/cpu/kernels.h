@@ -72,28 +72,42 @@ struct Rotation {
 };
 
 // What the product needs to know of 32 consecutive inputs of a row beside their integers: their
-// scale, scale times sum, and negative sums of all and of either half.
+// scale, scale times sum, and negative sums of all and of the first half.
 struct RowStep {
     float scale;
     float scaled_sum;
     std::int32_t negative_sum;
-    std::int32_t negative_halves[2];
+    std::int32_t negative_first_half;
 };
 
-// Rows of inputs as signed bytes in [-127, 127], one scale for each step of 32.
+// Rows of inputs as signed bytes in [-127, 127], with what belongs to each step of 32 of them.
+//
+// A product reads some rows at once, so these lie together: groups of `group_rows` rows, the last
+// one filled up with zeros. A group has, for each step, the bytes of its rows and then their
+// RowSteps, so that it is read from front to back.
 struct QuantisedRows {
-    const std::int8_t* values;  // [rows, inputs]
-    const RowStep* steps;       // [rows, inputs / 32]
+    std::byte* groups;
+    std::int64_t group_rows;
+
+    static constexpr std::int64_t row_step_size_bytes = step_inputs + sizeof(RowStep);
+    TOKENSPEED_INLINE std::int64_t step_size_bytes() const {
+        return group_rows * row_step_size_bytes;
+    }
+    TOKENSPEED_INLINE std::int64_t group_size_bytes(std::int64_t inputs) const {
+        return inputs / step_inputs * step_size_bytes();
+    }
 };
 
-// y = x W^T + bias, with packed W.
+// y = x W^T + bias.
 struct Product {
     const std::byte* weights;
-    std::int64_t inputs;
+    std::int64_t inputs;  // whole steps
     std::int64_t outputs;
-    QuantisedRows x;
-    const void* bias;  // [outputs] of the type of y, or null
-    void* y;           // [rows, outputs]
+    QuantisedRows x;            // for packed weights
+    const void* dense;          // [rows, inputs] of their own type, for dense weights
+    std::int64_t dense_stride;  // elements from row to row
+    const void* bias;           // [outputs] of the type of y, or null
+    void* y;                    // [rows, outputs]
     std::int64_t y_stride;
     Element y_type;
     std::int64_t rows;
@@ -189,9 +203,11 @@ struct Kernels {
 
     Probes probes;
 
-    // Quantises one row. `inputs` is a multiple of 32.
-    void (*quantise)(const void* x, Element type, std::int64_t inputs, std::int8_t* values,
-                     RowStep* steps);
+    // Quantises one row of a group: its bytes and its RowSteps of the first step go to `values` and
+    // to `steps`, those of each further step lie `step_size_bytes` on. `inputs` is a multiple
+    // of 32.
+    void (*quantise)(const void* x, Element type, std::int64_t inputs, std::byte* values,
+                     std::byte* steps, std::int64_t step_size_bytes);
     // By index in `formats`. `scratch` is the thread's own, of `scratch_size_bytes`.
     void (*multiply[formats.size()])(const Product& product, const Part& part, std::byte* scratch);
     void (*add_rms_norm)(const AddRmsNorm& call, std::int64_t row);
@@ -204,9 +220,16 @@ struct Kernels {
     void (*merge)(const Attention& call, const AttentionPart& part, std::byte* scratch);
     // Query rows (tokens times query heads) that a part of attention should have.
     int attention_rows;
-    // Outputs that are best computed together, in panels; rows likewise, at most.
-    int panels_at_once;
-    int rows_at_once;
+    // Of up to `streamed_rows_max` rows a part reads its weights as `streams` streams, for up to
+    // `few_rows` rows at once. Of more rows it unpacks `tile_panels` panels at a time for groups of
+    // `tile_rows` rows, and may have `rows_max` rows and `panels_max` panels.
+    int streamed_rows_max;
+    int streams;
+    int few_rows;
+    int tile_panels;
+    int tile_rows;
+    int rows_max;
+    int panels_max;
     std::size_t scratch_size_bytes;
 };
 

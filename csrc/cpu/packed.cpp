@@ -252,8 +252,52 @@ PackedMatrix PackedMatrix::pack(Runtime& runtime, std::string_view ggml_type,
     return packed;
 }
 
+PackedMatrix PackedMatrix::pack_dense(Runtime& runtime, const In& rows) {
+    if (rows.rows < 1 || rows.columns < 1) {
+        throw KernelError("a matrix of " + std::to_string(rows.rows) + " x " +
+                          std::to_string(rows.columns) + " has nothing to pack");
+    }
+    const auto* format =
+        std::ranges::find(formats, rows.type == Element::f32 ? "f32" : "bf16", &Format::name);
+    PackedMatrix packed(runtime.arena(), static_cast<std::size_t>(format - formats.begin()),
+                        rows.rows, rows.columns);
+    const auto pack_panel = [&](int panel, int) noexcept {
+        const std::int64_t first = std::int64_t{panel} * lanes;
+        for (int lane = 0; lane < std::min<std::int64_t>(lanes, rows.rows - first); ++lane) {
+            const auto* from = static_cast<const std::byte*>(rows.at(first + lane));
+            for (std::int64_t input = 0; input < rows.columns; ++input) {
+                std::memcpy(
+                    packed.data_.data() + format->dense_offset(rows.columns, first + lane, input),
+                    from + input * rows.element_size_bytes(),
+                    static_cast<std::size_t>(rows.element_size_bytes()));
+            }
+        }
+    };
+    runtime.pool().run(static_cast<int>(panel_count(rows.rows)), pack_panel);
+    return packed;
+}
+
 void PackedMatrix::read_row(std::int64_t output, Element type, void* row) const {
     const Format& packed = format();
+    if (packed.dense()) {
+        for (std::int64_t input = 0; input < inputs_; ++input) {
+            const std::byte* const from = data() + packed.dense_offset(inputs_, output, input);
+            float weight;
+            if (packed.bits == 32) {
+                std::memcpy(&weight, from, sizeof weight);
+            } else {
+                std::uint16_t half;
+                std::memcpy(&half, from, sizeof half);
+                weight = bf16_to_f32(half);
+            }
+            if (type == Element::f32) {
+                static_cast<float*>(row)[input] = weight;
+            } else {
+                static_cast<std::uint16_t*>(row)[input] = f32_to_bf16(weight);
+            }
+        }
+        return;
+    }
     const int lane = static_cast<int>(output % lanes);
     const std::byte* const panel = data() + output / lanes * packed.panel_size_bytes(inputs_);
     for (std::int64_t step = 0; step < inputs_ / step_inputs; ++step) {

@@ -24,6 +24,10 @@ class PackedMatrix {
                              std::span<const std::byte> blocks, std::int64_t outputs,
                              std::int64_t inputs);
 
+    // Packs a matrix of dense rows of `inputs` elements on all threads, unchanged.
+    // Throws KernelError: no rows, or no inputs.
+    static PackedMatrix pack_dense(Runtime& runtime, const In& rows);
+
     std::int64_t outputs() const { return outputs_; }
     std::int64_t inputs() const { return inputs_; }
     const Format& format() const { return formats[format_index_]; }
@@ -31,7 +35,7 @@ class PackedMatrix {
     const std::byte* data() const { return data_.data(); }
     std::size_t size_bytes() const { return data_.size(); }
 
-    // The weights of one output, in float32 arithmetic: `inputs` numbers.
+    // The weights of one output, computed in float32: `inputs` numbers.
     void read_row(std::int64_t output, Element type, void* row) const;
 
   private:

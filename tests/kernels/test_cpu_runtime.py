@@ -59,10 +59,16 @@ def test_the_roofline_is_measured() -> None:
     assert found.bf16_ops_per_s > 0
 
 
-def test_products_are_measured_beside_the_roofline() -> None:
-    decode, prefill = itertools.islice(bench_gemm(start_runtime(threads=1), repeats=1), 2)
-    assert (decode.format, decode.tokens, prefill.tokens) == ("w4", 1, 512)
-    for figure in (decode, prefill):
+@pytest.mark.parametrize("name", ["w8", "bf16"])
+def test_products_are_measured_beside_the_roofline(name: str) -> None:
+    found = bench_gemm(start_runtime(threads=1), formats=[name], repeats=1)
+    figures = list(itertools.islice(found, 3))
+    assert [(figure.format, figure.tokens) for figure in figures] == [
+        (name, 1),
+        (name, 4),
+        (name, 8),
+    ]
+    for figure in figures:
         assert figure.ops_per_s > figure.bytes_per_s > 0
         assert figure.ops_fraction > 0
         assert figure.bytes_fraction > 0

@@ -26,14 +26,19 @@ struct Halves {
 };
 
 constexpr int registers = 8;
-// Rows and panels of the register tile over unpacked weights.
+// Rows and panels of the register tile over unpacked weights, and rows of that over dense ones.
 constexpr int tile_rows = 2;
-// Panels read at once for one to four rows.
-constexpr int few_panels[] = {2, 1, 1, 1};
+constexpr int dense_tile_rows = 2;
 constexpr int tile_panels = 1;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
 constexpr int score_rows = 5, score_vectors = 1;
 constexpr int value_rows = 3, value_vectors = 2;
+// Panels read at once for one to four rows.
+constexpr int few_rows = 4;
+constexpr int few_panels[few_rows] = {2, 1, 1, 1};
+// Rows for which unpacking weights in registers, again for each tile, is less than unpacking them
+// to memory once.
+constexpr int streamed_rows_max = 8;
 
 inline Floats splat(float x) {
     return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
@@ -155,24 +160,58 @@ inline void store_bf16(Floats a, void* at) {
 inline void store_bf16_normal(Floats a, void* at) {
     store_bf16(a, at);
 }
-inline float max_abs(Floats a, Floats b) {
+inline __m256 if_at_least(__m256 a, float least, __m256 value) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_set1_ps(least), _CMP_GE_OQ), value);
+}
+// The value where a is at least so much, or else 0.
+inline Floats if_at_least(Floats a, float least, Floats value) {
+    return {if_at_least(a.low, least, value.low), if_at_least(a.high, least, value.high)};
+}
+// The larger magnitude of each lane.
+inline Floats max_abs(Floats a, Floats b) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     const auto abs = [&](__m256 x) { return _mm256_and_ps(x, magnitude); };
-    const __m256 eight = _mm256_max_ps(_mm256_max_ps(abs(a.low), abs(a.high)),
-                                       _mm256_max_ps(abs(b.low), abs(b.high)));
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    return {_mm256_max_ps(abs(a.low), abs(b.low)), _mm256_max_ps(abs(a.high), abs(b.high))};
+}
+// Merges eight vectors into one with a lane for each, in three rounds that halve their number: two
+// vectors' lanes are put side by side twice, each time half of them, and those are combined.
+template <class Combine>
+inline __m256 merge_lanes(__m256 (&rows)[8], const Combine& combine) {
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = combine(_mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
+                          _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m256d a = _mm256_castps_pd(rows[2 * i]), b = _mm256_castps_pd(rows[2 * i + 1]);
+        rows[i] = combine(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                          _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return combine(_mm256_permute2f128_ps(rows[0], rows[1], 0x20),
+                   _mm256_permute2f128_ps(rows[0], rows[1], 0x31));
+}
+// Lane i: the largest of the lanes of a[i].
+inline Floats max_of_each(const Floats (&a)[16]) {
+    const auto larger = [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); };
+    __m256 rows[2][8];
+    for (int i = 0; i < 16; ++i) rows[i / 8][i % 8] = larger(a[i].low, a[i].high);
+    return {merge_lanes(rows[0], larger), merge_lanes(rows[1], larger)};
 }
 // Rounded to the nearest, ties to even.
 inline Ints to_ints(Floats a) {
     return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)};
 }
-inline std::int32_t sum(Ints a) {
-    const __m256i eight = _mm256_add_epi32(a.low, a.high);
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+// Lane i: the sum of the lanes of a[i].
+inline Ints sum_of_each(const Ints (&a)[16]) {
+    const auto total = [](__m256 x, __m256 y) {
+        return _mm256_castsi256_ps(
+            _mm256_add_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+    };
+    __m256 rows[2][8];
+    for (int i = 0; i < 16; ++i) {
+        rows[i / 8][i % 8] = _mm256_castsi256_ps(_mm256_add_epi32(a[i].low, a[i].high));
+    }
+    return {_mm256_castps_si256(merge_lanes(rows[0], total)),
+            _mm256_castps_si256(merge_lanes(rows[1], total))};
 }
 // The low byte of each lane, of integers that fit in it.
 inline void store_bytes(Ints a, std::int8_t* at) {
@@ -198,6 +237,28 @@ inline Ints load_ints(const void* at) {
 
 inline Ints add(Ints a, Ints b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+inline Ints sub(Ints a, Ints b) {
+    return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+}
+inline void store_columns(__m256 a, __m256 b, __m256i c, __m256i d, void* at) {
+    const __m256i low_ab = _mm256_castps_si256(_mm256_unpacklo_ps(a, b));
+    const __m256i high_ab = _mm256_castps_si256(_mm256_unpackhi_ps(a, b));
+    const __m256i low_cd = _mm256_unpacklo_epi32(c, d);
+    const __m256i high_cd = _mm256_unpackhi_epi32(c, d);
+    const __m256i rows[4] = {
+        _mm256_unpacklo_epi64(low_ab, low_cd), _mm256_unpackhi_epi64(low_ab, low_cd),
+        _mm256_unpacklo_epi64(high_ab, high_cd), _mm256_unpackhi_epi64(high_ab, high_cd)};
+    auto* to = static_cast<__m128i*>(at);
+    for (int i = 0; i < 4; ++i) {
+        _mm_storeu_si128(to + i, _mm256_castsi256_si128(rows[i]));
+        _mm_storeu_si128(to + i + 4, _mm256_extracti128_si256(rows[i], 1));
+    }
+}
+// 16 rows of four numbers, a lane of each vector in turn.
+inline void store_columns(Floats a, Floats b, Ints c, Ints d, void* at) {
+    store_columns(a.low, b.low, c.low, d.low, at);
+    store_columns(a.high, b.high, c.high, d.high, static_cast<__m128i*>(at) + 8);
 }
 template <int count>
 inline Ints shift_left(Ints a) {

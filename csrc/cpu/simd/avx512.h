@@ -26,14 +26,19 @@ struct Halves {
 };
 
 constexpr int registers = 32;
-// Rows and panels of the register tile over unpacked weights.
-constexpr int tile_rows = 6;
-// Panels read at once for one to four rows.
-constexpr int few_panels[] = {4, 4, 2, 2};
+// Rows and panels of the register tile over unpacked weights, and rows of that over dense ones.
+constexpr int tile_rows = 4;
+constexpr int dense_tile_rows = 6;
 constexpr int tile_panels = 2;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
 constexpr int score_rows = 12, score_vectors = 2;
 constexpr int value_rows = 6, value_vectors = 4;
+// Panels read at once for one to four rows.
+constexpr int few_rows = 4;
+constexpr int few_panels[few_rows] = {4, 4, 2, 2};
+// Rows for which unpacking weights in registers, again for each tile, is less than unpacking them
+// to memory once.
+constexpr int streamed_rows_max = 16;
 
 inline Floats splat(float x) {
     return {_mm512_set1_ps(x)};
@@ -135,15 +140,52 @@ inline void store_bf16_normal(Floats a, void* at) {
     store_bf16(a, at);
 #endif
 }
-inline float max_abs(Floats a, Floats b) {
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a.v), _mm512_abs_ps(b.v)));
+// The value where a is at least so much, or else 0.
+inline Floats if_at_least(Floats a, float least, Floats value) {
+    return {
+        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(least), _CMP_GE_OQ), value.v)};
+}
+// The larger magnitude of each lane.
+inline Floats max_abs(Floats a, Floats b) {
+    return {_mm512_max_ps(_mm512_abs_ps(a.v), _mm512_abs_ps(b.v))};
+}
+// Merges 16 vectors into one with a lane for each, in four rounds that halve their number: two
+// vectors' lanes are put side by side twice, each time half of them, and those are combined.
+template <class Vector, class Combine>
+inline __m512 merge_lanes(const Vector (&rows)[16], const Combine& combine) {
+    __m512 merged[16];
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(&merged[i], &rows[i].v, sizeof(__m512));
+    for (int i = 0; i < 8; ++i) {
+        merged[i] = combine(_mm512_unpacklo_ps(merged[2 * i], merged[2 * i + 1]),
+                            _mm512_unpackhi_ps(merged[2 * i], merged[2 * i + 1]));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(merged[2 * i]), b = _mm512_castps_pd(merged[2 * i + 1]);
+        merged[i] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int count = 2; count >= 1; count /= 2) {
+        for (int i = 0; i < count; ++i) {
+            merged[i] = combine(_mm512_shuffle_f32x4(merged[2 * i], merged[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(merged[2 * i], merged[2 * i + 1], 0xdd));
+        }
+    }
+    return merged[0];
+}
+// Lane i: the largest of the lanes of a[i].
+inline Floats max_of_each(const Floats (&a)[16]) {
+    return {merge_lanes(a, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); })};
+}
+// Lane i: the sum of the lanes of a[i].
+inline Ints sum_of_each(const Ints (&a)[16]) {
+    return {_mm512_castps_si512(merge_lanes(a, [](__m512 x, __m512 y) {
+        return _mm512_castsi512_ps(
+            _mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y)));
+    }))};
 }
 // Rounded to the nearest, ties to even.
 inline Ints to_ints(Floats a) {
     return {_mm512_cvtps_epi32(a.v)};
-}
-inline std::int32_t sum(Ints a) {
-    return _mm512_reduce_add_epi32(a.v);
 }
 // The low byte of each lane.
 inline void store_bytes(Ints a, std::int8_t* at) {
@@ -165,6 +207,26 @@ inline Ints load_ints(const void* at) {
 
 inline Ints add(Ints a, Ints b) {
     return {_mm512_add_epi32(a.v, b.v)};
+}
+inline Ints sub(Ints a, Ints b) {
+    return {_mm512_sub_epi32(a.v, b.v)};
+}
+// 16 rows of four numbers, a lane of each vector in turn.
+inline void store_columns(Floats a, Floats b, Ints c, Ints d, void* at) {
+    const __m512i low_ab = _mm512_castps_si512(_mm512_unpacklo_ps(a.v, b.v));
+    const __m512i high_ab = _mm512_castps_si512(_mm512_unpackhi_ps(a.v, b.v));
+    const __m512i low_cd = _mm512_unpacklo_epi32(c.v, d.v);
+    const __m512i high_cd = _mm512_unpackhi_epi32(c.v, d.v);
+    const __m512i rows[4] = {
+        _mm512_unpacklo_epi64(low_ab, low_cd), _mm512_unpackhi_epi64(low_ab, low_cd),
+        _mm512_unpacklo_epi64(high_ab, high_cd), _mm512_unpackhi_epi64(high_ab, high_cd)};
+    auto* to = static_cast<__m128i*>(at);
+    for (int i = 0; i < 4; ++i) {
+        _mm_storeu_si128(to + i, _mm512_extracti32x4_epi32(rows[i], 0));
+        _mm_storeu_si128(to + i + 4, _mm512_extracti32x4_epi32(rows[i], 1));
+        _mm_storeu_si128(to + i + 8, _mm512_extracti32x4_epi32(rows[i], 2));
+        _mm_storeu_si128(to + i + 12, _mm512_extracti32x4_epi32(rows[i], 3));
+    }
 }
 template <int count>
 inline Ints shift_left(Ints a) {

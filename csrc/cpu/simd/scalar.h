@@ -29,14 +29,19 @@ struct Halves {
 };
 
 constexpr int registers = 2;
-// Rows and panels of the register tile over unpacked weights.
+// Rows and panels of the register tile over unpacked weights, and rows of that over dense ones.
 constexpr int tile_rows = 1;
-// Panels read at once for one to four rows.
-constexpr int few_panels[] = {1, 1, 1, 1};
+constexpr int dense_tile_rows = 1;
 constexpr int tile_panels = 1;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
 constexpr int score_rows = 1, score_vectors = 1;
 constexpr int value_rows = 1, value_vectors = 1;
+// Panels read at once for one to four rows.
+constexpr int few_rows = 4;
+constexpr int few_panels[few_rows] = {1, 1, 1, 1};
+// Rows for which unpacking weights in registers, again for each tile, is less than unpacking them
+// to memory once.
+constexpr int streamed_rows_max = 4;
 
 template <class Vector, class Lane>
 inline Vector each(Lane lane) {
@@ -141,23 +146,36 @@ inline void store_bf16(const Floats& a, void* at) {
 inline void store_bf16_normal(const Floats& a, void* at) {
     store_bf16(a, at);
 }
-inline float max_abs(const Floats& a, const Floats& b) {
-    float largest = 0.0f;
-    for (int i = 0; i < lanes; ++i) {
+// The value where a is at least so much, or else 0.
+inline Floats if_at_least(const Floats& a, float least, const Floats& value) {
+    return each<Floats>([&](int i) { return a.v[i] >= least ? value.v[i] : 0.0f; });
+}
+// The larger magnitude of each lane.
+inline Floats max_abs(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) {
         const float one = ::fabsf(a.v[i]), other = ::fabsf(b.v[i]);
-        if (one > largest) largest = one;
-        if (other > largest) largest = other;
-    }
-    return largest;
+        return one > other ? one : other;
+    });
+}
+// Lane i: the largest of the lanes of a[i].
+inline Floats max_of_each(const Floats (&a)[lanes]) {
+    return each<Floats>([&](int i) {
+        float largest = a[i].v[0];
+        for (const float one : a[i].v) largest = one > largest ? one : largest;
+        return largest;
+    });
 }
 // Rounded to the nearest, ties to even.
 inline Ints to_ints(const Floats& a) {
     return each<Ints>([&](int i) { return static_cast<std::int32_t>(::lrintf(a.v[i])); });
 }
-inline std::int32_t sum(const Ints& a) {
-    std::int32_t total = 0;
-    for (const std::int32_t one : a.v) total += one;
-    return total;
+// Lane i: the sum of the lanes of a[i].
+inline Ints sum_of_each(const Ints (&a)[lanes]) {
+    return each<Ints>([&](int i) {
+        std::int32_t total = 0;
+        for (const std::int32_t one : a[i].v) total += one;
+        return total;
+    });
 }
 // The low byte of each lane, of integers that fit in it.
 inline void store_bytes(const Ints& a, std::int8_t* at) {
@@ -181,6 +199,20 @@ inline Ints load_ints(const void* at) {
 
 inline Ints add(const Ints& a, const Ints& b) {
     return each<Ints>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Ints sub(const Ints& a, const Ints& b) {
+    return each<Ints>([&](int i) { return a.v[i] - b.v[i]; });
+}
+// 16 rows of four numbers, a lane of each vector in turn.
+inline void store_columns(const Floats& a, const Floats& b, const Ints& c, const Ints& d,
+                          void* at) {
+    auto* to = static_cast<std::byte*>(at);
+    for (int i = 0; i < lanes; ++i, to += 16) {
+        std::memcpy(to, &a.v[i], 4);
+        std::memcpy(to + 4, &b.v[i], 4);
+        std::memcpy(to + 8, &c.v[i], 4);
+        std::memcpy(to + 12, &d.v[i], 4);
+    }
 }
 template <int count>
 inline Ints shift_left(const Ints& a) {

@@ -106,21 +106,32 @@ def bench_kernels(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads [default: all the process may use].")
     ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Native format of weights; may be repeated [default: all]."),
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Measure products with packed weights beside what this machine can do at most."""
     with reported(log_level):
         from tokenspeed.execution import usable_cpu_count  # noqa: PLC0415
         from tokenspeed.kernels.cpu import start_runtime  # noqa: PLC0415
-        from tokenspeed.kernels.cpu.bench import bench_gemm  # noqa: PLC0415
+        from tokenspeed.kernels.cpu.bench import GEMM_FORMATS, bench_gemm  # noqa: PLC0415
+
+        unknown = sorted(set(formats or ()) - set(GEMM_FORMATS))
+        if unknown:
+            raise ConfigError(
+                f"--format {', '.join(unknown)} is no native format; the formats are "
+                f"{', '.join(GEMM_FORMATS)}"
+            )
 
         runtime = start_runtime(threads=threads or usable_cpu_count())
         typer.echo(f"{runtime.isa}, threads: {runtime.threads}; tokens x outputs x inputs")
-        for figure in bench_gemm(runtime):
+        for figure in bench_gemm(runtime, formats=formats or GEMM_FORMATS):
             sizes = f"{figure.tokens} x {figure.outputs} x {figure.inputs}"
             typer.echo(
                 f"  {figure.format:10} {sizes:18}"
-                f" {figure.ops_per_s / 1e9:7.0f} GOP/s, {figure.ops_fraction:4.0%} of int8 peak"
+                f" {figure.ops_per_s / 1e9:7.0f} GOP/s, {figure.ops_fraction:4.0%} of the peak"
                 f" {figure.bytes_per_s / 1e9:7.1f} GB/s, {figure.bytes_fraction:4.0%} of reading"
             )
 

@@ -40,7 +40,11 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         device=device,
         dtype=dtype,
         overrides=config.kernels,
-        weight_formats=(PACKED, dtype_name) if checkpoint.packable else (dtype_name,),
+        weight_formats=(
+            *((PACKED,) if checkpoint.packable else ()),
+            f"{dtype_name}_panels",
+            dtype_name,
+        ),
         kv_formats=_kv_formats(dtype_name, config.page_size),
         runtime=start_runtime(threads=config.threads or usable_cpu_count()),
     )

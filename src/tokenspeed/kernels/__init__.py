@@ -13,7 +13,7 @@ from tokenspeed.kernels.registry import (
     registry,
 )
 from tokenspeed.kernels.selection import Explanation, KernelSelector, Verdict, explain
-from tokenspeed.kernels.weights import PACKED, BlockMatrix, Matrix, PackedWeight
+from tokenspeed.kernels.weights import PACKED, PANELS, BlockMatrix, Matrix, PackedWeight
 
 # Importing these fills the registry: first the ops, then our own kernels for them.
 from tokenspeed.kernels import ops, reference  # isort: skip
@@ -22,6 +22,7 @@ from tokenspeed.kernels.cpu import solution as _solution  # noqa: F401  # isort:
 __all__ = [
     "ANY",
     "PACKED",
+    "PANELS",
     "BlockMatrix",
     "Capability",
     "Explanation",

@@ -9,10 +9,13 @@ import torch
 
 from tokenspeed.kernels.cpu.weights import PackedWeight
 
-__all__ = ["PACKED", "BlockMatrix", "Matrix", "PackedWeight"]
+__all__ = ["PACKED", "PANELS", "BlockMatrix", "Matrix", "PackedWeight"]
 
 PACKED: Final = "packed"
-"""The name of the format of weights that native CPU kernels read; see `PackedWeight`."""
+"""The name of the format of quantised weights that native CPU kernels read; see `PackedWeight`."""
+
+PANELS: Final = ("bfloat16_panels", "float32_panels")
+"""Names of the formats of dense weights that native CPU kernels read, one for each element type."""
 
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A matrix of weights [O, I] in a format that its kernel reads."""

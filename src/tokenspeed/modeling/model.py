@@ -3,6 +3,7 @@
 Legend: S sampled tokens, V vocabulary.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
@@ -11,7 +12,7 @@ import torch
 
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.kernels import BlockMatrix, KernelSelector, PackedWeight
+from tokenspeed.kernels import PACKED, PANELS, BlockMatrix, KernelSelector
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.models.registry import model_class
@@ -68,8 +69,16 @@ class Model(Module):
         Args:
             checkpoint_size_bytes: what they take where they come from.
         """
-        packed = any(isinstance(weight.data, PackedWeight) for _, weight in self.weights())
-        return self.weights_size_bytes + int(packed * PACKING_GROWTH_MAX * checkpoint_size_bytes)
+        distinct = {id(weight): weight for _, weight in self.weights()}.values()
+        packed = any(weight.format_name == PACKED for weight in distinct)
+        panels_size_bytes = sum(
+            math.prod(weight.shape) * self.kernels.dtype.itemsize
+            for weight in distinct
+            if weight.format_name in PANELS
+        )
+        return self.weights_size_bytes + int(
+            PACKING_GROWTH_MAX * (packed * checkpoint_size_bytes + panels_size_bytes)
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor | BlockMatrix]]) -> None:
         """Fill the weights from (Hugging Face name, tensor) pairs of any order and type.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokenspeed.core.errors import KernelError
-from tokenspeed.kernels import PACKED, BlockMatrix, KernelSelector, Matrix, PackedWeight
+from tokenspeed.kernels import PACKED, PANELS, BlockMatrix, KernelSelector, Matrix, PackedWeight
 from tokenspeed.modeling.placement import Boundary, Shard
 
 __all__ = ["Module", "Weight"]
@@ -51,7 +51,7 @@ class Weight:
         self.format_name = format_name
         self._parts = dict(parts or {})
         self.data: Matrix
-        if format_name == PACKED:
+        if format_name == PACKED or format_name in PANELS:
             outputs, inputs = shape
             self.data = PackedWeight(
                 (outputs, inputs),
@@ -84,7 +84,8 @@ class Weight:
             KernelError: the part is not of a type that can be packed.
         """
         index = 0 if name is None else list(self._parts).index(name)
-        if isinstance(self.data, PackedWeight):
+        if self.format_name == PACKED:
+            assert isinstance(self.data, PackedWeight)
             if isinstance(value, torch.Tensor):
                 raise KernelError(
                     f"a matrix of {value.dtype} cannot be packed; "
@@ -93,6 +94,9 @@ class Weight:
             self.data.pack(index, value.quant_name, value.blocks)
             return
         values = value if isinstance(value, torch.Tensor) else value.to_float()
+        if isinstance(self.data, PackedWeight):
+            self.data.pack_dense(index, values)
+            return
         start = sum(list(self._parts.values())[:index])
         self.data.narrow(0, start, len(values)).copy_(values)
 

@@ -87,7 +87,7 @@ FLAGS: dict[str, set[str]] = {
     "models": set(),
     "env": set(),
     "kernels list": {"--log-level"},
-    "kernels bench": {"--threads", "--log-level"},
+    "kernels bench": {"--threads", "--format", "--log-level"},
     "kernels roofline": {"--threads", "--log-level"},
     "kernels explain": {"--device", "--dtype", "--format", "--trait", "--force", "--log-level"},
 }

@@ -4,7 +4,7 @@ Legend: T tokens, O outputs, I inputs.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,24 +12,38 @@ import torch
 from tokenspeed import _cpu
 from tokenspeed.kernels.cpu.runtime import CpuRuntime, Roofline
 
-__all__ = ["GemmFigure", "bench_gemm"]
+__all__ = ["GEMM_FORMATS", "GemmFigure", "bench_gemm"]
 
-# ggml's types, with elements and bytes of a block: one for each native format.
+# The type that each native format comes from: ggml's, with elements and bytes of a block, or dense.
 _BLOCKS = {
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q4_K": (256, 144),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "Q8_0": (32, 34),
+    "w4": ("Q4_0", 32, 18),
+    "w4_min": ("Q4_1", 32, 20),
+    "w4_nested": ("Q4_K", 256, 144),
+    "w5": ("Q5_0", 32, 22),
+    "w5_min": ("Q5_1", 32, 24),
+    "w5_nested": ("Q5_K", 256, 176),
+    "w6_nested": ("Q6_K", 256, 210),
+    "w8": ("Q8_0", 32, 34),
 }
-# Outputs and inputs of matrices as models of some 1.5 billion weights have them.
-_SHAPES = ((8960, 1536), (1536, 8960))
-# Short enough to run undisturbed now and then where other processes want the CPUs too.
-_PREFILL_TOKENS, _PREFILL_OUTPUTS = 512, 512
-_PREFILL_RUNS_PER_REPEAT = 8
+_DENSE = {"bf16": torch.bfloat16, "f32": torch.float32}
+GEMM_FORMATS = (*_BLOCKS, *_DENSE)
+# Outputs and inputs of matrices as models of 1.5, 0.5 and 0.135 billion weights have them.
+_SHAPES = (
+    (8960, 1536),
+    (1536, 8960),
+    (4864, 896),
+    (896, 4864),
+    (1152, 896),
+    (896, 896),
+    (3072, 576),
+    (576, 1536),
+)
+# One user, some users, a prompt.
+_TOKENS = (1, 4, 8, 512)
+# Of more outputs no prompt is computed: a run must be short enough to be undisturbed now and then.
+_PREFILL_OUTPUTS_MAX = 1536
+_PREFILL_TOKENS_MIN = 64
+_PREFILL_RUNS_PER_REPEAT = 4
 # Decoding reads so much that no cache holds it from one pass to the next.
 _READ_SIZE_BYTES = 256 << 20
 
@@ -43,7 +57,9 @@ class GemmFigure:
         tokens, outputs, inputs: the product's sizes.
         ops_per_s: a multiplication and an addition are two.
         bytes_per_s: of packed weights.
-        ops_fraction, bytes_fraction: of the most that the machine did around this run.
+        ops_fraction: of the most that the machine did around this run: of products of bytes, or of
+            the dense format's own.
+        bytes_fraction: the same of reading.
     """
 
     format: str
@@ -56,28 +72,39 @@ class GemmFigure:
     bytes_fraction: float
 
 
-def bench_gemm(runtime: CpuRuntime, *, repeats: int = 7) -> Iterator[GemmFigure]:
-    """Measure decoding of one row and prefill of 512 rows, in every format.
+def bench_gemm(
+    runtime: CpuRuntime, *, formats: Sequence[str] = GEMM_FORMATS, repeats: int = 7
+) -> Iterator[GemmFigure]:
+    """Measure decoding and prefill in each format that can have the shape.
 
     What the machine can do is measured anew beside each figure: on a shared one it changes.
+
+    Args:
+        runtime: where products run.
+        formats: some of `GEMM_FORMATS`.
+        repeats: the best of so many runs counts; of short ones, of some more.
     """
-    for quant_name in _BLOCKS:
+    for name in formats:
         for outputs, inputs in _SHAPES:
-            decoded = _matrix(runtime, quant_name, outputs, inputs)
-            count = -(-_READ_SIZE_BYTES // decoded.size_bytes)
-            more = [_matrix(runtime, quant_name, outputs, inputs) for _ in range(count - 1)]
-            yield _measure(runtime, [decoded, *more], tokens=1, runs=repeats, repeats=repeats)
-            yield _measure(
-                runtime,
-                [_matrix(runtime, quant_name, _PREFILL_OUTPUTS, inputs)],
-                tokens=_PREFILL_TOKENS,
-                runs=repeats * _PREFILL_RUNS_PER_REPEAT,
-                repeats=repeats,
-            )
+            if name in _BLOCKS and inputs % _BLOCKS[name][1] != 0:
+                continue
+            matrix = _matrix(runtime, name, outputs, inputs)
+            count = -(-_READ_SIZE_BYTES // matrix.size_bytes)
+            matrices = [matrix, *(_matrix(runtime, name, outputs, inputs) for _ in range(1, count))]
+            for tokens in _TOKENS:
+                if tokens < _PREFILL_TOKENS_MIN:
+                    yield _measure(runtime, matrices, tokens=tokens, runs=repeats, repeats=repeats)
+                elif outputs <= _PREFILL_OUTPUTS_MAX:
+                    runs = repeats * _PREFILL_RUNS_PER_REPEAT
+                    yield _measure(runtime, [matrix], tokens=tokens, runs=runs, repeats=repeats)
 
 
-def _matrix(runtime: CpuRuntime, quant_name: str, outputs: int, inputs: int) -> _cpu.PackedMatrix:
-    block, block_size_bytes = _BLOCKS[quant_name]
+def _matrix(runtime: CpuRuntime, name: str, outputs: int, inputs: int) -> _cpu.PackedMatrix:
+    if name in _DENSE:
+        return _cpu.PackedMatrix.pack_dense(
+            runtime, torch.ones(outputs, inputs, dtype=_DENSE[name])
+        )
+    quant_name, block, block_size_bytes = _BLOCKS[name]
     # Any bytes do; these make scales of common size.
     blocks = torch.full((outputs * inputs // block * block_size_bytes,), 0x11, dtype=torch.uint8)
     return _cpu.PackedMatrix.pack(runtime, quant_name, blocks, outputs=outputs, inputs=inputs)
@@ -92,7 +119,8 @@ def _measure(
     repeats: int,
 ) -> GemmFigure:
     outputs, inputs = matrices[0].outputs, matrices[0].inputs
-    x_TI = torch.randn(tokens, inputs)
+    name = matrices[0].format
+    x_TI = torch.randn(tokens, inputs, dtype=_DENSE.get(name, torch.float32))
     y_TO = torch.empty(tokens, outputs)
 
     def run() -> None:
@@ -104,14 +132,17 @@ def _measure(
     most = Roofline.measure(runtime, repeats=repeats)
     ops_per_s = 2 * tokens * outputs * inputs * len(matrices) / took_s
     bytes_per_s = sum(matrix.size_bytes for matrix in matrices) / took_s
+    ops_most_per_s = {"bf16": most.bf16_ops_per_s, "f32": most.f32_ops_per_s}.get(
+        name, most.int8_ops_per_s
+    )
     return GemmFigure(
-        format=matrices[0].format,
+        format=name,
         tokens=tokens,
         outputs=outputs,
         inputs=inputs,
         ops_per_s=ops_per_s,
         bytes_per_s=bytes_per_s,
-        ops_fraction=ops_per_s / most.int8_ops_per_s,
+        ops_fraction=ops_per_s / ops_most_per_s,
         bytes_fraction=bytes_per_s / most.read_bytes_per_s,
     )
 

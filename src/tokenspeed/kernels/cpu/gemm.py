@@ -1,8 +1,9 @@
 """Products and lookups with packed weights.
 
-Inputs are quantised to bytes with a scale for each 32; sums are exact integers within 32 inputs,
-and float32 in the order of inputs beyond. A row's result is the same bits in any batch. The formula
-of a cell stands in `csrc/cpu/gemm.inl`.
+For quantised weights inputs are quantised to bytes with a scale for each 32; sums are exact
+integers within 32 inputs, and float32 in the order of inputs beyond. For dense weights inputs are
+taken as they are. A row's result is the same bits in any batch. The formulas of a cell stand in
+`csrc/cpu/gemm.inl` and `csrc/cpu/dense.inl`.
 
 Legend: T tokens, S sampled tokens, I inputs, O outputs, V vocabulary, M model features.
 """
@@ -13,18 +14,19 @@ from tokenspeed import _cpu
 from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import ANY, Priority, kernel
-from tokenspeed.kernels.weights import PACKED, Matrix, PackedWeight
+from tokenspeed.kernels.weights import PACKED, PANELS, Matrix, PackedWeight
 
 __all__ = ["linear", "logits", "lookup"]
 
 _CPU = Capability(device="cpu")
+_FORMATS = (PACKED, *PANELS)
 
 
 @kernel(
     "gemm.linear",
     solution="cpu",
     requires=_CPU,
-    formats=(PACKED,),
+    formats=_FORMATS,
     traits={"bias": ANY},
     priority=Priority.NATIVE,
 )
@@ -38,7 +40,7 @@ def linear(
     return y_TO
 
 
-@kernel("gemm.logits", solution="cpu", requires=_CPU, formats=(PACKED,), priority=Priority.NATIVE)
+@kernel("gemm.logits", solution="cpu", requires=_CPU, formats=_FORMATS, priority=Priority.NATIVE)
 def logits(x_SI: torch.Tensor, weight_VI: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
     """float32 whatever the type of x."""
     assert isinstance(weight_VI, PackedWeight)
@@ -48,7 +50,7 @@ def logits(x_SI: torch.Tensor, weight_VI: Matrix, *, runtime: CpuRuntime) -> tor
 
 
 @kernel(
-    "embedding.lookup", solution="cpu", requires=_CPU, formats=(PACKED,), priority=Priority.NATIVE
+    "embedding.lookup", solution="cpu", requires=_CPU, formats=_FORMATS, priority=Priority.NATIVE
 )
 def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
     """The rows of the table, dequantised."""

@@ -18,12 +18,13 @@ class PackedWeight:
     """A matrix [O, I] whose outputs are parts stacked upon each other, each in its own format.
 
     A checkpoint may keep the parts that one product reads in different types (the Q4_K_M mixture
-    of GGUF gives values more bits than queries), so each part is packed by itself.
+    of GGUF gives values more bits than queries), so each part is packed by itself. Quantised parts
+    and dense ones do not mix.
 
     Args:
         shape: (O, I).
         parts: outputs of each part; they sum to O.
-        dtype: element type of rows that are looked up.
+        dtype: element type of rows that are looked up, and of dense weights.
         runtime: gives the threads that pack, and the memory.
     """
 
@@ -71,4 +72,19 @@ class PackedWeight:
         """
         self._packed[part] = PackedMatrix.pack(
             self._runtime, quant_name, blocks, outputs=self._parts[part], inputs=self.shape[1]
+        )
+
+    def pack_dense(self, part: int, values: torch.Tensor) -> None:
+        """Pack one part in the weight's own element type; a second time replaces the first.
+
+        Args:
+            part: which one.
+            values: its rows, of any element type.
+
+        Raises:
+            KernelError: the element type is neither float32 nor bfloat16.
+        """
+        assert values.shape == (self._parts[part], self.shape[1])
+        self._packed[part] = PackedMatrix.pack_dense(
+            self._runtime, values.to(self.dtype).contiguous()
         )

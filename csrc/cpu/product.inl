@@ -1,0 +1,120 @@
+// What products of quantised and of dense rows share: tiles of the result, and how they are
+// written.
+#pragma once
+
+namespace tokenspeed::cpu {
+namespace {
+
+// Rows of a part, and panels, at most.
+constexpr std::int64_t rows_max = 512;
+constexpr std::int64_t panels_max = 8;
+// Rows of dense weights come in tiles of another height, which need not divide them.
+constexpr std::size_t sums_size_bytes = (rows_max + dense_tile_rows) * panels_max * lanes * 4;
+
+// Sets the cells of a tile to zero.
+template <int rows, int panels>
+TOKENSPEED_INLINE void clear(Floats (&acc)[rows][panels]) {
+    for (auto& of_row : acc) {
+        for (Floats& cell : of_row) cell = splat(0.0f);
+    }
+}
+
+// Adds the bias and writes one panel of a row.
+TOKENSPEED_INLINE void write(const Product& product, std::int64_t row, std::int64_t panel,
+                             Floats acc) {
+    const std::int64_t output = panel * lanes;
+    const std::int64_t left = product.outputs - output;
+    const std::int64_t count = left < lanes ? left : lanes;
+    const bool f32 = product.y_type == Element::f32;
+    const std::int64_t element = f32 ? 4 : 2;
+    if (product.bias != nullptr) {
+        const auto* bias = static_cast<const std::byte*>(product.bias) + output * element;
+        alignas(64) std::byte whole[lanes * 4] = {};
+        if (count < lanes) {
+            __builtin_memcpy(whole, bias, static_cast<std::size_t>(count * element));
+            bias = whole;
+        }
+        acc = add(acc, f32 ? load_floats(reinterpret_cast<const float*>(bias)) : load_bf16(bias));
+    }
+    auto* y = static_cast<std::byte*>(product.y) + (row * product.y_stride + output) * element;
+    alignas(64) std::byte whole[lanes * 4];
+    std::byte* const to = count < lanes ? whole : y;
+    if (f32) {
+        store(acc, reinterpret_cast<float*>(to));
+    } else {
+        store_bf16(acc, to);
+    }
+    if (count < lanes) __builtin_memcpy(y, whole, static_cast<std::size_t>(count * element));
+}
+
+// What a panel's bytes are from one step on, for so many steps.
+struct Stretch {
+    const std::byte* at;
+    std::int64_t size_bytes;
+};
+
+// Asks for a share of the bytes, as large as one tile's share of `tiles` tiles' work.
+TOKENSPEED_INLINE void prefetch_share(const Stretch& bytes, std::int64_t tile, std::int64_t tiles) {
+    const std::int64_t lines = (bytes.size_bytes + 63) / 64;
+    for (std::int64_t line = lines * tile / tiles; line < lines * (tile + 1) / tiles; ++line) {
+        constexpr int read = 0, second_cache = 2;
+        __builtin_prefetch(bytes.at + line * 64, read, second_cache);
+    }
+}
+
+// Goes through a part's panels, `tile_panels` at a time, for one chunk of its inputs after the
+// other: work(chunk, panel, next chunk, next panel).
+template <class Work>
+TOKENSPEED_INLINE void for_each_chunk(const Part& part, std::int64_t chunks, const Work& work) {
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+        for (std::int64_t panel = part.panel; panel < part.panel_end; panel += tile_panels) {
+            const bool last = panel + tile_panels >= part.panel_end;
+            if (!last) {
+                work(chunk, panel, chunk, panel + tile_panels);
+            } else if (chunk + 1 < chunks) {
+                work(chunk, panel, chunk + 1, part.panel);
+            } else {
+                // Most likely the thread gets the part behind this one next.
+                work(chunk, panel, 0, part.panel_end);
+            }
+        }
+    }
+}
+
+// Sums of a tile that wait for further inputs.
+template <int rows, int panels>
+TOKENSPEED_INLINE void load_tile(const float* sums, Floats (&acc)[rows][panels]) {
+    for (int m = 0; m < rows; ++m) {
+        for (int p = 0; p < panels; ++p) acc[m][p] = load_floats(sums + (m * panels + p) * lanes);
+    }
+}
+template <int rows, int panels>
+TOKENSPEED_INLINE void store_tile(const Floats (&acc)[rows][panels], float* sums) {
+    for (int m = 0; m < rows; ++m) {
+        for (int p = 0; p < panels; ++p) store(acc[m][p], sums + (m * panels + p) * lanes);
+    }
+}
+
+// Writes the tile of rows from `row` on and panels from `panel` on, as far as it lies in the part.
+template <int rows, int panels>
+TOKENSPEED_INLINE void write_tile(const Product& product, const Part& part, std::int64_t row,
+                                  std::int64_t panel, const Floats (&acc)[rows][panels]) {
+    const bool whole = product.bias == nullptr && product.y_type == Element::f32 &&
+                       (panel + panels) * lanes <= product.outputs &&
+                       panel + panels <= part.panel_end && row + rows <= part.row_end;
+    if (whole) {
+        float* y = static_cast<float*>(product.y) + row * product.y_stride + panel * lanes;
+        for (int m = 0; m < rows; ++m, y += product.y_stride) {
+            for (int p = 0; p < panels; ++p) store(acc[m][p], y + p * lanes);
+        }
+        return;
+    }
+    for (int m = 0; m < rows && row + m < part.row_end; ++m) {
+        for (int p = 0; p < panels && panel + p < part.panel_end; ++p) {
+            write(product, row + m, panel + p, acc[m][p]);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tokenspeed::cpu
