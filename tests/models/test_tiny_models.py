@@ -11,8 +11,8 @@ import torch
 
 from tests.models.tiny import CONFIGS, Tiny, build, read_tensors, write_tiny
 from tests.support.forward import Driver
-from tokenspeed.kernels import KernelSelector
-from tokenspeed.modeling import Model
+from tokenspeed.kernels import KernelSelector, PackedWeight
+from tokenspeed.modeling import Model, ModelConfig, build_model
 from tokenspeed.modeling.layers import RMSNorm
 
 TOLERANCE = 1e-4
@@ -119,3 +119,27 @@ def test_the_residual_stream_of_a_bfloat16_model_is_float32() -> None:
     normed, stream = norm(torch.full_like(x, 2**-12), torch.ones(2, 8))
     assert (normed.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(stream, torch.full((2, 8), 1 + 2**-12))
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "llama-tied", "qwen2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_dense_weights_in_panels_give_the_same_logits(
+    tmp_path: Path, name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    tiny = write_tiny(name, tmp_path)
+    formats = (f"{dtype}_panels".removeprefix("torch."),)
+    kernels = KernelSelector(device=torch.device("cpu"), dtype=dtype, weight_formats=formats)
+    config = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    model = build_model(config, dtype=dtype, device=torch.device("cpu"), kernels=kernels)
+    distinct = {id(weight): weight for _, weight in model.weights()}.values()
+    matrices = [weight for weight in distinct if len(weight.shape) == 2]
+    # Nothing is packed yet, but room for it is planned whatever the checkpoint takes.
+    dense = sum(weight.shape[0] * weight.shape[1] for weight in matrices) * dtype.itemsize
+    assert model.planned_size_bytes(0) >= dense
+    model.load_weights(read_tensors(tmp_path).items())
+    assert all(isinstance(weight.data, PackedWeight) for weight in matrices)
+    tokens = prompt(TOKENS, seed=1)
+    theirs = expected(tiny, tokens)
+    for chunk in (1, 16, TOKENS):
+        ours = Driver(model).prefill(tokens, chunk=chunk)
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()

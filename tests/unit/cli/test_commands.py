@@ -282,7 +282,8 @@ def test_env_tells_versions_cpu_memory_and_cache() -> None:
 
 def test_kernels_list_and_explain() -> None:
     listed = run("kernels", "list")
-    assert "norm.rms_norm\n  reference:rms_norm" in listed.stdout
+    assert "norm.rms_norm\n  cpu:" in listed.stdout
+    assert "\n  reference:rms_norm" in listed.stdout
     explained = run("kernels", "explain", "norm.rms_norm")
     assert "chosen" in explained.stdout
 
