@@ -6,10 +6,10 @@ Legend: O outputs, I inputs, T tokens.
 import pytest
 import torch
 
-from tests.kernels.tolerances import TOLERANCES
 from tokenspeed._cpu import PackedMatrix, linear, lookup
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
+from tokenspeed.kernels.verify import TOLERANCES
 
 ISAS = supported_isas()
 DTYPES = [torch.bfloat16, torch.float32]

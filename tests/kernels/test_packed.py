@@ -6,10 +6,10 @@ Legend: O outputs, I inputs, T tokens.
 import pytest
 import torch
 
-from tests.kernels.blocks import QUANTS, dequantised, random_blocks
 from tokenspeed._cpu import PackedMatrix, linear, lookup
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
+from tokenspeed.kernels.verify.blocks import BLOCK_TYPES, dequantised, random_blocks
 
 ISAS = supported_isas()
 # Below and above one panel, odd, and more than one block of unpacked inputs.
@@ -52,7 +52,7 @@ def quantised(x: torch.Tensor) -> torch.Tensor:
     return (integers.double() * (largest / 127.0).double()).flatten(1)
 
 
-@pytest.mark.parametrize("name", QUANTS)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_packing_keeps_every_value_to_the_last_bit(name: str, outputs: int, inputs: int) -> None:
     raw = random_blocks(name, outputs, inputs)
@@ -65,13 +65,13 @@ def test_packing_keeps_every_value_to_the_last_bit(name: str, outputs: int, inpu
         assert torch.equal(rows, dequantised(raw, name).to(dtype)[ids])
 
 
-@pytest.mark.parametrize("name", QUANTS)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_packing_grows_no_format_by_more_than_6_percent(name: str) -> None:
     raw = random_blocks(name, 1536, 1536)
     assert packed(runtime(), name, raw, 1536).size_bytes <= 1.06 * raw.numel()
 
 
-@pytest.mark.parametrize("name", QUANTS)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 3, 37])
 def test_a_product_is_exact_but_for_the_rounding_of_its_inputs(
@@ -94,7 +94,7 @@ def test_a_product_is_exact_but_for_the_rounding_of_its_inputs(
     assert ((ours - ideal).abs() <= off + 1e-6 * size).all()
 
 
-@pytest.mark.parametrize("name", QUANTS)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_is_the_same_bits_in_any_batch_on_any_threads_and_instruction_set(
     name: str, isa: str

@@ -1,12 +1,17 @@
-"""`tokenspeed kernels`: which kernels there are, and why one is chosen."""
+"""`tokenspeed kernels`: which kernels there are, why one is chosen, and whether they are right."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokenspeed.cli.options import Device, LogLevel, LogLevelOption
 from tokenspeed.cli.reporting import reported
-from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.errors import ConfigError, KernelError
+
+if TYPE_CHECKING:
+    from tokenspeed.kernels.cpu import CpuRuntime
+    from tokenspeed.kernels.verify import Run
 
 __all__ = ["kernels_app"]
 
@@ -15,6 +20,7 @@ kernels_app = typer.Typer(
 )
 
 _FORMATS = ("float32", "bfloat16", "float16")
+_FAILURES_SHOWN = 5
 
 
 @kernels_app.command("list")
@@ -76,6 +82,93 @@ def explain_kernel(
             traits=traits,
         )
         typer.echo(str(explanation))
+
+
+@kernels_app.command("verify")
+def verify_kernels(
+    *,
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops [default: all].")
+    ] = None,
+    solution: Annotated[
+        str | None, typer.Option(help="The only solution to look at [default: all].")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="The only element type of activations: float32, bfloat16 or float16 "
+            "[default: all]."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: all the process may use].")
+    ] = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Compare every kernel that can run here with its op's formula in float64.
+
+    Sizes are odd ones too; the errors allowed, with their reasons, stand in one table,
+    `tokenspeed/kernels/verify/tolerances.py`. The exit code is 1 if a kernel fails.
+    """
+    with reported(log_level):
+        if dtype is not None and dtype not in _FORMATS:
+            raise ConfigError(f"--dtype must be one of {', '.join(_FORMATS)}, but is {dtype!r}")
+
+        import torch  # noqa: PLC0415
+
+        from tokenspeed import kernels  # noqa: PLC0415
+        from tokenspeed.execution import usable_cpu_count  # noqa: PLC0415
+        from tokenspeed.kernels.cpu import start_runtime  # noqa: PLC0415
+        from tokenspeed.kernels.verify import plan_runs  # noqa: PLC0415
+
+        kernels.load_plugins()
+        runs = plan_runs(
+            kernels.registry,
+            platform=kernels.Platform.of(torch.device("cpu")),
+            ops=ops or (),
+            solution=solution,
+            dtype=None if dtype is None else getattr(torch, dtype),
+        )
+        runtime = start_runtime(threads=threads or usable_cpu_count())
+        torch.set_num_threads(runtime.threads)
+        typer.echo(f"{runtime.isa}, threads: {runtime.threads}")
+        failed = _verify_and_tell(runs, runtime)
+        if failed:
+            raise KernelError(f"{failed} of {sum(len(run.cases) for run in runs)} cases failed")
+
+
+def _verify_and_tell(runs: "Sequence[Run]", runtime: "CpuRuntime") -> int:
+    """Print a line a run, and give the number of failed cases."""
+    from tokenspeed.kernels.verify import verify, worst  # noqa: PLC0415
+
+    def kernel_name(run: "Run") -> str:
+        return f"{run.kernel.solution}:{run.kernel.name}"
+
+    op_width = max(len(run.kernel.op) for run in runs)
+    kernel_width = max(len(kernel_name(run)) for run in runs)
+    operand_width = max(len(run.operand) for run in runs)
+    failed = 0
+    for run in runs:
+        line = (
+            f"{run.kernel.op:{op_width}}  {kernel_name(run):{kernel_width}}  "
+            f"{run.operand:{operand_width}}"
+        )
+        if run.unchecked is not None:
+            typer.echo(f"{line}  not checked: {run.unchecked}")
+            continue
+        outcomes = [verify(run.kernel, case, runtime=runtime) for case in run.cases]
+        failures = [outcome for outcome in outcomes if outcome.failure is not None]
+        failed += len(failures)
+        farthest = worst(outcomes)
+        typer.echo(
+            f"{line}  {len(outcomes):4} cases  {farthest.error:7.1e} of {farthest.tolerance:7.1e}  "
+            f"{'FAIL' if failures else 'pass'}"
+        )
+        for outcome in failures[:_FAILURES_SHOWN]:
+            typer.echo(f"    {outcome.case.name}: {outcome.failure}")
+        if len(failures) > _FAILURES_SHOWN:
+            typer.echo(f"    and {len(failures) - _FAILURES_SHOWN} more")
+    return failed
 
 
 @kernels_app.command("roofline")

@@ -19,7 +19,7 @@ from tokenspeed.kernels.registry import (
 )
 from tokenspeed.kernels.registry import registry as default_registry
 
-__all__ = ["Explanation", "KernelSelector", "Verdict", "explain"]
+__all__ = ["Explanation", "KernelSelector", "Verdict", "explain", "objection"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -225,18 +225,35 @@ class KernelSelector:
     def _first_objection(
         self, kernel: Kernel, format_name: str, traits: Mapping[str, TraitValue]
     ) -> tuple[str | None, str]:
-        unmet = kernel.requires.unmet_by(self._platform)
-        if unmet:
-            return "capability", unmet
-        if kernel.formats is not ANY and format_name not in kernel.formats:
-            return "format", f"reads {', '.join(sorted(kernel.formats))}, not {format_name}"
-        unfit = _unfit_trait(kernel, traits)
-        if unfit:
-            return "traits", unfit
+        found = objection(kernel, self._platform, format_name=format_name, traits=traits)
+        if found is not None:
+            return found
         forced = self._overrides.get(kernel.op)
         if forced is not None and kernel.solution != forced:
             return "override", f"{forced!r} was forced"
         return None, "chosen: it was forced" if forced else "chosen"
+
+
+def objection(
+    kernel: Kernel,
+    platform: Platform,
+    *,
+    format_name: str,
+    traits: Mapping[str, TraitValue],
+) -> tuple[str, str] | None:
+    """Why a kernel cannot serve a request, as `Verdict` has it: where it lost, and the reason.
+
+    None if it can.
+    """
+    unmet = kernel.requires.unmet_by(platform)
+    if unmet:
+        return "capability", unmet
+    if kernel.formats is not ANY and format_name not in kernel.formats:
+        return "format", f"reads {', '.join(sorted(kernel.formats))}, not {format_name}"
+    unfit = _unfit_trait(kernel, traits)
+    if unfit:
+        return "traits", unfit
+    return None
 
 
 def _unfit_trait(kernel: Kernel, traits: Mapping[str, TraitValue]) -> str | None:

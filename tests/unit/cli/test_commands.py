@@ -89,6 +89,7 @@ FLAGS: dict[str, set[str]] = {
     "kernels list": {"--log-level"},
     "kernels bench": {"--threads", "--format", "--log-level"},
     "kernels roofline": {"--threads", "--log-level"},
+    "kernels verify": {"--solution", "--dtype", "--threads", "--log-level"},
     "kernels explain": {"--device", "--dtype", "--format", "--trait", "--force", "--log-level"},
 }
 
@@ -240,6 +241,9 @@ def test_a_kernel_choice_of_another_form_is_refused(choices: list[str]) -> None:
         ("kernels explain no.such_op", "no.such_op"),
         ("kernels explain norm.rms_norm --dtype int7", "bfloat16"),
         ("kernels explain norm.rms_norm --trait x", "NAME=VALUE"),
+        ("kernels verify no.such_op", "norm.rms_norm"),
+        ("kernels verify norm.rms_norm --solution magic", "cpu, reference"),
+        ("kernels verify --dtype int7", "bfloat16"),
     ],
 )
 def test_an_error_is_one_clear_line_and_exit_code_1(line: str, named: str) -> None:

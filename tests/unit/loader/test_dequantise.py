@@ -11,7 +11,8 @@ import torch
 from tests.unit.loader import tiny_gguf
 from tokenspeed import loader
 from tokenspeed.core.errors import CorruptCheckpoint
-from tokenspeed.loader.dequantise import CHUNK_ELEMENTS, dequantise_blocks, read_blocks
+from tokenspeed.kernels.dequantise import dequantise_blocks
+from tokenspeed.loader.dequantise import CHUNK_ELEMENTS, read_blocks
 from tokenspeed.loader.gguf_file import QUANT_TYPES, GGUFFile
 
 

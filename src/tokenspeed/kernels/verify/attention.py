@@ -1,0 +1,241 @@
+"""Attention over scattered pages and writes to them, in plain and in interleaved pages.
+
+Legend: T tokens, L tokens of a row, N positions of a row, Q query heads, H KV heads, D elements of
+a head, P pages, C positions of a page.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.verify.case import (
+    TYPES,
+    Call,
+    Case,
+    Compared,
+    compare,
+    equal,
+    named,
+    noise,
+)
+
+__all__ = [
+    "append_cases",
+    "exact_attention",
+    "interleaved",
+    "paged_mha_cases",
+    "scattered_rows",
+]
+
+# Types whose elements come whole into 32 bits, which interleaving needs; and what else it needs.
+_INTERLEAVED_TYPES = (torch.float32, torch.bfloat16)
+_LANES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heads:
+    query: int
+    kv: int
+    dim: int
+    page_size: int
+
+    def __str__(self) -> str:
+        return f"{self.query}/{self.kv} heads of {self.dim}, pages of {self.page_size}"
+
+
+_HEADS = (
+    _Heads(query=1, kv=1, dim=8, page_size=5),
+    _Heads(query=14, kv=2, dim=20, page_size=16),
+    _Heads(query=7, kv=1, dim=16, page_size=16),
+    _Heads(query=9, kv=3, dim=64, page_size=32),
+    _Heads(query=4, kv=2, dim=80, page_size=48),
+    _Heads(query=6, kv=2, dim=128, page_size=32),
+)
+_Lengths = tuple[tuple[int, int], ...]
+# (context, new tokens) of each row.
+_ROWS = {
+    "the first token": ((0, 1),),
+    "decode": ((255, 1), (256, 1), (257, 1), (15, 1), (16, 1), (0, 1)),
+    "prefill": ((0, 37),),
+    "a later chunk": ((29, 5),),
+    "mixed": ((700, 3), (0, 9), (520, 30), (1, 1)),
+}
+# What is written at once: a token, decoding, and a chunk beside both.
+_APPENDED = (((0, 1),), ((255, 1), (256, 1), (16, 1)), ((29, 37), (0, 4), (7, 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    format_name: str
+    dtype: torch.dtype
+    heads: _Heads
+    lengths: _Lengths
+
+
+def paged_mha_cases() -> Iterator[Case]:
+    """Decode, prefill and both at once; what no row has written is NaN."""
+    for format_name, dtype, heads in _formats():
+        for name, lengths in _ROWS.items():
+            yield Case(
+                op="attention.paged_mha",
+                format_name=format_name,
+                dtype=dtype,
+                name=f"{name}, {heads}",
+                traits={"head_dim": heads.dim},
+                check=partial(_paged_mha, _Operands(format_name, dtype, heads, lengths)),
+            )
+
+
+def append_cases() -> Iterator[Case]:
+    """Scattered pages, K and V as views into one product; no other slot may change."""
+    for format_name, dtype, heads in _formats():
+        for lengths in _APPENDED:
+            tokens = sum(new for _, new in lengths)
+            yield Case(
+                op="kvcache.append",
+                format_name=format_name,
+                dtype=dtype,
+                name=f"{tokens} tokens, {heads}",
+                traits={"head_dim": heads.dim},
+                check=partial(_append, _Operands(format_name, dtype, heads, lengths)),
+            )
+
+
+def _formats() -> Iterator[tuple[str, torch.dtype, _Heads]]:
+    for heads in _HEADS:
+        for dtype in TYPES:
+            yield named(dtype), dtype, heads
+        if heads.dim % _LANES == 0 and heads.page_size % _LANES == 0:
+            for dtype in _INTERLEAVED_TYPES:
+                yield f"interleaved_{named(dtype)}", dtype, heads
+
+
+def scattered_rows(
+    lengths: Sequence[tuple[int, int]], *, page_size: int, seed: int
+) -> tuple[PagedRows, int]:
+    """Rows of (context, new) tokens over pages in random order, and how many pages there are."""
+    choose = np.random.default_rng(seed)
+    counts = [-(-(context + new) // page_size) for context, new in lengths]
+    pages = sum(counts) + 3
+    order = choose.permutation(pages).astype(np.int32)
+    slots = choose.permutation(len(lengths) + 2).astype(np.int32)[: len(lengths)]
+    table_XP = np.full((len(lengths) + 2, max(counts)), -1, dtype=np.int32)
+    kv_slots = []
+    used = 0
+    for (context, new), count, slot in zip(lengths, counts, slots, strict=True):
+        own = order[used : used + count]
+        used += count
+        table_XP[slot, :count] = own
+        at = np.arange(context, context + new)
+        kv_slots.append(own[at // page_size].astype(np.int64) * page_size + at % page_size)
+    return (
+        PagedRows(
+            query_starts=np.cumsum([0, *(new for _, new in lengths)], dtype=np.int32),
+            context_lens=np.array([context for context, _ in lengths], dtype=np.int32),
+            row_slots=slots,
+            page_table_XP=torch.from_numpy(table_XP),
+            kv_slots_T=torch.from_numpy(np.concatenate(kv_slots)),
+            page_size=page_size,
+        ),
+        pages,
+    )
+
+
+def interleaved(k_PCHD: torch.Tensor, v_PCHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain pools as interleaved ones; the layout stands in `csrc/cpu/kernels.h`."""
+    pages, page_size, heads, dim = k_PCHD.shape
+    pair = 4 // k_PCHD.element_size()
+    k_PHDC = k_PCHD.permute(0, 2, 3, 1).reshape(pages, heads, dim // pair, pair, page_size)
+    v_PHCD = v_PCHD.permute(0, 2, 1, 3).reshape(pages, heads, page_size // pair, pair, dim)
+    k_PCHD = k_PHDC.transpose(3, 4).reshape(k_PCHD.shape).contiguous()
+    v_PCHD = v_PHCD.transpose(3, 4).reshape(v_PCHD.shape).contiguous()
+    return k_PCHD, v_PCHD
+
+
+def exact_attention(
+    q_TQD: torch.Tensor,
+    k_PCHD: torch.Tensor,
+    v_PCHD: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+) -> torch.Tensor:
+    """The definition in float64, a row at a time, over plain pools."""
+    group = q_TQD.shape[1] // k_PCHD.shape[2]
+    out_TQD = torch.empty(q_TQD.shape, dtype=torch.float64)
+    for row, slot in enumerate(rows.row_slots.tolist()):
+        start, end = rows.query_starts[row : row + 2].tolist()
+        context = int(rows.context_lens[row])
+        at_N = torch.arange(context + end - start)
+        pages_N = rows.page_table_XP[slot][at_N // rows.page_size].long()
+        k_NQD, v_NQD = (
+            pool[pages_N, at_N % rows.page_size].double().repeat_interleave(group, 1)
+            for pool in (k_PCHD, v_PCHD)
+        )
+        scores_QLN = torch.einsum("lqd,nqd->qln", q_TQD[start:end].double(), k_NQD) * scale
+        later_LN = at_N > at_N[context:, None]
+        weights_QLN = scores_QLN.masked_fill(later_LN, -torch.inf).softmax(-1)
+        out_TQD[start:end] = torch.einsum("qln,nqd->lqd", weights_QLN, v_NQD)
+    return out_TQD
+
+
+def _paged_mha(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    heads = of.heads
+    rows, pages = scattered_rows(of.lengths, page_size=heads.page_size, seed=len(of.lengths))
+    q_TQD = noise(int(rows.query_starts[-1]), heads.query, heads.dim, dtype=of.dtype)
+    shape = (pages, heads.page_size, heads.kv, heads.dim)
+    k_PCHD, v_PCHD = (noise(*shape, dtype=of.dtype, seed=seed) for seed in (1, 2))
+    unwritten_PC = torch.ones(shape[:2], dtype=torch.bool)
+    for slot, length in _row_lengths(rows):
+        at_N = torch.arange(length)
+        unwritten_PC[rows.page_table_XP[slot][at_N // heads.page_size], at_N % heads.page_size] = 0
+    for pool in (k_PCHD, v_PCHD):
+        pool[unwritten_PC] = torch.nan
+    scale = 1.3 / math.sqrt(heads.dim)
+    exact_TQD = exact_attention(q_TQD, k_PCHD, v_PCHD, rows, scale)
+    pools = _laid_out(of, k_PCHD, v_PCHD, rows)
+    yield compare("out", kernel(q_TQD, *pools, rows, scale), exact_TQD, of.dtype)
+
+
+def _append(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    heads = of.heads
+    rows, pages = scattered_rows(of.lengths, page_size=heads.page_size, seed=len(of.lengths))
+    slots_T = rows.kv_slots_T
+    both = noise(len(slots_T), 2 * heads.kv + 1, heads.dim, dtype=of.dtype)
+    k_THD, v_THD = both[:, : heads.kv], both[:, heads.kv + 1 :]
+    shape = (pages, heads.page_size, heads.kv, heads.dim)
+    plain = noise(*shape, dtype=of.dtype, seed=1), noise(*shape, dtype=of.dtype, seed=2)
+    pools = [pool.clone() for pool in _laid_out(of, *plain, rows)]
+    kernel(k_THD, v_THD, *pools, slots_T)
+    for pool, new_THD in zip(plain, (k_THD, v_THD), strict=True):
+        pool.flatten(0, 1)[slots_T] = new_THD
+    for what, pool, exact in zip("KV", pools, _laid_out(of, *plain, rows), strict=True):
+        yield equal(f"the pool of {what}", pool, exact)
+
+
+def _row_lengths(rows: PagedRows) -> Iterator[tuple[int, int]]:
+    """Slot and length of each row once the step is done."""
+    new = np.diff(rows.query_starts)
+    yield from zip(rows.row_slots.tolist(), (rows.context_lens + new).tolist(), strict=True)
+
+
+def _laid_out(
+    of: _Operands, k_PCHD: torch.Tensor, v_PCHD: torch.Tensor, rows: PagedRows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain pools as the format has them."""
+    if not of.format_name.startswith("interleaved"):
+        return k_PCHD, v_PCHD
+    if v_PCHD.element_size() == 2:
+        # Two positions of V share 32 bits, so attention reads the one behind a row's last and
+        # multiplies it by 0: the format wants a number there, and that it is zero.
+        v_PCHD = v_PCHD.clone()
+        for slot, length in _row_lengths(rows):
+            if length % 2:
+                page = rows.page_table_XP[slot][length // rows.page_size]
+                v_PCHD[page, length % rows.page_size] = 0
+    return interleaved(k_PCHD, v_PCHD)

@@ -1,0 +1,173 @@
+"""Norms, rotary positions and activations.
+
+Legend: T tokens, M model features, H heads, D elements of a head, E = D / 2, F features of the MLP.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.verify.case import (
+    HALF_TYPES,
+    TYPES,
+    Call,
+    Case,
+    Compared,
+    compare,
+    equal,
+    named,
+    noise,
+)
+
+__all__ = [
+    "add_rms_norm_cases",
+    "angles_cases",
+    "rms_norm_cases",
+    "rotate_cases",
+    "silu_and_mul_cases",
+]
+
+_EPSILON = 1e-5
+_FEATURES = ((1, 1), (3, 576), (5, 77), (9, 1000))
+# Behind the first slot for a rotated head lie others, as in one product of queries, keys, values.
+_HEADS_BEHIND = 3
+
+
+def rms_norm_cases() -> Iterator[Case]:
+    """x of the weight's type, and wider than it."""
+    for x_type, dtype in _norm_types():
+        for tokens, features in _FEATURES:
+            yield Case(
+                op="norm.rms_norm",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {features}, {named(x_type)}",
+                check=partial(_rms_norm, (tokens, features), x_type, dtype),
+            )
+
+
+def add_rms_norm_cases() -> Iterator[Case]:
+    """The sum must be the nearest float32; the norm starts from it."""
+    for x_type, dtype in _norm_types():
+        for tokens, features in _FEATURES:
+            yield Case(
+                op="norm.add_rms_norm",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {features}, {named(x_type)}",
+                check=partial(_add_rms_norm, (tokens, features), x_type, dtype),
+            )
+
+
+def angles_cases() -> Iterator[Case]:
+    """Up to positions far in."""
+    for frequencies in (1, 16, 33):
+        yield Case(
+            op="rope.angles",
+            format_name="float32",
+            dtype=torch.float32,
+            name=f"{frequencies} frequencies",
+            check=partial(_angles, frequencies),
+        )
+
+
+def rotate_cases() -> Iterator[Case]:
+    """Heads that lie in a wider row."""
+    for dtype in TYPES:
+        for tokens, heads, head_dim in ((1, 1, 2), (5, 3, 64), (7, 11, 18), (3, 12, 128)):
+            yield Case(
+                op="rope.rotate",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {heads} x {head_dim}",
+                traits={"head_dim": head_dim},
+                check=partial(_rotate, (tokens, heads, head_dim), dtype),
+            )
+
+
+def silu_and_mul_cases() -> Iterator[Case]:
+    """Gates beyond where exp overflows, too."""
+    for dtype in TYPES:
+        for tokens, features in ((1, 1), (3, 96), (5, 77), (5, 1536)):
+            yield Case(
+                op="activation.silu_and_mul",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {features}",
+                check=partial(_silu_and_mul, dtype, tokens, features),
+            )
+
+
+def _norm_types() -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    """Types of x and of the weight."""
+    yield from ((dtype, dtype) for dtype in TYPES)
+    yield from ((torch.float32, dtype) for dtype in HALF_TYPES)
+
+
+def _exact_norm(x_TM: torch.Tensor, weight_M: torch.Tensor) -> torch.Tensor:
+    wide_TM = x_TM.double()
+    mean_T1 = wide_TM.square().mean(-1, keepdim=True)
+    return wide_TM / torch.sqrt(mean_T1 + _EPSILON) * weight_M.double()
+
+
+def _rms_norm(
+    shape: tuple[int, int],
+    x_type: torch.dtype,
+    dtype: torch.dtype,
+    kernel: Call,
+    runtime: CpuRuntime,
+) -> Iterator[Compared]:
+    x_TM, weight_M = noise(*shape, dtype=x_type), noise(shape[1], dtype=dtype, seed=2)
+    yield compare("y", kernel(x_TM, weight_M, _EPSILON), _exact_norm(x_TM, weight_M), dtype)
+
+
+def _add_rms_norm(
+    shape: tuple[int, int],
+    x_type: torch.dtype,
+    dtype: torch.dtype,
+    kernel: Call,
+    runtime: CpuRuntime,
+) -> Iterator[Compared]:
+    x_TM, weight_M = noise(*shape, dtype=x_type), noise(shape[1], dtype=dtype, seed=2)
+    residual_TM = noise(*shape, dtype=torch.float32, seed=1)
+    y_TM, sum_TM = kernel(x_TM, residual_TM, weight_M, _EPSILON)
+    exact_sum_TM = (x_TM.double() + residual_TM.double()).float()
+    yield equal("the sum", sum_TM, exact_sum_TM)
+    yield compare("y", y_TM, _exact_norm(exact_sum_TM, weight_M), dtype)
+
+
+def _angles(frequencies: int, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    positions_T = torch.tensor([0, 1, 7, 5000, 131071])
+    frequencies_E = 1.0 / 10000.0 ** (torch.arange(frequencies) / frequencies)
+    # The product is rounded to float32 by the op's definition.
+    turns_TE = (positions_T.float()[:, None] * frequencies_E).double()
+    cos_TE, sin_TE = kernel(positions_T, frequencies_E)
+    yield compare("the cosine", cos_TE, turns_TE.cos(), torch.float32)
+    yield compare("the sine", sin_TE, turns_TE.sin(), torch.float32)
+
+
+def _rotate(
+    shape: tuple[int, int, int], dtype: torch.dtype, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
+    tokens, heads, head_dim = shape
+    x_THD = noise(tokens, heads + _HEADS_BEHIND, head_dim, dtype=dtype)[:, :heads]
+    turns_TE = noise(tokens, head_dim // 2, dtype=torch.float32, seed=1) * 100
+    cos_TE, sin_TE = turns_TE.cos(), turns_TE.sin()
+    # A pair is a complex number, and turning it a product with another.
+    turn_T1E = torch.complex(cos_TE.double(), sin_TE.double())[:, None]
+    turned_THE = torch.complex(*x_THD.double().chunk(2, -1)) * turn_T1E
+    exact_THD = torch.cat((turned_THE.real, turned_THE.imag), -1)
+    yield compare("x", kernel(x_THD, cos_TE, sin_TE), exact_THD, dtype)
+
+
+def _silu_and_mul(
+    dtype: torch.dtype, tokens: int, features: int, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
+    gate_up_T2F = 8 * noise(tokens, 2 * features, dtype=dtype)
+    if tokens > 1:
+        gate_up_T2F[0, 0], gate_up_T2F[1, 0] = 200.0, -200.0
+    gate_TF, up_TF = gate_up_T2F.double().chunk(2, -1)
+    exact_TF = gate_TF / (1 + torch.exp(-gate_TF)) * up_TF
+    yield compare("x", kernel(gate_up_T2F), exact_TF, dtype)

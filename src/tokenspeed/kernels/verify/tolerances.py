@@ -1,0 +1,107 @@
+"""How far a kernel's result may lie from the float64 formula, and why.
+
+Errors are of a whole tensor: norm(ours - exact) / norm(exact), and half of the same of largest
+absolute values. The exact value is computed in float64 from the very inputs the kernel gets, so the
+rounding of inputs does not count.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tokenspeed.kernels.verify.case import Case, named
+from tokenspeed.kernels.weights import PACKED
+
+__all__ = ["TOLERANCES", "Tolerance"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Allowed relative error, with the reason.
+
+    Attributes:
+        float32, bfloat16, float16: by element type of the activations.
+        reason: why no less can be asked.
+        packed: with packed weights, whatever the type; None where an op has no such weights.
+    """
+
+    float32: float
+    bfloat16: float
+    float16: float
+    reason: str
+    packed: float | None = None
+
+    def of(self, case: Case) -> float:
+        """The error allowed in a case."""
+        if case.format_name == PACKED:
+            assert self.packed is not None
+            return self.packed
+        return float(getattr(self, named(case.dtype)))
+
+
+_ROUNDED: Final = Tolerance(
+    float32=1e-6,
+    bfloat16=4e-3,
+    float16=5e-4,
+    reason="float32 arithmetic, one rounding of the result (2^-9 or 2^-12)",
+)
+_COPY: Final = Tolerance(float32=0.0, bfloat16=0.0, float16=0.0, packed=0.0, reason="a copy")
+_CHOICE: Final = Tolerance(
+    float32=0.0, bfloat16=0.0, float16=0.0, reason="there is one right answer"
+)
+
+TOLERANCES: Final[Mapping[str, Tolerance]] = {
+    "gemm.linear": Tolerance(
+        float32=2e-6,
+        bfloat16=4e-3,
+        float16=5e-4,
+        packed=1.5e-2,
+        reason="sums are float32 in an unknown order, and the result is rounded once; beside "
+        "packed weights a kernel may round inputs to 127ths of the largest of 32, which is off by "
+        "half a percent of a normal input, and errors are relative to sums of terms of random sign",
+    ),
+    "gemm.logits": Tolerance(
+        float32=2e-6,
+        bfloat16=2e-5,
+        float16=4e-6,
+        packed=1.5e-2,
+        reason="the result is float32: what remains is the rounding of a remainder (2^-17); "
+        "packed as in gemm.linear",
+    ),
+    "attention.paged_mha": Tolerance(
+        float32=2e-6,
+        bfloat16=6e-3,
+        float16=1e-3,
+        reason="softmax and sums are float32; a kernel may round probabilities to the type of V "
+        "for the product with it, and rounds the result",
+    ),
+    "norm.rms_norm": _ROUNDED,
+    # The exact value starts from the sum as it was rounded.
+    "norm.add_rms_norm": _ROUNDED,
+    "rope.angles": Tolerance(
+        float32=1e-6, bfloat16=1e-6, float16=1e-6, reason="float32 whatever the model's type"
+    ),
+    "rope.rotate": _ROUNDED,
+    "activation.silu_and_mul": _ROUNDED,
+    "kvcache.append": _COPY,
+    "embedding.lookup": _COPY,
+    "sampling.argmax": _CHOICE,
+    "sampling.apply_bitmask": _CHOICE,
+    "sampling.penalise": Tolerance(
+        float32=1e-6, bfloat16=1e-6, float16=1e-6, reason="float32 arithmetic"
+    ),
+    "sampling.logprobs": Tolerance(
+        float32=1e-6,
+        bfloat16=1e-6,
+        float16=1e-6,
+        reason="sums of float32 weights over a vocabulary",
+    ),
+    "sampling.draw": Tolerance(
+        float32=3e-5,
+        bfloat16=3e-5,
+        float16=3e-5,
+        reason="float32 weights move the marks between tokens a little; the error is the distance "
+        "of a uniform number from its token's share of [0, 1]",
+    ),
+}
+"""By op name."""
