@@ -32,14 +32,18 @@ Result = TypeVar("Result")
 
 
 class LaunchedStep:
-    """A forward pass under way."""
+    """A forward pass under way, or over."""
 
-    def __init__(self, future: Future[StepResult]) -> None:
-        self._future = future
+    def __init__(self, outcome: Future[StepResult] | StepResult | Exception) -> None:
+        self._outcome = outcome
 
     def result(self) -> StepResult:
         """Wait for the sampled tokens; raises what the forward raised."""
-        return self._future.result()
+        if isinstance(self._outcome, Future):
+            return self._outcome.result()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +151,13 @@ class Runner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a forward pass; the plan's arrays must not change until its result is there."""
         bindings, self._bindings = self._bindings, []
-        return LaunchedStep(self._submit(self._run, plan, bindings))
+        if self._thread is not None:
+            return LaunchedStep(self._thread.submit(self._run, plan, bindings))
+        try:
+            return LaunchedStep(self._run(plan, bindings))
+        except Exception as error:
+            # It surfaces where the result is asked for, as it does with a thread.
+            return LaunchedStep(error)
 
     def warm_up(self) -> None:
         """Run a tiny prefill and a decode, so that the first request finds everything ready, and
@@ -205,11 +215,9 @@ class Runner:
         try:
             future.set_result(call(*args, **kwargs))
         except Exception as error:
-            # It surfaces where the result is asked for, as it does with a thread.
             future.set_exception(error)
         return future
 
-    @torch.inference_mode()
     def _run(self, plan: StepPlan, bindings: list[_Binding]) -> StepResult:
         for binding in bindings:
             self._sampler.bind(
@@ -232,12 +240,17 @@ class Runner:
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         with self._profiler.step():
             if self._graph is None or not self._graph.fits(plan):
-                return self._sample(plan, self._model.forward(self._batch(plan), self._pools))
+                return self._forward(plan)
             logits_SV, tokens = self._graph.run(plan)
-            if self._sampler.takes_likeliest(plan.row_slots, plan.sample_positions):
+            if self._sampler.takes_likeliest(plan.row_slots):
                 return StepResult(tokens=tokens, logprobs=None)
             return self._sample(plan, logits_SV)
 
+    @torch.inference_mode()
+    def _forward(self, plan: StepPlan) -> StepResult:
+        return self._sample(plan, self._model.forward(self._batch(plan), self._pools))
+
+    @torch.inference_mode()
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
         slots_S = plan.row_slots[plan.sample_rows]
         tokens_S, logprobs = self._sampler.sample(logits_SV, slots_S, plan.sample_positions)

@@ -70,6 +70,8 @@ class Sampler:
         self._edited_X = np.zeros(slots_max, dtype=np.bool_)
         self._reports_X = np.zeros(slots_max, dtype=np.bool_)
         self._top_logprobs_X = np.zeros(slots_max, dtype=np.int32)
+        # Slots of requests that want more than the likeliest token.
+        self._others: set[int] = set()
         # Only slots whose requests need them have an entry.
         self._stops: dict[int, torch.Tensor] = {}
         self._bias: dict[int, _Bias] = {}
@@ -106,6 +108,14 @@ class Sampler:
         self._top_logprobs_X[slot] = min(params.logprobs or 0, self._vocabulary)
         for table in (self._stops, self._bias, self._history):
             table.pop(slot, None)
+        self._others.discard(slot)
+        if (
+            params.temperature > 0.0
+            or params.min_new_tokens
+            or params.logprobs is not None
+            or self._edited_X[slot]
+        ):
+            self._others.add(slot)
         if params.min_new_tokens:
             known = stop_token_ids[stop_token_ids < self._vocabulary]
             self._stops[slot] = self._tensor(known.astype(np.int64))
@@ -124,14 +134,9 @@ class Sampler:
                 device=self._device,
             )
 
-    def takes_likeliest(self, slots_S: Int32Array, positions_S: Int32Array) -> bool:
+    def takes_likeliest(self, slots_S: Int32Array) -> bool:
         """Whether `sample` without a bitmask is the likeliest token of each row, and no more."""
-        return not (
-            self._edited_X[slots_S]
-            | self._reports_X[slots_S]
-            | (positions_S < self._min_new_X[slots_S])
-            | (self._temperature_X[slots_S] > 0.0)
-        ).any()
+        return self._others.isdisjoint(slots_S.tolist())
 
     def sample(
         self,
@@ -152,7 +157,7 @@ class Sampler:
         Returns:
             int64 tokens [S] on the logits' device, and what was asked for of log-probabilities.
         """
-        if bitmask_SW is None and self.takes_likeliest(slots_S, positions_S):
+        if bitmask_SW is None and self.takes_likeliest(slots_S):
             return self._argmax(logits_SV), None
         excluding_S = positions_S < self._min_new_X[slots_S]
         edited_S = self._edited_X[slots_S] | excluding_S | (bitmask_SW is not None)
