@@ -1,0 +1,246 @@
+"""One stream, engine against engine: prefill and decode at several depths, A B A B.
+
+Each engine holds the model in a process of its own, which idles while another one works. In each
+of the pairs every engine gets the same prompt of random tokens, in turn; the first round warms up
+and is not counted. Printed and recorded: tokens a second of prefill and decode, and the median of
+our rate over each peer's within a round. Checked: every engine gave as many tokens as were asked
+for; ours are the same in every round; llama.cpp, which reads the same file, mostly agrees with
+them.
+
+    python benchmarks/peers.py [--model smollm2-135m] [--pairs 5] [--engines llama.cpp openvino-int4]
+
+Appends one line a model to benchmarks/history/peers.jsonl.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.environments import FOLDER, python
+from rich.console import Console
+from rich.table import Table
+
+from tokenspeed import __version__, loader
+
+ENGINES = Path(__file__).parent / "engines"
+HISTORY = Path(__file__).parent / "history" / "peers.jsonl"
+
+# Prompt and new tokens of each piece of work, by model.
+PREFILL = {"smollm2-135m": (512, 2048), "qwen2.5-coder-0.5b": (512, 2048, 8192)}
+DECODE = {
+    "smollm2-135m": (16, 4096),
+    "qwen2.5-coder-0.5b": (16, 4096, 16384),
+    "qwen2.5-coder-1.5b": (16, 4096),
+}
+NEW_TOKENS = 64
+PEERS = {
+    "smollm2-135m": ("llama.cpp", "vllm", "openvino-int4"),
+    "qwen2.5-coder-0.5b": ("llama.cpp", "vllm", "openvino-int4", "openvino-int8"),
+    "qwen2.5-coder-1.5b": ("llama.cpp",),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A prompt, and how many tokens are wanted."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+
+    @property
+    def name(self) -> str:
+        depth = len(self.prompt)
+        return f"prefill {depth}" if self.new_tokens == 1 else f"decode at {depth}"
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        log = (FOLDER / f"{Path(command[1]).stem}.log").open("w")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **environment},
+            cwd=ENGINES,
+        )
+        assert self._hear() == {"ready": True}
+
+    def run(self, work: Work) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        request = {"prompt": work.prompt, "new_tokens": work.new_tokens}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._hear()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._process.args} ended; see the logs in {FOLDER}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def hf_folder(files: loader.ModelFiles, name: str) -> Path:
+    """The model as bfloat16 safetensors, which vLLM reads and OpenVINO exports from."""
+    target = FOLDER / "models" / name
+    if not (target / "config.json").exists():
+        print(f"exporting {name} to {target} ...", flush=True)
+        script = str(ENGINES / "export_hf.py")
+        tokenizer = str(files.tokenizer_dir)
+        command = [str(python("openvino")), script, str(files.path), tokenizer, str(target)]
+        subprocess.run(command, check=True)
+    return target
+
+
+def openvino_folder(files: loader.ModelFiles, name: str, weights: str) -> Path:
+    target = FOLDER / "models" / f"{name}-{weights}"
+    if not (target / "openvino_model.bin").exists():
+        print(f"exporting {name} to {target} ...", flush=True)
+        options = ["--group-size", "64", "--ratio", "1.0"] if weights == "int4" else []
+        subprocess.run(
+            [
+                str(python("openvino").parent / "optimum-cli"),
+                *("export", "openvino", "--task", "text-generation-with-past"),
+                *("--model", str(hf_folder(files, name)), "--weight-format", weights),
+                *(*options, str(target)),
+            ],
+            check=True,
+        )
+    return target
+
+
+def start(engine: str, name: str, threads: int, context: int) -> Worker:
+    files = loader.resolve(name)
+    folder = engine.partition("-")[0]
+    script = str(ENGINES / f"{folder.replace('.cpp', '')}_worker.py")
+    command = [str(python(folder)), script]
+    environment = {}
+    if engine == "tokenspeed":
+        command += [name, str(threads), str(context)]
+    elif engine == "llama.cpp":
+        # Repacked, the 1.5B model's prefill is slower.
+        extra = ["--no-repack"] if name.endswith("1.5b") else []
+        command += [str(files.path), str(threads), str(context), *extra]
+    elif engine == "vllm":
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "3",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        }
+        command += [str(hf_folder(files, name)), str(context)]
+    else:
+        command += [str(openvino_folder(files, name, engine.partition("-")[2])), str(threads)]
+    return Worker(command, environment)
+
+
+def measure(name: str, engines: list[str], pairs: int, threads: int) -> dict[str, Any]:
+    draw = random.Random(1)
+    context = max((*PREFILL.get(name, ()), *DECODE[name])) + 2 * NEW_TOKENS
+    workers = {engine: start(engine, name, threads, context) for engine in engines}
+    rates: dict[str, dict[str, list[float]]] = {}
+    agreed: list[float] = []
+    for depth, new_tokens in (
+        *((depth, 1) for depth in PREFILL.get(name, ())),
+        *((depth, NEW_TOKENS) for depth in DECODE[name]),
+    ):
+        work = Work(tuple(draw.randrange(1000, 40000) for _ in range(depth)), new_tokens)
+        found = rates.setdefault(work.name, {engine: [] for engine in engines})
+        said: dict[str, list[int]] = {}
+        for round_number in range(pairs + 1):
+            for engine, worker in workers.items():
+                answer = worker.run(work)
+                assert len(answer["tokens"]) == new_tokens, (engine, work.name)
+                if engine == "tokenspeed":
+                    assert said.setdefault(engine, answer["tokens"]) == answer["tokens"]
+                said[engine] = answer["tokens"]
+                rate = (
+                    depth / answer["first_s"]
+                    if new_tokens == 1
+                    else (new_tokens - 1) / answer["rest_s"]
+                )
+                if round_number > 0:
+                    found[engine].append(rate)
+        if "llama.cpp" in said:
+            same = zip(said["tokenspeed"], said["llama.cpp"], strict=True)
+            agreed.append(float(next(same)[0] == said["llama.cpp"][0]))
+        print(
+            f"  {name} {work.name}: "
+            + ", ".join(f"{engine} {statistics.median(r):.1f}" for engine, r in found.items()),
+            flush=True,
+        )
+    for worker in workers.values():
+        worker.close()
+    if agreed:
+        print(f"  llama.cpp chose our first token in {sum(agreed):.0f} of {len(agreed)} prompts")
+    return {"tokens_per_s": rates, "first_tokens_agreed": agreed}
+
+
+def ratios(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def show(name: str, rates: dict[str, dict[str, list[float]]]) -> None:
+    peers = [engine for engine in next(iter(rates.values())) if engine != "tokenspeed"]
+    table = Table(title=f"{name}: tokens a second, min / median / max; our rate over theirs")
+    for column in ("work", "tokenspeed", *peers):
+        table.add_column(column)
+    for work, found in rates.items():
+        cells = []
+        for engine in ("tokenspeed", *peers):
+            of = found[engine]
+            cell = f"{min(of):.1f} / {statistics.median(of):.1f} / {max(of):.1f}"
+            if engine != "tokenspeed":
+                cell += f"  x{ratios(found['tokenspeed'], of):.2f}"
+            cells.append(cell)
+        table.add_row(work, *cells)
+    Console(width=200).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", action="append", choices=sorted(PEERS))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--engines", nargs="*", help="peers; all that suit the model by default")
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in options.model or PEERS:
+        peers = list(options.engines if options.engines is not None else PEERS[name])
+        load = os.getloadavg()[0]
+        result = measure(name, ["tokenspeed", *peers], options.pairs, options.threads)
+        show(name, result["tokens_per_s"])
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "version": __version__,
+            "model": name,
+            "threads": options.threads,
+            "pairs": options.pairs,
+            "new_tokens": NEW_TOKENS,
+            "load_before": load,
+            "machine": platform.processor() or platform.machine(),
+            "python": sys.version.split()[0],
+            **result,
+        }
+        with HISTORY.open("a") as history:
+            print(json.dumps(line), file=history)
+
+
+if __name__ == "__main__":
+    main()
