@@ -130,11 +130,7 @@ void append(Runtime& runtime, const KvAppend& call) {
         const std::int64_t chunks = ceil_div(rows, appended_per_chunk);
         runtime.pool().run(static_cast<int>(chunks), [&](int chunk, int) noexcept {
             const std::int64_t end = std::min(rows, (chunk + 1) * appended_per_chunk);
-            for (std::int64_t token = chunk * appended_per_chunk; token < end; ++token) {
-                const bool last =
-                    token + 1 == rows || call.slots[token + 1] != call.slots[token] + 1;
-                runtime.kernels().append(call, token, last);
-            }
+            runtime.kernels().append(call, chunk * appended_per_chunk, end, rows);
         });
     });
 }

@@ -230,30 +230,42 @@ void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, i
     scratch.block_sums[row] = sum(sums);
 }
 
-// Adds `rows` rows' weights times `vectors` vectors of V to their sums, over some words of
-// positions.
+// Positions whose V lies in one piece: rows of head_dim words, for one pair of positions each.
+struct Stretch {
+    const std::byte* values;
+    std::int64_t words;
+};
+// A page has at least 16 positions, and a block may begin and end within one.
+constexpr int stretches_max = block_positions / lanes + 1;
+
+// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of some stretches.
+// Asks for each next stretch meanwhile; `after` comes behind the last.
 template <Element type, int rows, int vectors>
-void value_tile(const std::byte* weights, const std::byte* values, std::int64_t stride,
-                std::int64_t words, std::int64_t ahead, float* outputs) {
+void value_tile(const std::byte* weights, const Stretch* stretches, int count,
+                const std::byte* after, std::int64_t offset, std::int64_t stride, float* outputs) {
     using W = Words<type>;
     Floats sums[rows][vectors];
-    for (int row = 0; row < rows; ++row) {
-        for (int v = 0; v < vectors; ++v) {
-            sums[row][v] = load_floats(outputs + row * head_dim_max + v * lanes);
-        }
+    for (auto& of_row : sums) {
+        for (Floats& sum : of_row) sum = splat(0.0f);
     }
-    for (std::int64_t word = 0; word < words; ++word) {
-        typename W::Vector value[vectors];
-        for (int v = 0; v < vectors; ++v) {
-            value[v] = W::load(values + v * lanes * 4);
-            __builtin_prefetch(values + v * lanes * 4 + ahead);
-        }
-        values += stride;
-        for (int row = 0; row < rows; ++row) {
-            const auto weight = W::splat_word(weights + row * block_positions * 4 + word * 4);
+    for (int index = 0; index < count; ++index) {
+        const std::byte* values = stretches[index].values + offset;
+        const std::byte* next = (index + 1 < count ? stretches[index + 1].values : after) + offset;
+        const std::int64_t ahead = next - values;
+        for (std::int64_t word = 0; word < stretches[index].words; ++word) {
+            typename W::Vector value[vectors];
             for (int v = 0; v < vectors; ++v) {
-                sums[row][v] = W::multiply_add(weight, value[v], sums[row][v]);
+                value[v] = W::load(values + v * lanes * 4);
+                __builtin_prefetch(values + v * lanes * 4 + ahead);
             }
+            values += stride;
+            for (int row = 0; row < rows; ++row) {
+                const auto weight = W::splat_word(weights + row * block_positions * 4);
+                for (int v = 0; v < vectors; ++v) {
+                    sums[row][v] = W::multiply_add(weight, value[v], sums[row][v]);
+                }
+            }
+            weights += 4;
         }
     }
     for (int row = 0; row < rows; ++row) {
@@ -270,41 +282,34 @@ void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std:
                 int from, int to, const std::byte* after) {
     constexpr int pair = Words<type>::pair;
     const std::int64_t dim = view.call.kv.head_dim, page_size = view.call.kv.page_size;
-    for (std::int64_t row = 0; row < view.rows; ++row) {
-        for (std::int64_t at = 0; at < dim; at += lanes) {
-            store(splat(0.0f), scratch.block_outputs[row] + at);
-        }
-    }
-    for (std::int64_t at = from; at < to;) {
-        // As far as the page goes.
+    Stretch stretches[stretches_max];
+    int count = 0;
+    for (std::int64_t at = from; at < to; ++count) {
         const std::int64_t page_left = page_size - (block + at) % page_size;
-        const std::int64_t count = to - at < page_left ? to - at : page_left;
-        const std::byte* values = view.values(block + at);
-        const std::byte* next = at + count < to ? view.values(block + at + count) : after;
-        const std::int64_t words = (count + pair - 1) / pair;
-        for (std::int64_t row = 0; row < view.rows;) {
-            // Tiles of about equal height.
-            const std::int64_t left = view.rows - row;
-            const std::int64_t tiles = (left + value_rows - 1) / value_rows;
-            const std::int64_t height = (left + tiles - 1) / tiles;
-            const std::byte* weights = scratch.weights[row] + at * (4 / pair);
-            const auto tile = [&]<int rows>(Constant<rows>) {
-                for (std::int64_t v = 0; v < dim / lanes; v += value_vectors) {
-                    const std::byte* from_v = values + v * lanes * 4;
-                    float* outputs = scratch.block_outputs[row] + v * lanes;
-                    const std::int64_t vectors = dim / lanes - v;
-                    with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
-                                              [&]<int count_v>(Constant<count_v>) {
-                                                  value_tile<type, rows, count_v>(
-                                                      weights, from_v, dim * 4, words,
-                                                      next - values, outputs);
-                                              });
-                }
-            };
-            with_count<value_rows>(height, tile);
-            row += height;
-        }
-        at += count;
+        const std::int64_t positions = to - at < page_left ? to - at : page_left;
+        stretches[count] = {view.values(block + at), (positions + pair - 1) / pair};
+        at += positions;
+    }
+    for (std::int64_t row = 0; row < view.rows;) {
+        // Tiles of about equal height.
+        const std::int64_t left = view.rows - row;
+        const std::int64_t tiles = (left + value_rows - 1) / value_rows;
+        const std::int64_t height = (left + tiles - 1) / tiles;
+        const std::byte* weights = scratch.weights[row] + from * (4 / pair);
+        const auto tile = [&]<int rows>(Constant<rows>) {
+            for (std::int64_t v = 0; v < dim / lanes; v += value_vectors) {
+                float* outputs = scratch.block_outputs[row] + v * lanes;
+                const std::int64_t vectors = dim / lanes - v;
+                with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
+                                          [&]<int count_v>(Constant<count_v>) {
+                                              value_tile<type, rows, count_v>(
+                                                  weights, stretches, count, after, v * lanes * 4,
+                                                  dim * 4, outputs);
+                                          });
+            }
+        };
+        with_count<value_rows>(height, tile);
+        row += height;
     }
 }
 
@@ -436,42 +441,66 @@ void merge(const Attention& call, const AttentionPart& part, std::byte* scratch)
     }
 }
 
-// Writes a token's K and V. Behind the last token of a row V's other half of the pair is zeroed:
-// attention multiplies it by 0, and what was there before may be no number.
-void append(const KvAppend& call, std::int64_t token, bool last) {
+// Writes K and V of tokens [token, end). Behind the last token of a row V's other half of the pair
+// is zeroed: attention multiplies it by 0, and what was there before may be no number.
+template <Element type>
+void append(const KvAppend& call, std::int64_t token, std::int64_t end, std::int64_t tokens) {
+    constexpr int pair = Words<type>::pair;
+    constexpr std::int64_t element = 4 / pair;
     const KvPages& to = call.to;
-    const std::int64_t element = size_bytes_of(to.type);
-    const std::int64_t pair = 4 / element;
-    const std::int64_t page = call.slots[token] / to.page_size;
-    const std::int64_t position = call.slots[token] % to.page_size;
-    const auto copy = [&](void* pool, std::int64_t index, const void* row, std::int64_t from) {
-        auto* target = static_cast<std::byte*>(pool) + index * element;
-        const auto* source = static_cast<const std::byte*>(row) + from * element;
-        // A store of two or four bytes, whichever it is.
-        if (element == 4) {
-            __builtin_memcpy(target, source, 4);
-        } else {
-            __builtin_memcpy(target, source, 2);
-        }
-    };
-    const std::uint32_t zero = 0;
-    for (std::int64_t head = 0; head < to.heads; ++head) {
-        const std::int64_t base = page * to.page_elements() + head * to.head_elements();
-        for (std::int64_t at = 0; at < to.head_dim; at += pair) {
-            const std::int64_t word = base + (at / pair * to.page_size + position) * pair;
-            __builtin_memcpy(static_cast<std::byte*>(to.k) + word * element,
-                             static_cast<const std::byte*>(call.k.at(token)) +
-                                 (head * to.head_dim + at) * element,
-                             4);
-        }
-        for (std::int64_t at = 0; at < to.head_dim; ++at) {
-            const std::int64_t index =
-                base + (position / pair * to.head_dim + at) * pair + position % pair;
-            copy(to.v, index, call.v.at(token), head * to.head_dim + at);
-            if (last && pair == 2 && position % pair == 0) {
-                copy(to.v, index + 1, &zero, 0);
+    auto* const k_pool = static_cast<std::byte*>(to.k);
+    auto* const v_pool = static_cast<std::byte*>(to.v);
+    for (; token < end; ++token) {
+        const std::int64_t slot = call.slots[token];
+        const std::int64_t position = slot % to.page_size;
+        const std::int64_t base = slot / to.page_size * to.page_elements();
+        const auto* k = static_cast<const std::byte*>(call.k.at(token));
+        const auto* v = static_cast<const std::byte*>(call.v.at(token));
+        const bool last = token + 1 == tokens || call.slots[token + 1] != slot + 1;
+        // The two of a pair are written together by whoever has the first of them.
+        const bool joined = pair == 2 && position % 2 == 0 && !last;
+        const bool done =
+            pair == 2 && position % 2 == 1 && token > 0 && call.slots[token - 1] == slot - 1;
+        const auto* second = joined ? static_cast<const std::byte*>(call.v.at(token + 1)) : nullptr;
+        for (std::int64_t head = 0; head < to.heads; ++head) {
+            std::byte* const page_k = k_pool + (base + head * to.head_elements()) * element;
+            std::byte* const page_v = v_pool + (base + head * to.head_elements()) * element;
+            const std::int64_t first = head * to.head_dim;
+            for (std::int64_t at = 0; at < to.head_dim; at += pair) {
+                __builtin_memcpy(page_k + (at / pair * to.page_size + position) * 4,
+                                 k + (first + at) * element, 4);
+            }
+            std::byte* const row_v = page_v + position / pair * to.head_dim * 4;
+            if constexpr (pair == 1) {
+                __builtin_memcpy(row_v, v + first * element,
+                                 static_cast<std::size_t>(to.head_dim * element));
+            } else if (!done) {
+                const auto half = [&](const std::byte* row, std::int64_t at) {
+                    std::uint16_t bits;
+                    __builtin_memcpy(&bits, row + (first + at) * element, sizeof bits);
+                    return std::uint32_t{bits};
+                };
+                for (std::int64_t at = 0; at < to.head_dim; ++at) {
+                    std::uint32_t word;
+                    if (position % 2 == 1) {
+                        // The first half was written by an earlier step.
+                        __builtin_memcpy(&word, row_v + at * 4, sizeof word);
+                        word = (word & 0xffff) | half(v, at) << 16;
+                    } else {
+                        word = half(v, at) | (joined ? half(second, at) << 16 : 0);
+                    }
+                    __builtin_memcpy(row_v + at * 4, &word, sizeof word);
+                }
             }
         }
+    }
+}
+
+void append(const KvAppend& call, std::int64_t token, std::int64_t end, std::int64_t tokens) {
+    if (call.to.type == Element::f32) {
+        append<Element::f32>(call, token, end, tokens);
+    } else {
+        append<Element::bf16>(call, token, end, tokens);
     }
 }
 

@@ -214,7 +214,8 @@ struct Kernels {
     void (*gate)(const Gated& call, std::int64_t row);
     void (*rotate)(const Rotation& call, std::int64_t token);
     std::int64_t (*argmax)(const float* logits, std::int64_t count);
-    void (*append)(const KvAppend& call, std::int64_t token, bool last);
+    // Tokens [token, end) of so many.
+    void (*append)(const KvAppend& call, std::int64_t token, std::int64_t end, std::int64_t tokens);
     void (*attend)(const Attention& call, const AttentionPart& part, std::byte* scratch);
     // Puts together what parts of the same tokens left of blocks [0, blocks), from the first on.
     void (*merge)(const Attention& call, const AttentionPart& part, std::byte* scratch);

@@ -7,18 +7,17 @@ namespace tokenspeed::cpu {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
-constexpr float ln_2 = 0.693147181f;
 
-// 2^x, by its Taylor series about the nearest whole number: relative error below 2^-22. 0 where x
-// is below -126; x is at most 127.
+// 2^x: 0 where x is below -126; x is at most 127. The polynomial is the one of degree 5 with the
+// least relative error within half of the nearest whole number, and 1 there: 1.6e-7 in float32.
 inline Floats exp2(Floats x) {
     const Floats whole = round(max(x, splat(-126.0f)));
-    const Floats z = mul(sub(x, whole), splat(ln_2));
-    Floats series = splat(1.0f / 720.0f);
-    for (const float term : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) {
-        series = fma(series, z, splat(term));
+    const Floats rest = sub(x, whole);
+    Floats power = splat(0.0013264727f);
+    for (const float term : {0.009671513f, 0.055507336f, 0.24022242f, 0.693147f, 1.0f}) {
+        power = fma(power, rest, splat(term));
     }
-    return zero_below(x, -126.0f, times_power_of_two(series, whole));
+    return zero_below(x, -126.0f, times_power_of_two(power, whole));
 }
 
 // 1 / (1 + e^-x)
