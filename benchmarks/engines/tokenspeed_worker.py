@@ -1,5 +1,6 @@
 """One stream on TokenSpeed, stepped in this process: MODEL THREADS CONTEXT."""
 
+import importlib
 import itertools
 import sys
 import time
@@ -16,7 +17,8 @@ from tokenspeed.engine.wire import Submit
 
 def main() -> None:
     let_threads_sleep()
-    from tokenspeed.engine.build import build_engine
+    # Only now, because it imports torch.
+    build_engine = importlib.import_module("tokenspeed.engine.build").build_engine
 
     model, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     core = build_engine(
