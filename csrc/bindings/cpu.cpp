@@ -16,6 +16,7 @@
 #include "probes.h"
 #include "rowwise.h"
 #include "runtime.h"
+#include "sampling.h"
 #include "tensor.h"
 
 namespace nb = nanobind;
@@ -253,6 +254,32 @@ NB_MODULE(_cpu, module) {
             cpu::argmax(runtime, rows, const_cast<std::int64_t*>(found.data()));
         },
         "runtime"_a, "logits"_a, "tokens"_a);
+
+    module.def(
+        "draw",
+        [](cpu::Runtime& runtime, nb::handle logits, nb::handle uniforms, nb::handle temperatures,
+           nb::handle top_ks, nb::handle top_ps, nb::handle min_ps, nb::handle tokens) {
+            cpu::Draw call{};
+            call.logits = tensors.rows<const void*>(logits, "logits", cpu::Element::f32);
+            const auto rows = static_cast<std::size_t>(call.logits.rows);
+            const auto integers = [&](nb::handle tensor, const char* name) {
+                const auto found = tensors.integers<std::int64_t>(tensor, name);
+                if (found.size() != rows) {
+                    throw cpu::KernelError(std::string(name) + " must have one entry for each row");
+                }
+                return found.data();
+            };
+            call.uniforms = tensors.doubles(uniforms, "uniforms", rows);
+            call.temperatures = tensors.doubles(temperatures, "temperatures", rows);
+            call.top_ks = integers(top_ks, "top_ks");
+            call.top_ps = tensors.doubles(top_ps, "top_ps", rows);
+            call.min_ps = tensors.doubles(min_ps, "min_ps", rows);
+            call.tokens = const_cast<std::int64_t*>(integers(tokens, "tokens"));
+            const nb::gil_scoped_release release;
+            cpu::draw(runtime, call);
+        },
+        "runtime"_a, "logits"_a, "uniforms"_a, "temperatures"_a, "top_ks"_a, "top_ps"_a, "min_ps"_a,
+        "tokens"_a);
 
     nb::class_<cpu::StepRecording>(module, "StepRecording")
         .def(

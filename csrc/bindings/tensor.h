@@ -99,6 +99,18 @@ class TensorReader {
         return {static_cast<float*>(tensor.data), static_cast<std::size_t>(found)};
     }
 
+    // A contiguous vector of so many float64.
+    const double* doubles(nanobind::handle object, const char* name, std::size_t size) const {
+        const DLTensor tensor = borrow(object, name);
+        if (tensor.dims != 1 || tensor.element.code != 2 || tensor.element.bits != 64 ||
+            static_cast<std::size_t>(tensor.shape[0]) != size ||
+            (tensor.strides[0] != 1 && size > 1)) {
+            throw cpu::KernelError(std::string(name) + " must be a contiguous vector of " +
+                                   std::to_string(size) + " float64");
+        }
+        return static_cast<const double*>(tensor.data);
+    }
+
     // Heads [tokens, heads, elements] of float32 or bfloat16 as a matrix with a row for each token:
     // the heads of a token lie one behind the other, tokens as far apart as they like.
     template <class Pointer>

@@ -231,28 +231,28 @@ void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, i
 }
 
 // Positions whose V lies in one piece: rows of head_dim words, for one pair of positions each.
-struct Stretch {
+struct ValueRun {
     const std::byte* values;
     std::int64_t words;
 };
 // A page has at least 16 positions, and a block may begin and end within one.
-constexpr int stretches_max = block_positions / lanes + 1;
+constexpr int value_runs_max = block_positions / lanes + 1;
 
-// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of some stretches.
-// Asks for each next stretch meanwhile; `after` comes behind the last.
+// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of some runs.
+// Asks for each next run meanwhile; `after` comes behind the last.
 template <Element type, int rows, int vectors>
-void value_tile(const std::byte* weights, const Stretch* stretches, int count,
-                const std::byte* after, std::int64_t offset, std::int64_t stride, float* outputs) {
+void value_tile(const std::byte* weights, const ValueRun* runs, int count, const std::byte* after,
+                std::int64_t offset, std::int64_t stride, float* outputs) {
     using W = Words<type>;
     Floats sums[rows][vectors];
     for (auto& of_row : sums) {
         for (Floats& sum : of_row) sum = splat(0.0f);
     }
     for (int index = 0; index < count; ++index) {
-        const std::byte* values = stretches[index].values + offset;
-        const std::byte* next = (index + 1 < count ? stretches[index + 1].values : after) + offset;
+        const std::byte* values = runs[index].values + offset;
+        const std::byte* next = (index + 1 < count ? runs[index + 1].values : after) + offset;
         const std::int64_t ahead = next - values;
-        for (std::int64_t word = 0; word < stretches[index].words; ++word) {
+        for (std::int64_t word = 0; word < runs[index].words; ++word) {
             typename W::Vector value[vectors];
             for (int v = 0; v < vectors; ++v) {
                 value[v] = W::load(values + v * lanes * 4);
@@ -282,12 +282,12 @@ void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std:
                 int from, int to, const std::byte* after) {
     constexpr int pair = Words<type>::pair;
     const std::int64_t dim = view.call.kv.head_dim, page_size = view.call.kv.page_size;
-    Stretch stretches[stretches_max];
+    ValueRun runs[value_runs_max];
     int count = 0;
     for (std::int64_t at = from; at < to; ++count) {
         const std::int64_t page_left = page_size - (block + at) % page_size;
         const std::int64_t positions = to - at < page_left ? to - at : page_left;
-        stretches[count] = {view.values(block + at), (positions + pair - 1) / pair};
+        runs[count] = {view.values(block + at), (positions + pair - 1) / pair};
         at += positions;
     }
     for (std::int64_t row = 0; row < view.rows;) {
@@ -302,9 +302,9 @@ void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std:
                 const std::int64_t vectors = dim / lanes - v;
                 with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
                                           [&]<int count_v>(Constant<count_v>) {
-                                              value_tile<type, rows, count_v>(
-                                                  weights, stretches, count, after, v * lanes * 4,
-                                                  dim * 4, outputs);
+                                              value_tile<type, rows, count_v>(weights, runs, count,
+                                                                              after, v * lanes * 4,
+                                                                              dim * 4, outputs);
                                           });
             }
         };

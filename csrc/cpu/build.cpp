@@ -14,6 +14,7 @@
 #include "gemm.inl"
 #include "probes.inl"
 #include "rowwise.inl"
+#include "sampling.inl"
 
 namespace tokenspeed::cpu {
 
@@ -41,6 +42,7 @@ constinit const Kernels TOKENSPEED_TABLE = {
     .gate = gate,
     .rotate = rotate,
     .argmax = argmax,
+    .weigh_logits = weigh_logits,
     .append = append,
     .attend = attend,
     .merge = merge,

@@ -214,6 +214,8 @@ struct Kernels {
     void (*gate)(const Gated& call, std::int64_t row);
     void (*rotate)(const Rotation& call, std::int64_t token);
     std::int64_t (*argmax)(const float* logits, std::int64_t count);
+    void (*weigh_logits)(const float* logits, std::int64_t count, float peak, float temperature,
+                         float* weights);
     // Tokens [token, end) of so many.
     void (*append)(const KvAppend& call, std::int64_t token, std::int64_t end, std::int64_t tokens);
     void (*attend)(const Attention& call, const AttentionPart& part, std::byte* scratch);

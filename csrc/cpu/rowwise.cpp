@@ -86,14 +86,4 @@ void angles(Runtime& runtime, std::span<const std::int64_t> positions,
     });
 }
 
-void argmax(Runtime& runtime, const In& logits, std::int64_t* tokens) {
-    if (logits.type != Element::f32) throw KernelError("logits must be float32");
-    runtime.perform(logits.rows, [&runtime, logits, tokens](std::int64_t rows) {
-        each_row(runtime, rows, logits.columns, [&](std::int64_t row) {
-            tokens[row] =
-                runtime.kernels().argmax(static_cast<const float*>(logits.at(row)), logits.columns);
-        });
-    });
-}
-
 }  // namespace tokenspeed::cpu

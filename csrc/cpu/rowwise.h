@@ -22,7 +22,4 @@ void rotate(Runtime& runtime, const Rotation& call);
 void angles(Runtime& runtime, std::span<const std::int64_t> positions,
             std::span<const float> frequencies, float* cosines, float* sines);
 
-// The likeliest token of each row of float32 logits.
-void argmax(Runtime& runtime, const In& logits, std::int64_t* tokens);
-
 }  // namespace tokenspeed::cpu

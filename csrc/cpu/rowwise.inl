@@ -1,5 +1,4 @@
-// Operations that take each row of a batch by itself: norms, activations, rotary positions, writes
-// to the KV cache, the likeliest token.
+// Operations that take each row of a batch by itself: norms, activations, rotary positions.
 
 #include "math.inl"
 
@@ -88,40 +87,6 @@ void rotate(const Rotation& call, std::int64_t token) {
                        2 * half + at, count);
         });
     }
-}
-
-// The largest logit of a row, the first of equal ones; 0 if none is above minus infinity. NaN
-// counts as that, and plus infinity as the greatest finite number.
-std::int64_t argmax(const float* logits, std::int64_t count) {
-    constexpr std::int64_t block = 1024;
-    constexpr float greatest = __FLT_MAX__;
-    // Of an operand that is NaN these give the second one.
-    const auto cap = [&](float x) { return greatest < x ? greatest : x; };
-    // The greatest of each block, then the first block that has the greatest of all.
-    float best = -__builtin_inff();
-    std::int64_t best_block = 0;
-    for (std::int64_t first = 0; first < count; first += block) {
-        const std::int64_t size = count - first < block ? count - first : block;
-        Floats most = splat(best);
-        std::int64_t at = 0;
-        for (; at + lanes <= size; at += lanes) {
-            most = max(min(splat(greatest), load_floats(logits + first + at)), most);
-        }
-        float peak = largest(most);
-        for (; at < size; ++at) {
-            const float one = cap(logits[first + at]);
-            peak = one > peak ? one : peak;
-        }
-        if (peak > best) {
-            best = peak;
-            best_block = first;
-        }
-    }
-    if (!(best >= -greatest)) return 0;
-    for (std::int64_t at = best_block; at < count; ++at) {
-        if (cap(logits[at]) == best) return at;
-    }
-    return 0;
 }
 
 }  // namespace

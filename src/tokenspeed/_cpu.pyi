@@ -93,6 +93,16 @@ def attend(
     soft_cap: float,
     y: torch.Tensor,
 ) -> None: ...
+def draw(
+    runtime: Runtime,
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    tokens: torch.Tensor,
+) -> None: ...
 def argmax(runtime: Runtime, logits: torch.Tensor, tokens: torch.Tensor) -> None: ...
 
 class StepRecording:
