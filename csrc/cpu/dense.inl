@@ -201,11 +201,8 @@ void multiply_dense(const Product& product, const Part& part, std::byte* scratch
     if (rows > streamed_rows_max) {
         return multiply_dense_many<type>(product, part, scratch);
     }
-    // Rows in tiles of nearly equal height, as quantised ones lie.
-    const std::int64_t tiles = (rows + few_rows - 1) / few_rows;
-    const std::int64_t height = (rows + tiles - 1) / tiles;
     unroll<few_rows>([&]<int below>(Constant<below>) {
-        if (height == below + 1) {
+        if (product.x.group_rows == below + 1) {
             multiply_dense_streamed<type, below + 1, few_panels[below]>(product, part);
         }
     });

@@ -47,10 +47,17 @@ void quantise_rows(const Kernels& kernels, const Rows<const void*>& x, std::int6
     }
 }
 
-// Groups of few rows are equally high, or nearly so.
+// How many rows lie together: as many as a tile has. More than one tile of few rows are cut so that
+// the fewest rows are zeros.
 std::int64_t group_rows(const Kernels& kernels, std::int64_t rows) {
     if (rows > kernels.streamed_rows_max) return kernels.tile_rows;
-    return ceil_div(rows, ceil_div(rows, kernels.few_rows));
+    if (rows <= kernels.few_rows) return rows;
+    std::int64_t best = kernels.few_rows;
+    const auto filled = [rows](std::int64_t height) { return ceil_div(rows, height) * height; };
+    for (std::int64_t height = best - 1; height >= kernels.few_rows - 2; --height) {
+        if (filled(height) < filled(best)) best = height;
+    }
+    return best;
 }
 
 // One part of the weight in a job: its product, cut into a grid of chunks so many panels wide and
@@ -153,12 +160,12 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
             begin = piece.chunk_end;
         }
     };
+    QuantisedRows rows{nullptr, group_rows(kernels, x.rows)};
     if (weight.front()->format().dense()) {
         runtime.pool().run(chunks,
-                           [&](int chunk, int thread) noexcept { multiply({}, chunk, thread); });
+                           [&](int chunk, int thread) noexcept { multiply(rows, chunk, thread); });
         return;
     }
-    QuantisedRows rows{nullptr, group_rows(kernels, x.rows)};
     const auto rows_size = static_cast<std::int64_t>(rows.group_size_bytes(x.columns) *
                                                      ceil_div(x.rows, rows.group_rows));
     if (x.rows * x.columns <= elements_per_chunk) {

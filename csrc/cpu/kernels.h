@@ -103,7 +103,7 @@ struct Product {
     const std::byte* weights;
     std::int64_t inputs;  // whole steps
     std::int64_t outputs;
-    QuantisedRows x;            // for packed weights
+    QuantisedRows x;            // for packed weights; their groups' height for all
     const void* dense;          // [rows, inputs] of their own type, for dense weights
     std::int64_t dense_stride;  // elements from row to row
     const void* bias;           // [outputs] of the type of y, or null

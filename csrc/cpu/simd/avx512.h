@@ -33,12 +33,12 @@ constexpr int tile_panels = 2;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
 constexpr int score_rows = 12, score_vectors = 2;
 constexpr int value_rows = 6, value_vectors = 4;
-// Panels read at once for one to four rows.
-constexpr int few_rows = 4;
-constexpr int few_panels[few_rows] = {4, 4, 2, 2};
+// Panels read at once for one to six rows.
+constexpr int few_rows = 6;
+constexpr int few_panels[few_rows] = {4, 4, 2, 2, 2, 2};
 // Rows for which unpacking weights in registers, again for each tile, is less than unpacking them
 // to memory once.
-constexpr int streamed_rows_max = 16;
+constexpr int streamed_rows_max = 32;
 
 inline Floats splat(float x) {
     return {_mm512_set1_ps(x)};
