@@ -59,6 +59,12 @@ class _Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept: list[torch.Tensor] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Asked to leave this mode alone, torch would load its compiler first: a second or two, and
+        # memory, for something that nothing here ever calls.
+        return False
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],

@@ -1,7 +1,7 @@
 """A tensor of a GGUF file as it lies there, and as float32."""
 
+import mmap
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,23 +48,24 @@ class Blocks:
         return out.view(self.shape)
 
 
-def read_blocks(file: BinaryIO, tensor: GGUFTensor) -> Blocks:
-    """Read one tensor as it lies in the file.
+def read_blocks(data: mmap.mmap, tensor: GGUFTensor) -> Blocks:
+    """One tensor as it lies in the file, whose bytes are read when they are first used.
+
+    So nothing is copied on the way to where weights are packed, and the threads that pack share the
+    work of reading. A file that somebody cuts short after this call ends the process when the lost
+    part is read, as it ends every process that maps files.
 
     Args:
-        file: the GGUF file, unbuffered or not.
+        data: the GGUF file, mapped to be written (`mmap.ACCESS_COPY`), which torch wants; the
+            tensor keeps it.
         tensor: which one.
 
     Raises:
-        CorruptCheckpoint: the file ended early.
+        CorruptCheckpoint: the file ends early.
     """
-    raw = bytearray(tensor.size_bytes)
-    file.seek(tensor.offset)
-    left = memoryview(raw)
-    while left:
-        count = file.readinto(left)  # type: ignore[attr-defined]
-        if not count:
-            raise CorruptCheckpoint(f"the file ended within tensor {tensor.name!r}")
-        left = left[count:]
-    rows = torch.frombuffer(raw, dtype=torch.uint8).view(*tensor.shape[:-1], -1)
+    if tensor.offset + tensor.size_bytes > len(data):
+        raise CorruptCheckpoint(f"the file ended within tensor {tensor.name!r}")
+    rows = torch.frombuffer(
+        data, dtype=torch.uint8, count=tensor.size_bytes, offset=tensor.offset
+    ).view(*tensor.shape[:-1], -1)
     return Blocks(shape=tensor.shape, quant=tensor.quant, blocks=rows)

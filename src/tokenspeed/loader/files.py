@@ -13,7 +13,15 @@ from typing import Literal
 from tokenspeed.core.errors import CorruptCheckpoint
 from tokenspeed.loader.progress import Progress
 
-__all__ = ["ModelFiles", "file_sha256", "locked", "read_json_object", "verify_sha256", "write_json"]
+__all__ = [
+    "JSON_SIZE_BYTES_MAX",
+    "ModelFiles",
+    "file_sha256",
+    "locked",
+    "read_json_object",
+    "verify_sha256",
+    "write_json",
+]
 
 CHUNK_SIZE_BYTES = 4 * 1024 * 1024
 # A configuration or a tokenizer beyond this is no such thing.

@@ -239,7 +239,7 @@ class _Reader:
         count = self._scalar(_U64)
         if kind == _STRING:
             self._fits(count, 8, "strings")
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         if kind not in _SCALARS:
             raise self._corrupt(f"an array of the unknown type {kind}")
         scalar = _SCALARS[kind]
@@ -298,6 +298,25 @@ class _Reader:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise self._corrupt("a string that is not UTF-8") from error
+
+    def _strings(self, count: int) -> list[str]:
+        # A vocabulary is hundreds of thousands of them, and they are read at every start.
+        strings = []
+        data, at, size_bytes = self._data, self._at, self._size_bytes
+        length_at, header_size_bytes = _U64.unpack_from, _U64.size
+        for _ in range(count):
+            begin = at + header_size_bytes
+            if begin > size_bytes or (end := begin + length_at(data, at)[0]) > size_bytes:
+                break
+            try:
+                strings.append(data[begin:end].decode())
+            except UnicodeDecodeError:
+                break
+            at = end
+        self._at = at
+        # What is wrong with the next one is said where single strings are read.
+        strings.extend(self._string() for _ in range(count - len(strings)))
+        return strings
 
     def _scalar(self, kind: struct.Struct) -> int:
         if self._at + kind.size > self._size_bytes:

@@ -10,7 +10,7 @@ import tokenizers
 from tokenspeed.core.errors import CorruptCheckpoint, InvalidParameter
 from tokenspeed.loader.chat_template import ChatTemplate
 from tokenspeed.loader.detokenizer import IncrementalDetokenizer, TokenBytes
-from tokenspeed.loader.files import read_json_object
+from tokenspeed.loader.files import JSON_SIZE_BYTES_MAX, read_json_object
 
 __all__ = ["Tokenizer"]
 
@@ -37,7 +37,10 @@ class Tokenizer:
 
     def __init__(self, tokenizer_dir: Path) -> None:
         path = tokenizer_dir / "tokenizer.json"
-        description = read_json_object(path)
+        if not path.is_file():
+            raise CorruptCheckpoint(f"{tokenizer_dir} has no {path.name}")
+        if path.stat().st_size > JSON_SIZE_BYTES_MAX:
+            raise CorruptCheckpoint(f"{path} is too large to be what its name says")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
@@ -47,7 +50,10 @@ class Tokenizer:
         self._tokenizer.no_padding()
         config = _optional(tokenizer_dir / "tokenizer_config.json")
         added = self._tokenizer.get_added_tokens_decoder()
-        decoder: Any = description.get("decoder")
+        # Its state is its JSON; reading the whole file a second time would cost as much again.
+        decoder: Any = self._tokenizer.decoder and json.loads(
+            self._tokenizer.decoder.__getstate__()
+        )
         self._bytes = TokenBytes(
             decoder,
             text_of=self._tokenizer.id_to_token,

@@ -34,7 +34,7 @@ class RotaryEmbedding(Module):
     """
 
     def __init__(self, rope: RopeConfig, *, head_dim: int, kernels: KernelSelector) -> None:
-        self._frequencies_E = _frequencies(rope, head_dim)
+        self._frequencies_E = _frequencies(rope, head_dim).to(torch.get_default_device())
         self._angles = kernels.select(ops.rope.angles, format_name="float32")
 
     def forward(self, positions_T: torch.Tensor) -> Angles:
@@ -43,7 +43,9 @@ class RotaryEmbedding(Module):
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    exponents_E = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    # On the host, where every device's bits are the same; on the meta device arithmetic would load
+    # half of torch's compiler, which takes a second or two.
+    exponents_E = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequencies_E = 1.0 / rope.theta**exponents_E
     if rope.type == "linear":
         return frequencies_E / rope.factor
