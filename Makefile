@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
 MODEL ?= smollm2-135m
 
-.PHONY: setup build serve demo test test-all check check-control format bench clean
+.PHONY: setup build serve demo test test-all check check-control format bench bench-peers clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,11 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
+
+# Engine against engine: installs the others below .peers (10 GB), takes hours, wants a quiet machine.
+bench-peers: setup
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/sessions.py
 
 clean:
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 __all__ = ["serve"]
 
 
+# Taken when this is imported: what libraries print from then on goes to standard error.
+_replies = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
 def serve(answer: Callable[[Sequence[int], int], tuple[float, float, Sequence[int]]]) -> None:
-    """Answers requests until the input ends. What libraries print goes to standard error."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    """Answers requests until the input ends."""
+    print(json.dumps({"ready": True}), file=_replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         first_s, rest_s, tokens = answer(request["prompt"], request["new_tokens"])
         reply = {"first_s": first_s, "rest_s": rest_s, "tokens": [int(token) for token in tokens]}
-        print(json.dumps(reply), file=replies, flush=True)
+        print(json.dumps(reply), file=_replies, flush=True)

@@ -123,24 +123,25 @@ struct AttentionView {
     }
 };
 
-// Dot products of `rows` queries with `vectors` times 16 keys. Asks for what is `ahead` of the keys
-// meanwhile, because CPUs do not look beyond a page of memory by themselves.
+// Keys are found in pieces of so many vectors, which lie in one page.
+constexpr int piece_vectors = score_vectors < 2 ? 1 : 2;
+constexpr int tile_pieces = score_vectors / piece_vectors;
+
+// Dot products of `rows` queries with `vectors` times 16 keys. Asks for what is `ahead` of each
+// piece of them meanwhile, because CPUs do not look beyond a page of memory by themselves.
 template <Element type, int rows, int vectors>
 void score_tile(const std::byte* queries, const std::byte* const* keys, std::int64_t stride,
-                std::int64_t words, std::int64_t ahead, float* scores) {
+                std::int64_t words, const std::int64_t* ahead, float* scores) {
     using W = Words<type>;
     Floats sums[rows][vectors];
     for (auto& of_row : sums) {
         for (Floats& sum : of_row) sum = splat(0.0f);
     }
-    const std::byte* at[vectors];
-    for (int v = 0; v < vectors; ++v) at[v] = keys[v];
     for (std::int64_t word = 0; word < words; ++word) {
         typename W::Vector k[vectors];
         for (int v = 0; v < vectors; ++v) {
-            k[v] = W::load(at[v]);
-            __builtin_prefetch(at[v] + ahead);
-            at[v] += stride;
+            k[v] = W::load(keys[v] + word * stride);
+            __builtin_prefetch(keys[v] + word * stride + ahead[v / piece_vectors]);
         }
         for (int row = 0; row < rows; ++row) {
             const auto q = W::splat_word(queries + row * head_dim_max * 4 + word * 4);
@@ -156,37 +157,84 @@ void score_tile(const std::byte* queries, const std::byte* const* keys, std::int
     }
 }
 
-// Scores of all rows with positions [from, to) of a block that starts at `block`; both are
-// multiples of 16 from there.
+// Positions [from, to) of a block that starts at `block`; `from` is a multiple of 16 from there.
+struct Span {
+    std::int64_t block;
+    int from, to;
+
+    // `to` as a whole number of vectors.
+    TOKENSPEED_INLINE int whole_to() const { return (to + lanes - 1) / lanes * lanes; }
+};
+
+// Where K and V of a span lie, in the order in which they are read, and K of what comes behind.
+// Memory answers after the time in which some of these pieces are read.
+constexpr int pieces_ahead = 3;
+constexpr int piece_positions = piece_vectors * lanes;
+// A page has at least 16 positions, and a block may begin and end within one.
+constexpr int value_runs_max = block_groups + 1;
+struct Path {
+    const std::byte* at[block_groups + value_runs_max + pieces_ahead];
+    // Of each run of V: its pairs of positions.
+    std::int64_t words[value_runs_max];
+    int key_pieces = 0, value_runs = 0;
+};
+
 template <Element type>
-void score_block(const AttentionView<type>& view, AttentionScratch& scratch, std::int64_t block,
-                 int from, int to) {
+Path find_path(const AttentionView<type>& view, const Span& span, std::int64_t end) {
+    Path path;
+    int size = 0;
+    for (int at = span.from; at < span.to; at += piece_positions) {
+        path.at[size++] = view.keys(span.block + at);
+        ++path.key_pieces;
+    }
+    const std::int64_t page_size = view.call.kv.page_size;
+    for (std::int64_t at = span.from; at < span.to; ++path.value_runs) {
+        const std::int64_t page_left = page_size - (span.block + at) % page_size;
+        const std::int64_t positions = span.to - at < page_left ? span.to - at : page_left;
+        path.words[path.value_runs] = (positions + Words<type>::pair - 1) / Words<type>::pair;
+        path.at[size++] = view.values(span.block + at);
+        at += positions;
+    }
+    for (int piece = 0; piece < pieces_ahead; ++piece) {
+        const std::int64_t position = span.block + block_positions + piece * piece_positions;
+        path.at[size + piece] = position < end ? view.keys(position) : path.at[size - 1];
+    }
+    return path;
+}
+
+// Scores of all rows with the positions of a span.
+template <Element type>
+void score_block(const AttentionView<type>& view, AttentionScratch& scratch, const Span& span,
+                 const Path& path) {
     const std::int64_t words = view.call.kv.head_dim / Words<type>::pair;
-    for (int at = from; at < to; at += score_vectors * lanes) {
-        const int left = (to - at) / lanes;
-        const std::byte* keys[score_vectors];
-        // Beyond the end the last ones stand in.
-        for (int v = 0; v < score_vectors; ++v) {
-            keys[v] = view.keys(block + at + (v < left ? v : left - 1) * lanes);
+    const std::int64_t page_size = view.call.kv.page_size;
+    for (int index = 0; index < path.key_pieces; index += tile_pieces) {
+        const int at = span.from + index * piece_positions;
+        const int left = (span.whole_to() - at) / lanes;
+        const std::byte* keys[score_vectors] = {path.at[index]};
+        std::int64_t ahead[tile_pieces] = {};
+        for (int v = 0; v < score_vectors && v < left; ++v) {
+            const int piece = index + v / piece_vectors;
+            const std::int64_t position = span.block + at + v * lanes;
+            keys[v] = v % piece_vectors == 0      ? path.at[piece]
+                      : position % page_size == 0 ? view.keys(position)
+                                                  : keys[v - 1] + lanes * 4;
+            ahead[v / piece_vectors] = path.at[piece + pieces_ahead] - path.at[piece];
         }
-        const int next = at + score_vectors * lanes;
-        const std::byte* next_keys =
-            next < to ? view.keys(block + next) : view.values(block + from);
-        for (std::int64_t row = 0; row < view.rows; row += score_rows) {
-            const auto tile = [&]<int rows>(Constant<rows>) {
-                const std::byte* queries = scratch.queries[row];
-                const std::int64_t ahead = next_keys - keys[0];
-                float* scores = scratch.scores[row] + at;
-                if (score_vectors == 1 || left >= score_vectors) {
-                    score_tile<type, rows, score_vectors>(queries, keys, view.keys_stride(), words,
-                                                          ahead, scores);
-                } else {
-                    score_tile<type, rows, 1>(queries, keys, view.keys_stride(), words, ahead,
-                                              scores);
-                }
-            };
-            const std::int64_t rows = view.rows - row;
-            with_count<score_rows>(rows < score_rows ? rows : score_rows, tile);
+        for (std::int64_t row = 0; row < view.rows;) {
+            // Tiles of about equal height.
+            const std::int64_t rows_left = view.rows - row;
+            const std::int64_t tiles = (rows_left + score_rows - 1) / score_rows;
+            const std::int64_t height = (rows_left + tiles - 1) / tiles;
+            with_count<score_rows>(height, [&]<int rows>(Constant<rows>) {
+                with_count<score_vectors>(left < score_vectors ? left : score_vectors,
+                                          [&]<int vectors>(Constant<vectors>) {
+                                              score_tile<type, rows, vectors>(
+                                                  scratch.queries[row], keys, view.keys_stride(),
+                                                  words, ahead, scratch.scores[row] + at);
+                                          });
+            });
+            row += height;
         }
     }
 }
@@ -230,29 +278,20 @@ void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, i
     scratch.block_sums[row] = sum(sums);
 }
 
-// Positions whose V lies in one piece: rows of head_dim words, for one pair of positions each.
-struct ValueRun {
-    const std::byte* values;
-    std::int64_t words;
-};
-// A page has at least 16 positions, and a block may begin and end within one.
-constexpr int value_runs_max = block_positions / lanes + 1;
-
-// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of some runs.
-// Asks for each next run meanwhile; `after` comes behind the last.
+// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of a path.
 template <Element type, int rows, int vectors>
-void value_tile(const std::byte* weights, const ValueRun* runs, int count, const std::byte* after,
-                std::int64_t offset, std::int64_t stride, float* outputs) {
+void value_tile(const std::byte* weights, const Path& path, std::int64_t offset,
+                std::int64_t stride, float* outputs) {
     using W = Words<type>;
     Floats sums[rows][vectors];
     for (auto& of_row : sums) {
         for (Floats& sum : of_row) sum = splat(0.0f);
     }
-    for (int index = 0; index < count; ++index) {
-        const std::byte* values = runs[index].values + offset;
-        const std::byte* next = (index + 1 < count ? runs[index + 1].values : after) + offset;
-        const std::int64_t ahead = next - values;
-        for (std::int64_t word = 0; word < runs[index].words; ++word) {
+    for (int index = 0; index < path.value_runs; ++index) {
+        const std::byte* const* piece = path.at + path.key_pieces + index;
+        const std::byte* values = piece[0] + offset;
+        const std::int64_t ahead = piece[pieces_ahead] - piece[0];
+        for (std::int64_t word = 0; word < path.words[index]; ++word) {
             typename W::Vector value[vectors];
             for (int v = 0; v < vectors; ++v) {
                 value[v] = W::load(values + v * lanes * 4);
@@ -275,36 +314,25 @@ void value_tile(const std::byte* weights, const ValueRun* runs, int count, const
     }
 }
 
-// Weighted sums of V over positions [from, to) of a block; `from` is a multiple of 16 from its
-// start.
+// Weighted sums of V over the positions of a span.
 template <Element type>
-void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, std::int64_t block,
-                int from, int to, const std::byte* after) {
-    constexpr int pair = Words<type>::pair;
-    const std::int64_t dim = view.call.kv.head_dim, page_size = view.call.kv.page_size;
-    ValueRun runs[value_runs_max];
-    int count = 0;
-    for (std::int64_t at = from; at < to; ++count) {
-        const std::int64_t page_left = page_size - (block + at) % page_size;
-        const std::int64_t positions = to - at < page_left ? to - at : page_left;
-        runs[count] = {view.values(block + at), (positions + pair - 1) / pair};
-        at += positions;
-    }
+void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, const Span& span,
+                const Path& path) {
+    const std::int64_t dim = view.call.kv.head_dim;
     for (std::int64_t row = 0; row < view.rows;) {
         // Tiles of about equal height.
         const std::int64_t left = view.rows - row;
         const std::int64_t tiles = (left + value_rows - 1) / value_rows;
         const std::int64_t height = (left + tiles - 1) / tiles;
-        const std::byte* weights = scratch.weights[row] + from * (4 / pair);
+        const std::byte* weights = scratch.weights[row] + span.from * (4 / Words<type>::pair);
         const auto tile = [&]<int rows>(Constant<rows>) {
             for (std::int64_t v = 0; v < dim / lanes; v += value_vectors) {
                 float* outputs = scratch.block_outputs[row] + v * lanes;
                 const std::int64_t vectors = dim / lanes - v;
                 with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
                                           [&]<int count_v>(Constant<count_v>) {
-                                              value_tile<type, rows, count_v>(weights, runs, count,
-                                                                              after, v * lanes * 4,
-                                                                              dim * 4, outputs);
+                                              value_tile<type, rows, count_v>(
+                                                  weights, path, v * lanes * 4, dim * 4, outputs);
                                           });
             }
         };
@@ -371,19 +399,18 @@ void attend(const Attention& call, const AttentionPart& part, AttentionScratch& 
             const std::int64_t at = position - block;
             return at < 0 ? 0 : at > block_positions ? std::int64_t{block_positions} : at;
         };
-        const int from = static_cast<int>(within(all.from) / lanes * lanes);
-        const int to = static_cast<int>(within(all.to));
-        if (from < to) {
-            const int whole_to = (to + lanes - 1) / lanes * lanes;
-            score_block(view, scratch, block, from, whole_to);
+        const Span span{block, static_cast<int>(within(all.from) / lanes * lanes),
+                        static_cast<int>(within(all.to))};
+        if (span.from < span.to) {
+            const std::int64_t end = part.block_end * block_positions;
+            const Path path = find_path(view, span, end < all.to ? end : all.to);
+            score_block(view, scratch, span, path);
             for (std::int64_t row = 0; row < view.rows; ++row) {
                 const Seen seen = view.seen(row);
-                weigh<type>(call, scratch, row, from, whole_to,
+                weigh<type>(call, scratch, row, span.from, span.whole_to(),
                             {within(seen.from), within(seen.to)});
             }
-            const bool more = index + 1 < part.block_end && to == block_positions;
-            const std::int64_t next = more ? block + block_positions : block + from;
-            sum_values(view, scratch, block, from, to, view.keys(next));
+            sum_values(view, scratch, span, path);
         }
         for (std::int64_t row = 0; row < view.rows; ++row) {
             const Seen seen = view.seen(row);

@@ -31,7 +31,7 @@ constexpr int tile_rows = 4;
 constexpr int dense_tile_rows = 6;
 constexpr int tile_panels = 2;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
-constexpr int score_rows = 12, score_vectors = 2;
+constexpr int score_rows = 6, score_vectors = 4;
 constexpr int value_rows = 6, value_vectors = 4;
 // Panels read at once for one to six rows.
 constexpr int few_rows = 6;
