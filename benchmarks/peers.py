@@ -2,10 +2,10 @@
 
 Each engine holds the model in a process of its own, which idles while another one works. In each
 of the pairs every engine gets the same new prompt of random tokens, in turn; the first round warms
-up and is not counted. Printed and recorded: tokens a second of prefill and decode, and the median of
-our rate over each peer's within a round. Checked: every engine gave as many tokens as were asked
-for. Printed as well: for how many prompts llama.cpp, which reads the same file, chose our first
-token.
+up and is not counted. Printed and recorded: tokens a second of prefill and decode, and the median
+of our rate over each peer's within a round. Checked: every engine gave as many tokens as were
+asked for. Printed as well: for how many prompts llama.cpp, which reads the same file, chose our
+first token.
 
     python benchmarks/peers.py [--model smollm2-135m] [--pairs 5] [--engines llama.cpp vllm]
 
@@ -163,16 +163,18 @@ def start(engine: str, name: str, threads: int, context: int) -> Worker:
     return Worker(command, environment)
 
 
-def measure(name: str, engines: list[str], pairs: int, threads: int) -> dict[str, Any]:
+def measure(
+    name: str, engines: list[str], pairs: int, threads: int, depth_max: int | None
+) -> dict[str, Any]:
     draw = random.Random(1)
-    context = max((*PREFILL.get(name, ()), *DECODE[name])) + 2 * NEW_TOKENS
+    works = [(depth, 1) for depth in PREFILL.get(name, ())]
+    works += [(depth, NEW_TOKENS) for depth in DECODE[name]]
+    works = [work for work in works if depth_max is None or work[0] <= depth_max]
+    context = max(depth for depth, _ in works) + 2 * NEW_TOKENS
     workers = {engine: start(engine, name, threads, context) for engine in engines}
     rates: dict[str, dict[str, list[float]]] = {}
     agreed: list[bool] = []
-    for depth, new_tokens in (
-        *((depth, 1) for depth in PREFILL.get(name, ())),
-        *((depth, NEW_TOKENS) for depth in DECODE[name]),
-    ):
+    for depth, new_tokens in works:
         found: dict[str, list[float]] = {engine: [] for engine in engines}
         for round_number in range(pairs + 1):
             # A new prompt for each round: some engines keep what they have seen.
@@ -230,13 +232,16 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=sorted(PEERS))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--depth-max", type=int, help="leave out work on longer prompts")
     parser.add_argument("--engines", nargs="*", help="peers; all that suit the model by default")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in options.model or PEERS:
         peers = list(options.engines if options.engines is not None else PEERS[name])
         load = os.getloadavg()[0]
-        result = measure(name, ["tokenspeed", *peers], options.pairs, options.threads)
+        result = measure(
+            name, ["tokenspeed", *peers], options.pairs, options.threads, options.depth_max
+        )
         show(name, result["tokens_per_s"])
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
