@@ -1,0 +1,159 @@
+"""How well packed weights and rounded inputs predict a text, beside float32 and llama.cpp.
+
+The text is source code and prose that Python itself ships, the first --tokens tokens of it. As in
+llama.cpp's own tool, it is cut into pieces of 512 tokens that do not see each other, and the second
+half of each is scored. Ours runs as users run it, in bfloat16 with native kernels; the oracle has
+the dequantised weights in float32 and reference kernels. Targets: within 0.5% of the oracle, and no
+worse than llama.cpp.
+
+    python benchmarks/perplexity.py [--model smollm2-135m] [--tokens 20480] [--peer]
+
+Appends one line a model to benchmarks/history/perplexity.jsonl.
+"""
+
+import argparse
+import json
+import math
+import os
+import pydoc_data.topics
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from engines.environments import llama_tool
+
+from tokenspeed import __version__, loader
+from tokenspeed.cache import KVPools
+from tokenspeed.kernels import PACKED, KernelSelector
+from tokenspeed.kernels.cpu import start_runtime
+from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.modeling import ForwardBatch, Model, ModelConfig, build_model
+
+HISTORY = Path(__file__).parent / "history" / "perplexity.jsonl"
+PIECE = 512
+PAGE = 32
+CPU = torch.device("cpu")
+
+
+def text() -> str:
+    """Prose of the language reference, then modules of the standard library."""
+    prose = "\n\n".join(body for _, body in sorted(pydoc_data.topics.topics.items()))
+    modules = ("argparse", "ast", "asyncio/base_events", "dataclasses", "inspect", "tarfile")
+    library = Path(os.__file__).parent
+    code = "\n".join((library / f"{name}.py").read_text() for name in modules)
+    # As much of either.
+    size = min(len(prose), len(code))
+    return prose[:size] + "\n" + code[:size]
+
+
+def load(checkpoint: loader.Checkpoint, *, exact: bool, threads: int) -> Model:
+    dtype = torch.float32 if exact else torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    kernels = KernelSelector(
+        device=CPU,
+        dtype=dtype,
+        weight_formats=(name,) if exact else (PACKED, name),
+        kv_formats=(name,) if exact else (f"interleaved_{name}",),
+        overrides={"gemm.linear": "reference", "gemm.logits": "reference"} if exact else None,
+        runtime=start_runtime(threads=threads),
+    )
+    config = ModelConfig.from_hf(checkpoint.hf_config)
+    model = build_model(config, dtype=dtype, device=CPU, kernels=kernels)
+    model.load_weights(checkpoint.blocks())
+    return model
+
+
+@torch.inference_mode()
+def perplexity(model: Model, tokens: list[int]) -> float:
+    """exp of the mean negative log-likelihood of the second half of each piece."""
+    pages = PIECE // PAGE
+    kv = KVPools(model.kv_specs(), pages=pages, page_size=PAGE, device=CPU)
+    table = torch.arange(pages, dtype=torch.int32)[None]
+    rows = PagedRows(
+        query_starts=np.array([0, PIECE], dtype=np.int32),
+        context_lens=np.array([0], dtype=np.int32),
+        row_slots=np.array([0], dtype=np.int32),
+        page_table_XP=table,
+        kv_slots_T=torch.arange(PIECE),
+        page_size=PAGE,
+    )
+    losses = []
+    scored = torch.arange(PIECE // 2 - 1, PIECE - 1)
+    for start in range(0, len(tokens) - PIECE + 1, PIECE):
+        piece = torch.tensor(tokens[start : start + PIECE])
+        batch = ForwardBatch(
+            token_ids_T=piece,
+            positions_T=torch.arange(PIECE),
+            groups=(rows,),
+            sample_token_indices_S=scored,
+        )
+        logits = model.forward(batch, kv).log_softmax(-1)
+        losses.append(-logits.gather(1, piece[scored + 1][:, None]).double().mean().item())
+    return math.exp(sum(losses) / len(losses))
+
+
+def of_llama(path: Path, words: str, pieces: int, threads: int) -> float:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(words)
+        file.flush()
+        done = subprocess.run(
+            [
+                *(str(llama_tool("llama-perplexity")), "-m", str(path), "-f", file.name),
+                *("-c", str(PIECE), "--chunks", str(pieces), "-t", str(threads), "-fa", "on"),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    assert found, done.stderr[-2000:]
+    return float(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", action="append")
+    parser.add_argument("--tokens", type=int, default=40 * PIECE)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer", action="store_true", help="run llama.cpp on the same text")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in options.model or ["smollm2-135m", "qwen2.5-coder-0.5b"]:
+        files = loader.resolve(name)
+        checkpoint = loader.open_checkpoint(files)
+        tokenizer = loader.Tokenizer(files.tokenizer_dir)
+        words = text()
+        tokens = tokenizer.encode(words)
+        assert len(tokens) >= options.tokens, "the text is shorter than that"
+        tokens = tokens[: options.tokens]
+        ours = perplexity(load(checkpoint, exact=False, threads=options.threads), tokens)
+        oracle = perplexity(load(checkpoint, exact=True, threads=options.threads), tokens)
+        peer = None
+        if options.peer:
+            pieces = len(tokens) // PIECE
+            peer = of_llama(files.path, words, pieces, options.threads)
+        off = ours / oracle - 1
+        print(
+            f"{name}: {ours:.4f}; float32 {oracle:.4f} ({off:+.3%}); "
+            f"llama.cpp {'not run' if peer is None else f'{peer:.4f}'}",
+            flush=True,
+        )
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "version": __version__,
+            "model": name,
+            "tokens": len(tokens),
+            "ours": ours,
+            "float32": oracle,
+            "llama.cpp": peer,
+        }
+        with HISTORY.open("a") as history:
+            print(json.dumps(line), file=history)
+
+
+if __name__ == "__main__":
+    main()
