@@ -237,10 +237,12 @@ async def user(client: AsyncOpenAI, name: str, system: str, turns: list[str]) ->
 
 
 async def drive(url: str, name: str, users: int) -> dict[str, float]:
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=3)
     draw = random.Random(3)
-    # A prompt of its own warms the engine, and leaves nothing that the sessions could use.
-    await user(client, name, words(draw, 20), [words(draw, 20)])
+    # A prompt of its own warms the engine, and leaves nothing that the sessions could use. Some
+    # answer on their health route before they know their tokenizer.
+    patient = client.with_options(max_retries=10)
+    await user(patient, name, words(draw, 20), [words(draw, 20)])
     system = words(draw, SYSTEM_WORDS)
     start_s = time.perf_counter()
     runs = await asyncio.gather(*(user(client, name, system, turns) for turns in sessions(users)))
