@@ -139,7 +139,7 @@ NB_MODULE(_cpu, module) {
     module.def(
         "add_rms_norm",
         [](cpu::Runtime& runtime, nb::handle x, nb::handle residual, nb::handle weight,
-           float weight_offset, float epsilon, nb::handle stream, nb::handle y) {
+           float epsilon, nb::handle stream, nb::handle y) {
             cpu::AddRmsNorm call{};
             call.x = tensors.rows<const void*>(x, "x");
             if (!residual.is_none()) {
@@ -150,13 +150,11 @@ NB_MODULE(_cpu, module) {
             }
             call.y = tensors.rows<void*>(y, "y");
             call.weight = tensors.vector(weight, "weight", call.y.columns, call.y.type);
-            call.weight_offset = weight_offset;
             call.epsilon = epsilon;
             const nb::gil_scoped_release release;
             cpu::add_rms_norm(runtime, call);
         },
-        "runtime"_a, "x"_a, "residual"_a.none(), "weight"_a, "weight_offset"_a, "epsilon"_a,
-        "stream"_a.none(), "y"_a);
+        "runtime"_a, "x"_a, "residual"_a.none(), "weight"_a, "epsilon"_a, "stream"_a.none(), "y"_a);
     module.def(
         "gate",
         [](cpu::Runtime& runtime, std::string_view activation, nb::handle x, nb::handle y) {

@@ -39,13 +39,12 @@ struct Rows {
 using In = Rows<const void*>;
 using Out = Rows<void*>;
 
-// stream = x + residual, y = stream / sqrt(mean(stream^2) + epsilon) * (weight + weight_offset).
+// stream = x + residual, y = stream / sqrt(mean(stream^2) + epsilon) * weight.
 struct AddRmsNorm {
     In x;
     In residual;         // float32; data is null for none
     Out stream;          // float32; data is null where it is not wanted
     const void* weight;  // of the type of y
-    float weight_offset;
     float epsilon;
     Out y;
 };

@@ -28,8 +28,7 @@ void add_rms_norm(const AddRmsNorm& call, std::int64_t row) {
     each_vector(call.x.columns, [&](std::int64_t at, std::int64_t count) {
         const Floats value = stream != nullptr ? load_part(stream, Element::f32, at, count)
                                                : load_part(x, call.x.type, at, count);
-        Floats weight = load_part(call.weight, call.y.type, at, count);
-        if (call.weight_offset != 0.0f) weight = add(weight, splat(call.weight_offset));
+        const Floats weight = load_part(call.weight, call.y.type, at, count);
         store_part(mul(mul(value, scale), weight), call.y.at(row), call.y.type, at, count);
     });
 }

@@ -51,7 +51,6 @@ def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
-    weight_offset: float,
     epsilon: float,
     stream: torch.Tensor | None,
     y: torch.Tensor,

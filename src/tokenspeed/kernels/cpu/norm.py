@@ -22,7 +22,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """Two passes over each row."""
     y_TM = torch.empty(x_TM.shape, dtype=weight_M.dtype)
-    _cpu.add_rms_norm(runtime, x_TM, None, weight_M, 0.0, epsilon, None, y_TM)
+    _cpu.add_rms_norm(runtime, x_TM, None, weight_M, epsilon, None, y_TM)
     return y_TM
 
 
@@ -40,5 +40,5 @@ def add_rms_norm(
     """The sum is float32; it is written once and read once."""
     sum_TM = torch.empty(x_TM.shape)
     y_TM = torch.empty(x_TM.shape, dtype=weight_M.dtype)
-    _cpu.add_rms_norm(runtime, x_TM, residual_TM, weight_M, 0.0, epsilon, sum_TM, y_TM)
+    _cpu.add_rms_norm(runtime, x_TM, residual_TM, weight_M, epsilon, sum_TM, y_TM)
     return y_TM, sum_TM
