@@ -24,7 +24,7 @@ class PackedWeight:
     Args:
         shape: (O, I).
         parts: outputs of each part; they sum to O.
-        dtype: element type of rows that are looked up, and of dense weights.
+        dtype: element type of dense weights.
         runtime: gives the threads that pack, and the memory.
     """
 
