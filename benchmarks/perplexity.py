@@ -50,8 +50,7 @@ def text() -> str:
     return prose[:size] + "\n" + code[:size]
 
 
-def load(checkpoint: loader.Checkpoint, *, exact: bool, threads: int) -> Model:
-    dtype = torch.float32 if exact else torch.bfloat16
+def load(checkpoint: loader.Checkpoint, *, exact: bool, dtype: torch.dtype, threads: int) -> Model:
     name = str(dtype).removeprefix("torch.")
     kernels = KernelSelector(
         device=CPU,
@@ -130,15 +129,22 @@ def main() -> None:
         tokens = tokenizer.encode(words)
         assert len(tokens) >= options.tokens, "the text is shorter than that"
         tokens = tokens[: options.tokens]
-        ours = perplexity(load(checkpoint, exact=False, threads=options.threads), tokens)
-        oracle = perplexity(load(checkpoint, exact=True, threads=options.threads), tokens)
+        ours, wide, oracle = (
+            perplexity(load(checkpoint, exact=exact, dtype=dtype, threads=options.threads), tokens)
+            for exact, dtype in (
+                (False, torch.bfloat16),
+                (False, torch.float32),
+                (True, torch.float32),
+            )
+        )
         peer = None
         if options.peer:
             pieces = len(tokens) // PIECE
             peer = of_llama(files.path, words, pieces, options.threads)
         off = ours / oracle - 1
         print(
-            f"{name}: {ours:.4f}; float32 {oracle:.4f} ({off:+.3%}); "
+            f"{name}: {ours:.4f} ({off:+.3%}); native in float32 {wide:.4f} "
+            f"({wide / oracle - 1:+.3%}); oracle {oracle:.4f}; "
             f"llama.cpp {'not run' if peer is None else f'{peer:.4f}'}",
             flush=True,
         )
@@ -148,6 +154,7 @@ def main() -> None:
             "model": name,
             "tokens": len(tokens),
             "ours": ours,
+            "native_float32": wide,
             "float32": oracle,
             "llama.cpp": peer,
         }

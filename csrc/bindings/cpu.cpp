@@ -187,9 +187,12 @@ NB_MODULE(_cpu, module) {
             call.y = tensors.heads<void*>(y, "y");
             call.heads = shape.shape[1];
             call.head_dim = shape.shape[2];
-            const auto cos = tensors.rows<const void*>(cosines, "cosines", cpu::Element::f32);
-            call.angles = cos.columns;
-            const auto size = static_cast<std::size_t>(call.x.rows * call.angles);
+            const auto angles = tensors.borrow(cosines, "cosines");
+            if (angles.dims != 2 || 2 * angles.shape[1] != call.head_dim) {
+                throw cpu::KernelError("heads of " + std::to_string(call.head_dim) +
+                                       " elements need half as many angles for each token");
+            }
+            const auto size = static_cast<std::size_t>(call.x.rows * angles.shape[1]);
             call.cosines = tensors.floats(cosines, "cosines", size).data();
             call.sines = tensors.floats(sines, "sines", size).data();
             const nb::gil_scoped_release release;

@@ -123,6 +123,12 @@ struct AttentionView {
     }
 };
 
+// How many of the rows left the next tile takes: all tiles get about as many.
+TOKENSPEED_INLINE std::int64_t tile_height(std::int64_t left, std::int64_t most) {
+    const std::int64_t tiles = (left + most - 1) / most;
+    return (left + tiles - 1) / tiles;
+}
+
 // Keys are found in pieces of so many vectors, which lie in one page.
 constexpr int piece_vectors = score_vectors < 2 ? 1 : 2;
 constexpr int tile_pieces = score_vectors / piece_vectors;
@@ -222,10 +228,7 @@ void score_block(const AttentionView<type>& view, AttentionScratch& scratch, con
             ahead[v / piece_vectors] = path.at[piece + pieces_ahead] - path.at[piece];
         }
         for (std::int64_t row = 0; row < view.rows;) {
-            // Tiles of about equal height.
-            const std::int64_t rows_left = view.rows - row;
-            const std::int64_t tiles = (rows_left + score_rows - 1) / score_rows;
-            const std::int64_t height = (rows_left + tiles - 1) / tiles;
+            const std::int64_t height = tile_height(view.rows - row, score_rows);
             with_count<score_rows>(height, [&]<int rows>(Constant<rows>) {
                 with_count<score_vectors>(left < score_vectors ? left : score_vectors,
                                           [&]<int vectors>(Constant<vectors>) {
@@ -320,10 +323,7 @@ void sum_values(const AttentionView<type>& view, AttentionScratch& scratch, cons
                 const Path& path) {
     const std::int64_t dim = view.call.kv.head_dim;
     for (std::int64_t row = 0; row < view.rows;) {
-        // Tiles of about equal height.
-        const std::int64_t left = view.rows - row;
-        const std::int64_t tiles = (left + value_rows - 1) / value_rows;
-        const std::int64_t height = (left + tiles - 1) / tiles;
+        const std::int64_t height = tile_height(view.rows - row, value_rows);
         const std::byte* weights = scratch.weights[row] + span.from * (4 / Words<type>::pair);
         const auto tile = [&]<int rows>(Constant<rows>) {
             for (std::int64_t v = 0; v < dim / lanes; v += value_vectors) {

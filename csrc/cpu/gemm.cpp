@@ -127,7 +127,7 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
     std::vector<Piece> pieces;
     pieces.reserve(weight.size());
     std::int64_t first = 0;
-    const std::int64_t element = y.type == Element::f32 ? 4 : 2;
+    const std::int64_t element = y.element_size_bytes();
     for (const PackedMatrix* part : weight) {
         const auto* const part_bias = static_cast<const std::byte*>(bias);
         pieces.emplace_back(runtime, threads, *part,

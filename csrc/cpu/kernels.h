@@ -58,15 +58,13 @@ struct Gated {
     Out y;
 };
 
-// Elements i and i + angles of each head turned by the token's angle i; what is left of a head
-// behind 2 * angles stays.
+// Elements i and i + head_dim / 2 of each head turned by the token's angle i.
 struct Rotation {
     In x;  // rows of heads
     Out y;
     std::int64_t heads;
     std::int64_t head_dim;
-    std::int64_t angles;
-    const float* cosines;  // [tokens, angles]
+    const float* cosines;  // [tokens, head_dim / 2]
     const float* sines;
 };
 

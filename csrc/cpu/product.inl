@@ -2,6 +2,8 @@
 // written.
 #pragma once
 
+#include "math.inl"
+
 namespace tokenspeed::cpu {
 namespace {
 
@@ -25,26 +27,10 @@ TOKENSPEED_INLINE void write(const Product& product, std::int64_t row, std::int6
     const std::int64_t output = panel * lanes;
     const std::int64_t left = product.outputs - output;
     const std::int64_t count = left < lanes ? left : lanes;
-    const bool f32 = product.y_type == Element::f32;
-    const std::int64_t element = f32 ? 4 : 2;
     if (product.bias != nullptr) {
-        const auto* bias = static_cast<const std::byte*>(product.bias) + output * element;
-        alignas(64) std::byte whole[lanes * 4] = {};
-        if (count < lanes) {
-            __builtin_memcpy(whole, bias, static_cast<std::size_t>(count * element));
-            bias = whole;
-        }
-        acc = add(acc, f32 ? load_floats(reinterpret_cast<const float*>(bias)) : load_bf16(bias));
+        acc = add(acc, load_part(product.bias, product.y_type, output, count));
     }
-    auto* y = static_cast<std::byte*>(product.y) + (row * product.y_stride + output) * element;
-    alignas(64) std::byte whole[lanes * 4];
-    std::byte* const to = count < lanes ? whole : y;
-    if (f32) {
-        store(acc, reinterpret_cast<float*>(to));
-    } else {
-        store_bf16(acc, to);
-    }
-    if (count < lanes) __builtin_memcpy(y, whole, static_cast<std::size_t>(count * element));
+    store_part(acc, product.y, product.y_type, row * product.y_stride + output, count);
 }
 
 // What a panel's bytes are from one step on, for so many steps.

@@ -60,10 +60,6 @@ void gate(Runtime& runtime, const Gated& call) {
 
 void rotate(Runtime& runtime, const Rotation& call) {
     expect_same(call.x, call.y, "heads and rotated heads");
-    if (2 * call.angles > call.head_dim) {
-        throw KernelError(std::to_string(call.angles) + " angles for heads of " +
-                          std::to_string(call.head_dim) + " elements");
-    }
     runtime.perform(call.x.rows, [&runtime, call](std::int64_t rows) {
         each_row(runtime, rows, call.x.columns,
                  [&](std::int64_t row) { runtime.kernels().rotate(call, row); });

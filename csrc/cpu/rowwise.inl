@@ -63,7 +63,7 @@ void gate(const Gated& call, std::int64_t row) {
 }
 
 void rotate(const Rotation& call, std::int64_t token) {
-    const std::int64_t half = call.angles;
+    const std::int64_t half = call.head_dim / 2;
     const float* const cosines = call.cosines + token * half;
     const float* const sines = call.sines + token * half;
     for (std::int64_t head = 0; head < call.heads; ++head) {
@@ -80,10 +80,6 @@ void rotate(const Rotation& call, std::int64_t token) {
             const Floats minus = sub(splat(0.0f), second);
             store_part(fma(minus, sine, mul(first, cosine)), y, call.y.type, at, count);
             store_part(fma(first, sine, mul(second, cosine)), y, call.y.type, half + at, count);
-        });
-        each_vector(call.head_dim - 2 * half, [&](std::int64_t at, std::int64_t count) {
-            store_part(load_part(x, call.x.type, 2 * half + at, count), y, call.y.type,
-                       2 * half + at, count);
         });
     }
 }

@@ -3,7 +3,7 @@
 Legend: T tokens, M model features, H heads, D elements of a head, E = D / 2, F features of the MLP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -37,27 +37,23 @@ _HEADS_BEHIND = 3
 
 def rms_norm_cases() -> Iterator[Case]:
     """x of the weight's type, and wider than it."""
-    for x_type, dtype in _norm_types():
-        for tokens, features in _FEATURES:
-            yield Case(
-                op="norm.rms_norm",
-                format_name=named(dtype),
-                dtype=dtype,
-                name=f"{tokens} x {features}, {named(x_type)}",
-                check=partial(_rms_norm, (tokens, features), x_type, dtype),
-            )
+    yield from _norm_cases("norm.rms_norm", _rms_norm)
 
 
 def add_rms_norm_cases() -> Iterator[Case]:
     """The sum must be the nearest float32; the norm starts from it."""
+    yield from _norm_cases("norm.add_rms_norm", _add_rms_norm)
+
+
+def _norm_cases(op: str, check: Callable[..., Iterator[Compared]]) -> Iterator[Case]:
     for x_type, dtype in _norm_types():
         for tokens, features in _FEATURES:
             yield Case(
-                op="norm.add_rms_norm",
+                op=op,
                 format_name=named(dtype),
                 dtype=dtype,
                 name=f"{tokens} x {features}, {named(x_type)}",
-                check=partial(_add_rms_norm, (tokens, features), x_type, dtype),
+                check=partial(check, (tokens, features), x_type, dtype),
             )
 
 
