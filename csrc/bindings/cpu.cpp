@@ -200,6 +200,16 @@ NB_MODULE(_cpu, module) {
         },
         "runtime"_a, "x"_a, "cosines"_a, "sines"_a, "y"_a);
     module.def(
+        "take",
+        [](cpu::Runtime& runtime, nb::handle x, nb::handle indices, nb::handle y) {
+            const auto x_rows = tensors.rows<const void*>(x, "x");
+            const auto taken = tensors.integers<std::int64_t>(indices, "indices");
+            const auto y_rows = tensors.rows<void*>(y, "y");
+            const nb::gil_scoped_release release;
+            cpu::take(runtime, x_rows, taken, y_rows);
+        },
+        "runtime"_a, "x"_a, "indices"_a, "y"_a);
+    module.def(
         "append",
         [](cpu::Runtime& runtime, nb::handle k, nb::handle v, nb::handle k_pool, nb::handle v_pool,
            nb::handle slots) {
@@ -286,42 +296,53 @@ NB_MODULE(_cpu, module) {
         .def(
             "__init__",
             [](cpu::StepRecording* self, cpu::Runtime& runtime, nb::handle token_ids,
-               nb::handle positions, Ints context_lens, Ints row_slots, nb::handle last_tokens,
+               nb::handle positions, Ints query_starts, Ints context_lens, Ints row_slots,
+               nb::handle sampled, nb::handle last_tokens,
                const std::vector<std::tuple<nb::object, nb::object>>& groups) {
                 const auto longs = [](nb::handle tensor, const char* name) {
-                    return const_cast<std::int64_t*>(
-                        tensors.integers<std::int64_t>(tensor, name).data());
+                    const auto found = tensors.integers<std::int64_t>(tensor, name);
+                    return std::span(const_cast<std::int64_t*>(found.data()), found.size());
                 };
                 cpu::StepInputs inputs{longs(token_ids, "token_ids"),
-                                       longs(positions, "positions"),
-                                       context_lens.data(),
+                                       longs(positions, "positions").data(),
+                                       query_starts.data(),
+                                       {context_lens.data(), context_lens.shape(0)},
                                        row_slots.data(),
-                                       longs(last_tokens, "last_tokens"),
+                                       longs(sampled, "sampled"),
+                                       longs(last_tokens, "last_tokens").data(),
                                        {}};
                 for (const auto& [kv_slots, page_table] : groups) {
                     const auto pages = tensors.integers<std::int32_t>(page_table, "page_table");
-                    inputs.groups.push_back({longs(kv_slots, "kv_slots"),
+                    inputs.groups.push_back({longs(kv_slots, "kv_slots").data(),
                                              const_cast<std::int32_t*>(pages.data()),
                                              tensors.borrow(page_table, "page_table").shape[1]});
                 }
                 new (self) cpu::StepRecording(runtime, std::move(inputs));
             },
-            "runtime"_a, "token_ids"_a, "positions"_a, "context_lens"_a, "row_slots"_a,
-            "last_tokens"_a, "groups"_a, nb::keep_alive<1, 2>())
+            "runtime"_a, "token_ids"_a, "positions"_a, "query_starts"_a, "context_lens"_a,
+            "row_slots"_a, "sampled"_a, "last_tokens"_a, "groups"_a, nb::keep_alive<1, 2>())
         .def("begin", &cpu::StepRecording::begin)
         .def("end",
              [](cpu::StepRecording& self, nb::handle chosen) {
-                 self.end(tensors.integers<std::int64_t>(chosen, "chosen").data());
+                 return self.end(tensors.integers<std::int64_t>(chosen, "chosen").data());
              })
         .def(
             "run",
-            [](const cpu::StepRecording& self, HostInts row_slots, HostInts context_lens,
+            [](const cpu::StepRecording& self, std::int64_t decode_count, HostInts row_slots,
+               HostInts query_starts, HostInts context_lens, HostInts token_ids,
+               HostInts sample_rows,
                const std::vector<std::tuple<HostInts, HostInts, HostInts, HostInts>>& groups,
                Ints tokens) {
                 const auto span = [](const HostInts& array) {
                     return std::span(array.data(), array.shape(0));
                 };
-                cpu::DecodePlan plan{span(row_slots), span(context_lens), {}};
+                cpu::RecordedPlan plan{decode_count,
+                                       span(row_slots),
+                                       span(query_starts),
+                                       span(context_lens),
+                                       span(token_ids),
+                                       span(sample_rows),
+                                       {}};
                 for (const auto& [kv_slots, slots, indices, pages] : groups) {
                     plan.groups.push_back(
                         {span(kv_slots), span(slots), span(indices), span(pages)});
@@ -330,6 +351,7 @@ NB_MODULE(_cpu, module) {
                 const nb::gil_scoped_release release;
                 self.run(plan, chosen);
             },
-            "row_slots"_a, "context_lens"_a, "groups"_a, "tokens"_a)
+            "decode_count"_a, "row_slots"_a, "query_starts"_a, "context_lens"_a, "token_ids"_a,
+            "sample_rows"_a, "groups"_a, "tokens"_a)
         .def("__len__", &cpu::StepRecording::size);
 }

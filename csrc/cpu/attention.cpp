@@ -120,13 +120,13 @@ void append(Runtime& runtime, const KvAppend& call) {
     if (call.k.type != call.to.type || call.v.type != call.to.type || call.k.rows != call.v.rows) {
         throw KernelError("K, V and their pool must have one type and as many rows");
     }
-    for (std::int64_t token = 0; token < call.k.rows; ++token) {
-        if (call.slots[token] < 0 || call.slots[token] >= call.to.pages * call.to.page_size) {
-            throw KernelError("slot " + std::to_string(call.slots[token]) + " of a pool of " +
-                              std::to_string(call.to.pages) + " pages");
-        }
-    }
     runtime.perform(call.k.rows, [&runtime, call](std::int64_t rows) {
+        for (std::int64_t token = 0; token < rows; ++token) {
+            if (call.slots[token] < 0 || call.slots[token] >= call.to.pages * call.to.page_size) {
+                throw KernelError("slot " + std::to_string(call.slots[token]) + " of a pool of " +
+                                  std::to_string(call.to.pages) + " pages");
+            }
+        }
         const std::int64_t chunks = ceil_div(rows, appended_per_chunk);
         runtime.pool().run(static_cast<int>(chunks), [&](int chunk, int) noexcept {
             const std::int64_t end = std::min(rows, (chunk + 1) * appended_per_chunk);

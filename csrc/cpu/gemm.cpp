@@ -238,13 +238,13 @@ void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMat
                           ", but the rows looked up are " + std::to_string(ids.size()) + " x " +
                           std::to_string(table.inputs()));
     }
-    for (const std::int64_t id : ids) {
-        if (id < 0 || id >= table.outputs()) {
-            throw KernelError("row " + std::to_string(id) + " of a table of " +
-                              std::to_string(table.outputs()) + " rows");
-        }
-    }
     runtime.perform(y.rows, [&runtime, ids, &table, y](std::int64_t rows) {
+        for (const std::int64_t id : ids.first(static_cast<std::size_t>(rows))) {
+            if (id < 0 || id >= table.outputs()) {
+                throw KernelError("row " + std::to_string(id) + " of a table of " +
+                                  std::to_string(table.outputs()) + " rows");
+            }
+        }
         runtime.pool().run(static_cast<int>(rows), [&](int index, int) noexcept {
             table.read_row(ids[static_cast<std::size_t>(index)], y.type, y.at(index));
         });

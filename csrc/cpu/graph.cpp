@@ -1,39 +1,92 @@
 #include "graph.h"
 
+#include <string>
+#include <utility>
+
+#include "errors.h"
+
 namespace tokenspeed::cpu {
+
+StepRecording::StepRecording(Runtime& runtime, StepInputs inputs)
+    : runtime_(runtime), inputs_(std::move(inputs)) {
+    const StepSize most = inputs_.most();
+    if (most.tokens == most.rows || most.tokens == most.samples || most.rows == most.samples) {
+        throw KernelError("a step's most tokens, rows and samples must differ");
+    }
+}
 
 void StepRecording::begin() {
     calls_.clear();
-    runtime_.record(&calls_);
+    recorded_.clear();
+    runtime_.record(&recorded_);
 }
 
-void StepRecording::end(const std::int64_t* chosen) {
+bool StepRecording::end(const std::int64_t* chosen) {
     runtime_.record(nullptr);
     chosen_ = chosen;
+    const StepSize most = inputs_.most();
+    for (Call& call : std::exchange(recorded_, {})) {
+        std::int64_t StepSize::* count = nullptr;
+        for (const auto member : {&StepSize::tokens, &StepSize::rows, &StepSize::samples}) {
+            if (call.rows == most.*member) count = member;
+        }
+        if (count == nullptr) {
+            calls_.clear();
+            return false;
+        }
+        calls_.push_back({count, std::move(call.work)});
+    }
+    return true;
 }
 
-void StepRecording::run(const DecodePlan& plan, std::span<std::int32_t> tokens) const {
-    const std::size_t rows = plan.row_slots.size();
-    for (std::size_t row = 0; row < rows; ++row) {
-        const std::int32_t slot = plan.row_slots[row];
+void StepRecording::fill(const RecordedPlan& plan) const {
+    inputs_.query_starts[0] = 0;
+    for (std::size_t row = 0; row < plan.row_slots.size(); ++row) {
+        const std::int32_t slot = plan.row_slots[row], context = plan.context_lens[row];
+        const std::int32_t begin = plan.query_starts[row], end = plan.query_starts[row + 1];
         inputs_.row_slots[row] = slot;
-        inputs_.token_ids[row] = inputs_.last_tokens[slot];
-        inputs_.context_lens[row] = plan.context_lens[row];
-        inputs_.positions[row] = plan.context_lens[row];
+        inputs_.context_lens[row] = context;
+        inputs_.query_starts[row + 1] = end;
+        const bool decodes = static_cast<std::int64_t>(row) < plan.decode_count;
+        for (auto token = static_cast<std::size_t>(begin); std::cmp_less(token, end); ++token) {
+            inputs_.token_ids[token] = decodes ? inputs_.last_tokens[slot] : plan.token_ids[token];
+            inputs_.positions[token] = context + static_cast<std::int64_t>(token) - begin;
+        }
+    }
+    for (std::size_t sample = 0; sample < plan.sample_rows.size(); ++sample) {
+        const auto row = static_cast<std::size_t>(plan.sample_rows[sample]);
+        inputs_.sampled[sample] = plan.query_starts[row + 1] - 1;
     }
     for (std::size_t index = 0; index < plan.groups.size(); ++index) {
-        const DecodePlan::Group& from = plan.groups[index];
+        const RecordedPlan::Group& from = plan.groups[index];
         const StepInputs::Group& to = inputs_.groups[index];
-        for (std::size_t row = 0; row < rows; ++row) to.kv_slots[row] = from.kv_slots[row];
+        for (std::size_t token = 0; token < from.kv_slots.size(); ++token) {
+            to.kv_slots[token] = from.kv_slots[token];
+        }
         for (std::size_t change = 0; change < from.table_slots.size(); ++change) {
             to.page_table[from.table_slots[change] * to.pages_stride + from.table_indices[change]] =
                 from.table_pages[change];
         }
     }
-    for (const Call& call : calls_) call(static_cast<std::int64_t>(rows));
-    for (std::size_t row = 0; row < rows; ++row) {
-        inputs_.last_tokens[plan.row_slots[row]] = chosen_[row];
-        tokens[row] = static_cast<std::int32_t>(chosen_[row]);
+}
+
+void StepRecording::run(const RecordedPlan& plan, std::span<std::int32_t> tokens) const {
+    const StepSize most = inputs_.most();
+    const StepSize size{std::ssize(plan.token_ids), std::ssize(plan.row_slots),
+                        std::ssize(plan.sample_rows)};
+    if (size.tokens > most.tokens || size.rows > most.rows || size.samples > most.samples) {
+        throw KernelError("a step of " + std::to_string(size.tokens) + " tokens and " +
+                          std::to_string(size.rows) + " rows; recorded were " +
+                          std::to_string(most.tokens) + " and " + std::to_string(most.rows));
+    }
+    fill(plan);
+    for (const StepCall& call : calls_) {
+        if (const std::int64_t rows = size.*call.count; rows > 0) call.work(rows);
+    }
+    for (std::size_t sample = 0; sample < plan.sample_rows.size(); ++sample) {
+        const auto row = static_cast<std::size_t>(plan.sample_rows[sample]);
+        inputs_.last_tokens[plan.row_slots[row]] = chosen_[sample];
+        tokens[sample] = static_cast<std::int32_t>(chosen_[sample]);
     }
 }
 

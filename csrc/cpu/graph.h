@@ -9,13 +9,19 @@
 
 namespace tokenspeed::cpu {
 
-// The memory that the recorded kernels read a decode step's inputs from: entry i of each is row
-// i's.
+// How much of each a step has: tokens, rows, and tokens whose logits are wanted.
+struct StepSize {
+    std::int64_t tokens, rows, samples;
+};
+
+// The memory that the recorded kernels read a step's inputs from.
 struct StepInputs {
-    std::int64_t* token_ids;
+    std::span<std::int64_t> token_ids;
     std::int64_t* positions;
-    std::int32_t* context_lens;
+    std::int32_t* query_starts;  // one more than rows
+    std::span<std::int32_t> context_lens;
     std::int32_t* row_slots;
+    std::span<std::int64_t> sampled;
     // The last token of each slot.
     std::int64_t* last_tokens;
     struct Group {
@@ -24,12 +30,17 @@ struct StepInputs {
         std::int64_t pages_stride;
     };
     std::vector<Group> groups;
+
+    StepSize most() const {
+        return {std::ssize(token_ids), std::ssize(context_lens), std::ssize(sampled)};
+    }
 };
 
-// A decode step as the control plane planned it.
-struct DecodePlan {
-    std::span<const std::int32_t> row_slots;
-    std::span<const std::int32_t> context_lens;
+// A step as the control plane planned it; the first `decode_count` rows run the last token of their
+// slots.
+struct RecordedPlan {
+    std::int64_t decode_count;
+    std::span<const std::int32_t> row_slots, query_starts, context_lens, token_ids, sample_rows;
     struct Group {
         std::span<const std::int32_t> kv_slots;
         std::span<const std::int32_t> table_slots, table_indices, table_pages;
@@ -38,29 +49,40 @@ struct DecodePlan {
 };
 
 // Operands are remembered by address: whoever records keeps their memory, and sees to it that
-// nothing but kernels of the runtime touches it between inputs and results. Rows of a decode step
-// are independent of each other, so what was recorded for some rows can be run for fewer.
+// nothing but kernels of the runtime touches it between inputs and results. What a kernel is called
+// for while recording says what its work grows with: a step's tokens, its rows or its samples. So
+// no two of these may have the same greatest number, and what was recorded for the greatest can be
+// run for fewer.
 class StepRecording {
   public:
-    StepRecording(Runtime& runtime, StepInputs inputs)
-        : runtime_(runtime), inputs_(std::move(inputs)) {}
+    // Throws KernelError: greatest numbers that are equal.
+    StepRecording(Runtime& runtime, StepInputs inputs);
     StepRecording(const StepRecording&) = delete;
     StepRecording& operator=(const StepRecording&) = delete;
 
     // Kernels called on the runtime between these two are recorded instead of run. The last one
-    // chooses a token for each row, and writes it where `chosen` says.
+    // chooses a token for each sample, and writes it where `chosen` says.
+    // `end` is false, and keeps nothing, where a kernel was called for another number of rows.
     void begin();
-    void end(const std::int64_t* chosen);
+    bool end(const std::int64_t* chosen);
     std::size_t size() const { return calls_.size(); }
 
-    // Takes a plan's inputs in, runs what was recorded for its rows, and makes the chosen tokens
+    // Takes a plan's inputs in, runs what was recorded for its sizes, and makes the chosen tokens
     // their slots' last; writes them to `tokens`, too.
-    void run(const DecodePlan& plan, std::span<std::int32_t> tokens) const;
+    // Throws KernelError: more of something than was recorded for, or what a kernel throws.
+    void run(const RecordedPlan& plan, std::span<std::int32_t> tokens) const;
 
   private:
+    void fill(const RecordedPlan& plan) const;
+
     Runtime& runtime_;
     StepInputs inputs_;
-    std::vector<Call> calls_;
+    std::vector<Call> recorded_;
+    struct StepCall {
+        std::int64_t StepSize::* count;
+        Call::Work work;
+    };
+    std::vector<StepCall> calls_;
     const std::int64_t* chosen_ = nullptr;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 
 #include "errors.h"
@@ -78,6 +79,25 @@ void angles(Runtime& runtime, std::span<const std::int64_t> positions,
                 cosines[row * count + at] = static_cast<float>(std::cos(double{angle}));
                 sines[row * count + at] = static_cast<float>(std::sin(double{angle}));
             }
+        });
+    });
+}
+
+void take(Runtime& runtime, const In& x, std::span<const std::int64_t> indices, const Out& y) {
+    if (y.rows != static_cast<std::int64_t>(indices.size()) || y.columns != x.columns ||
+        y.type != x.type) {
+        throw KernelError(std::to_string(indices.size()) + " rows of " + shape(x) +
+                          " do not give " + shape(y) + " of the same type");
+    }
+    runtime.perform(y.rows, [&runtime, x, indices, y](std::int64_t rows) {
+        for (const std::int64_t index : indices.first(static_cast<std::size_t>(rows))) {
+            if (index < 0 || index >= x.rows) {
+                throw KernelError("row " + std::to_string(index) + " of " + shape(x));
+            }
+        }
+        const auto size = static_cast<std::size_t>(x.columns * x.element_size_bytes());
+        each_row(runtime, rows, x.columns, [&](std::int64_t row) {
+            std::memcpy(y.at(row), x.at(indices[static_cast<std::size_t>(row)]), size);
         });
     });
 }

@@ -22,4 +22,8 @@ void rotate(Runtime& runtime, const Rotation& call);
 void angles(Runtime& runtime, std::span<const std::int64_t> positions,
             std::span<const float> frequencies, float* cosines, float* sines);
 
+// y's row i is x's row indices[i].
+// Also thrown: an index of no row.
+void take(Runtime& runtime, const In& x, std::span<const std::int64_t> indices, const Out& y);
+
 }  // namespace tokenspeed::cpu

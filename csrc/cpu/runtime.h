@@ -17,9 +17,13 @@
 
 namespace tokenspeed::cpu {
 
-// One kernel's work on the first `rows` rows of its operands, which lie where they lay when it was
-// called.
-using Call = std::function<void(std::int64_t rows)>;
+// A kernel's call that was recorded: for how many rows, and its work on the first `rows` rows of
+// its operands, which lie where they lay when it was called.
+struct Call {
+    using Work = std::function<void(std::int64_t rows)>;
+    std::int64_t rows;
+    Work work;
+};
 
 class Runtime {
   public:
@@ -37,11 +41,12 @@ class Runtime {
     // Shared with the weights that lie in it.
     const std::shared_ptr<Arena>& arena() const { return arena_; }
 
-    // Does the work of a kernel, or keeps it for later while a step is recorded.
+    // Does the work of a kernel, or keeps it for later while a step is recorded: then `work` is
+    // done for other steps, so whatever depends on values that operands have belongs in it.
     template <class Work>
     void perform(std::int64_t rows, const Work& work) {
         if (recording_ != nullptr) {
-            recording_->emplace_back(work);
+            recording_->push_back({rows, work});
         } else {
             work(rows);
         }

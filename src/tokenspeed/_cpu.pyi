@@ -70,6 +70,7 @@ def rotate(
     sines: torch.Tensor,
     y: torch.Tensor,
 ) -> None: ...
+def take(runtime: Runtime, x: torch.Tensor, indices: torch.Tensor, y: torch.Tensor) -> None: ...
 def append(
     runtime: Runtime,
     k: torch.Tensor,
@@ -110,17 +111,23 @@ class StepRecording:
         runtime: Runtime,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
+        query_starts: npt.NDArray[np.int32],
         context_lens: npt.NDArray[np.int32],
         row_slots: npt.NDArray[np.int32],
+        sampled: torch.Tensor,
         last_tokens: torch.Tensor,
         groups: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None: ...
     def begin(self) -> None: ...
-    def end(self, chosen: torch.Tensor) -> None: ...
+    def end(self, chosen: torch.Tensor) -> bool: ...
     def run(
         self,
+        decode_count: int,
         row_slots: npt.NDArray[np.int32],
+        query_starts: npt.NDArray[np.int32],
         context_lens: npt.NDArray[np.int32],
+        token_ids: npt.NDArray[np.int32],
+        sample_rows: npt.NDArray[np.int32],
         groups: Sequence[
             tuple[
                 npt.NDArray[np.int32],

@@ -1,8 +1,11 @@
-"""Step graphs on CPUs: a decode step's kernel calls, recorded once and run again without Python.
+"""Step graphs on CPUs: a step's kernel calls, recorded once and run again without Python.
 
-Legend: R rows, X slots, P pages of a slot.
+Legend: T tokens, R rows, S sampled rows, X slots, P pages of a slot, V vocabulary.
 """
 
+import math
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +17,14 @@ from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.step import Int32Array, StepPlan
 from tokenspeed.kernels import ops
-from tokenspeed.kernels.cpu import StepRecording
+from tokenspeed.kernels.cpu import StepRecording, prefer_huge_pages
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling import ForwardBatch, Model
 
-__all__ = ["DecodeGraph"]
+__all__ = ["StepGraph"]
 
-# Its memory grows with the rows it may have; beyond these a step is long enough for Python.
-_ROWS_MAX = 64
+# Blocks of memory begin where lines of any cache do.
+_ALIGNMENT_BYTES = 64
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -52,12 +55,40 @@ class _NotRecordable(Exception):
     """PyTorch was to compute something, which a recording of kernels would leave out."""
 
 
+class _Memory:
+    """Memory for tensors. What a tensor had is given to another as soon as nothing refers to it.
+
+    A recording runs in the order in which it was made, so that memory is free again there, too.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[torch.Tensor] = []
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor."""
+        size_bytes = max(1, math.prod(shape) * dtype.itemsize)
+        room_bytes = -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        free = self._free[room_bytes]
+        if not free:
+            block = torch.empty(room_bytes, dtype=torch.uint8)
+            prefer_huge_pages(block)
+            self.blocks.append(block)
+            free.append(block)
+        block = free.pop()
+        # The tensor and its views hold on to this view of the block, and nothing else does.
+        held = block.numpy()[:]
+        weakref.finalize(held, free.append, block).atexit = False
+        size_bytes = math.prod(shape) * dtype.itemsize
+        return torch.from_numpy(held)[:size_bytes].view(dtype).view(*shape)
+
+
 class _Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps all memory that is made, and lets nothing but views pass."""
+    """Makes tensors in memory that stays, and lets nothing but views pass."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept: list[torch.Tensor] = []
+        self.memory = _Memory()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -72,32 +103,25 @@ class _Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func not in _ALLOCATIONS and func not in _VIEWS:
+        if func in _VIEWS:
+            return func(*args, **(kwargs or {}))
+        if func not in _ALLOCATIONS:
             raise _NotRecordable(str(func))
-        result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS:
-            self.kept.append(result)
-        return result
+        like = func(*args, **{**(kwargs or {}), "device": "meta"})
+        return self.memory.tensor(like.shape, like.dtype)
 
 
-class DecodeGraph:
-    """The forward of steps whose rows are all decode rows.
+class StepGraph:
+    """The forward of any step, decode rows and prefill chunks together, and the likeliest tokens.
 
-    Attributes:
-        rows_max: R, the most rows such a step may have.
+    Its memory is that of a step with the most tokens.
     """
 
     def __init__(
-        self,
-        *,
-        recording: StepRecording,
-        rows_max: int,
-        logits_RV: torch.Tensor,
-        kept: Sequence[object],
+        self, *, recording: StepRecording, logits_SV: torch.Tensor, kept: Sequence[object]
     ) -> None:
-        self.rows_max = rows_max
         self._recording = recording
-        self._logits_RV = logits_RV
+        self._logits_SV = logits_SV
         self._kept = kept
 
     @classmethod
@@ -109,89 +133,99 @@ class DecodeGraph:
         *,
         tables: Sequence[torch.Tensor],
         last_token_X: torch.Tensor,
-    ) -> "DecodeGraph | None":
-        """Record a model's forward; None where any part of it is not a native CPU kernel.
+    ) -> "StepGraph | None":
+        """Record a model's forward; None where a part of it is not a native CPU kernel, or a kernel
+        works on something else than the step's tokens, rows or samples.
 
         Nothing is computed meanwhile.
 
         Args:
             model: loaded.
             pools: the KV storage that plans name pages of.
-            config: gives the greatest number of rows, and the page size.
+            config: gives the greatest numbers of tokens and rows, and the page size.
             tables: int32 [X, P] of each cache group, which runs keep up to date.
             last_token_X: int64, the last token of each slot, likewise.
         """
-        rows_max = min(config.slots_max, config.step_tokens_max, _ROWS_MAX)
-        token_ids_R = torch.zeros(rows_max, dtype=torch.int64)
-        positions_R = torch.zeros(rows_max, dtype=torch.int64)
+        # By its number of rows a recorded kernel is known to work on tokens, on rows or on samples,
+        # so these must differ.
+        rows_max = config.slots_max
+        samples_max = rows_max + 1
+        tokens_max = max(config.step_tokens_max, samples_max + 1)
+        token_ids_T = torch.zeros(tokens_max, dtype=torch.int64)
+        positions_T = torch.zeros(tokens_max, dtype=torch.int64)
+        sampled_S = torch.zeros(samples_max, dtype=torch.int64)
+        query_starts = np.full(rows_max + 1, tokens_max, dtype=np.int32)
+        query_starts[0] = 0
         context_lens_R = np.zeros(rows_max, dtype=np.int32)
         row_slots_R = np.zeros(rows_max, dtype=np.int32)
-        starts = np.arange(rows_max + 1, dtype=np.int32)
         groups = tuple(
             PagedRows(
-                query_starts=starts,
+                query_starts=query_starts,
                 context_lens=context_lens_R,
                 row_slots=row_slots_R,
                 page_table_XP=table_XP,
-                kv_slots_T=torch.zeros(rows_max, dtype=torch.int64),
+                kv_slots_T=torch.zeros(tokens_max, dtype=torch.int64),
                 page_size=config.page_size,
             )
             for table_XP in tables
         )
         batch = ForwardBatch(
-            token_ids_T=token_ids_R,
-            positions_T=positions_R,
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
             groups=groups,
-            sample_token_indices_S=None,
+            sample_token_indices_S=sampled_S,
         )
         argmax = model.kernels.select(ops.sampling.argmax, format_name="float32")
         recording = StepRecording(
             model.kernels.runtime,
-            token_ids_R,
-            positions_R,
+            token_ids_T,
+            positions_T,
+            query_starts,
             context_lens_R,
             row_slots_R,
+            sampled_S,
             last_token_X,
             [(group.kv_slots_T, group.page_table_XP) for group in groups],
         )
         keeper = _Keeper()
+        recordable = False
+        chosen_S = last_token_X
         recording.begin()
-        chosen_R = last_token_X
         try:
             with keeper:
-                logits_RV = model.forward(batch, pools)
-                chosen_R = argmax(logits_RV)
+                logits_SV = model.forward(batch, pools)
+                chosen_S = argmax(logits_SV)
         except _NotRecordable:
             return None
         finally:
-            recording.end(chosen_R)
+            recordable = recording.end(chosen_S)
+        if not recordable:
+            return None
         return cls(
             recording=recording,
-            rows_max=rows_max,
-            logits_RV=logits_RV,
-            kept=(batch, keeper.kept),
+            logits_SV=logits_SV,
+            kept=(model, pools, batch, last_token_X, chosen_S, keeper.memory.blocks),
         )
 
-    def fits(self, plan: StepPlan) -> bool:
-        """Whether a plan's rows are all decode rows, each of them sampled, and not too many."""
-        rows = len(plan.row_slots)
-        return rows == plan.decode_count == len(plan.sample_rows) and rows <= self.rows_max
-
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, Int32Array]:
-        """Compute a plan that fits.
+        """Compute a plan.
 
         Returns:
-            logits_SV in float32, valid until the next run, and the likeliest token of each row,
+            logits_SV in float32, valid until the next run, and the likeliest token of each sample,
             which is its slot's last one from now on.
         """
-        tokens = np.empty(len(plan.row_slots), dtype=np.int32)
+        tokens = np.empty(len(plan.sample_rows), dtype=np.int32)
         self._recording.run(
+            plan.decode_count,
             plan.row_slots,
+            plan.query_starts,
             plan.context_lens,
+            plan.token_ids,
+            plan.sample_rows,
             [
                 (group.kv_slots, group.table_slots, group.table_indices, group.table_pages)
                 for group in plan.groups
             ],
             tokens,
         )
-        return self._logits_RV[: len(tokens)], tokens
+        return self._logits_SV[: len(tokens)], tokens

@@ -79,6 +79,11 @@ class ForwardProfiler:
         if self._profile is not None:
             self.stop()
 
+    @property
+    def recording(self) -> bool:
+        """Whether forwards are to show their ops."""
+        return self._profile is not None
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Count a forward, and end the recording after the last one asked for."""

@@ -17,7 +17,7 @@ from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
-from tokenspeed.execution.graph import DecodeGraph
+from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
 from tokenspeed.execution.sampler import Sampler
@@ -107,7 +107,7 @@ class Runner:
             )
             for _ in groups
         ]
-        self._graph: DecodeGraph | None = None
+        self._graph: StepGraph | None = None
         self._bindings: list[_Binding] = []
         self._profiler = ForwardProfiler()
         self._thread = (
@@ -160,8 +160,8 @@ class Runner:
             return LaunchedStep(error)
 
     def warm_up(self) -> None:
-        """Run a tiny prefill and a decode, so that the first request finds everything ready, and
-        record decode steps where the device is a CPU.
+        """Record the forward where the device is a CPU, then run a tiny prefill and a decode: the
+        first request finds everything ready.
 
         To be called before any other plan: it writes to the pools' first page.
         """
@@ -173,16 +173,16 @@ class Runner:
             tokens=np.zeros(1, dtype=np.int32),
             stop_token_ids=np.zeros(0, dtype=np.int32),
         )
-        for plan in warm_up_plans(self._config, groups=len(self._tables)):
-            self.launch(plan).result()
         if self._device.type == "cpu":
-            self._graph = DecodeGraph.record(
+            self._graph = StepGraph.record(
                 self._model,
                 self._pools,
                 self._config,
                 tables=[table.pages_XP for table in self._tables],
                 last_token_X=self._last_token_X,
             )
+        for plan in warm_up_plans(self._config, groups=len(self._tables)):
+            self.launch(plan).result()
 
     def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
         """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
@@ -239,10 +239,10 @@ class Runner:
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         with self._profiler.step():
-            if self._graph is None or not self._graph.fits(plan):
+            if self._graph is None or self._profiler.recording:
                 return self._forward(plan)
             logits_SV, tokens = self._graph.run(plan)
-            if self._sampler.takes_likeliest(plan.row_slots):
+            if self._sampler.takes_likeliest(plan.row_slots[plan.sample_rows]):
                 return StepResult(tokens=tokens, logprobs=None)
             return self._sample(plan, logits_SV)
 

@@ -1,6 +1,7 @@
-"""Norms, rotary positions and activations.
+"""Norms, rotary positions, activations, and rows taken from a batch.
 
-Legend: T tokens, M model features, H heads, D elements of a head, E = D / 2, F features of the MLP.
+Legend: T tokens, S sampled tokens, M model features, H heads, D elements of a head, E = D / 2,
+F features of the MLP.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ __all__ = [
     "rms_norm_cases",
     "rotate_cases",
     "silu_and_mul_cases",
+    "take_cases",
 ]
 
 _EPSILON = 1e-5
@@ -54,6 +56,19 @@ def _norm_cases(op: str, check: Callable[..., Iterator[Compared]]) -> Iterator[C
                 dtype=dtype,
                 name=f"{tokens} x {features}, {named(x_type)}",
                 check=partial(check, (tokens, features), x_type, dtype),
+            )
+
+
+def take_cases() -> Iterator[Case]:
+    """No row, the first and the last, one twice, all."""
+    for dtype in TYPES:
+        for shape in _FEATURES:
+            yield Case(
+                op="embedding.take",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"of {shape[0]} x {shape[1]}",
+                check=partial(_take, shape, dtype),
             )
 
 
@@ -132,6 +147,15 @@ def _add_rms_norm(
     exact_sum_TM = (x_TM.double() + residual_TM.double()).float()
     yield equal("the sum", sum_TM, exact_sum_TM)
     yield compare("y", y_TM, _exact_norm(exact_sum_TM, weight_M), dtype)
+
+
+def _take(
+    shape: tuple[int, int], dtype: torch.dtype, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
+    x_TM = noise(*shape, dtype=dtype)
+    for indices in ([], [0], [shape[0] - 1, 0, 0], list(range(shape[0]))):
+        indices_S = torch.tensor(indices, dtype=torch.int64)
+        yield equal(f"rows {indices}", kernel(x_TM, indices_S), x_TM[indices_S])
 
 
 def _angles(frequencies: int, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:

@@ -22,6 +22,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "activation.silu_and_mul": rowwise.silu_and_mul_cases,
     "attention.paged_mha": attention.paged_mha_cases,
     "embedding.lookup": gemm.lookup_cases,
+    "embedding.take": rowwise.take_cases,
     "gemm.linear": gemm.linear_cases,
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": attention.append_cases,

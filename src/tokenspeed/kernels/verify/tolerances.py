@@ -85,6 +85,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
     "activation.silu_and_mul": _ROUNDED,
     "kvcache.append": _COPY,
     "embedding.lookup": _COPY,
+    "embedding.take": _COPY,
     "sampling.argmax": _CHOICE,
     "sampling.apply_bitmask": _CHOICE,
     "sampling.penalise": Tolerance(

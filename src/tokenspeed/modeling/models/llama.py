@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from tokenspeed.kernels import KernelSelector
+from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
@@ -106,6 +106,7 @@ class Llama(Model):
         self.embedding = Embedding(config.vocab_size, config.hidden_size, kernels=kernels)
         self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim, kernels=kernels)
         self.blocks = tuple(self.block(config, kernels) for _ in range(config.layers))
+        self._take = kernels.select(ops.embedding.take)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
         self.head = LMHead(
             config.vocab_size,
@@ -134,7 +135,7 @@ class Llama(Model):
         assert residual_TM is not None
         sampled_S = batch.sample_token_indices_S
         if sampled_S is not None:
-            x_TM, residual_TM = x_TM[sampled_S], residual_TM[sampled_S]
+            x_TM, residual_TM = self._take(x_TM, sampled_S), self._take(residual_TM, sampled_S)
         x_SM, _ = self.norm(x_TM, residual_TM)
         logits_SV: torch.Tensor = self.head(x_SM)
         return logits_SV

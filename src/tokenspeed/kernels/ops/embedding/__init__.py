@@ -1,6 +1,6 @@
 """Owns the declarations of table lookups; never computes one.
 
-Legend: T tokens, V vocabulary, M model features.
+Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.weights import Matrix, PackedWeight
 
-__all__ = ["lookup"]
+__all__ = ["lookup", "take"]
 
 
 @declare_op("embedding.lookup")
@@ -16,3 +16,9 @@ def lookup(token_ids_T: torch.Tensor, table_VM: Matrix) -> torch.Tensor:
     """x_TM = table_VM[token_ids_T] in float32; ids are int64 and within the vocabulary."""
     operand = token_ids_T if isinstance(table_VM, PackedWeight) else table_VM
     return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM)
+
+
+@declare_op("embedding.take")
+def take(x_TM: torch.Tensor, indices_S: torch.Tensor) -> torch.Tensor:
+    """x_SM = x_TM[indices_S], in x's type; indices are int64 and below T."""
+    return take.best(x_TM)(x_TM, indices_S)
