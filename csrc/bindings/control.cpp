@@ -192,19 +192,19 @@ NB_MODULE(_control, module) {
         .def(
             "observe",
             [](control::Scheduler& self, std::int64_t prefill_tokens, std::int64_t decode_rows,
-               std::int64_t decode_context, double prefill_pairs, std::int64_t took_us) {
-                self.observe({prefill_tokens, decode_rows, decode_context, prefill_pairs}, took_us);
+               std::int64_t context_tokens, double prefill_pairs, std::int64_t took_us) {
+                self.observe({prefill_tokens, decode_rows, context_tokens, prefill_pairs}, took_us);
             },
-            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "decode_context"_a,
+            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "context_tokens"_a,
             "prefill_pairs"_a, "took_us"_a)
         .def(
             "predict_us",
             [](const control::Scheduler& self, std::int64_t prefill_tokens,
-               std::int64_t decode_rows, std::int64_t decode_context, double prefill_pairs) {
+               std::int64_t decode_rows, std::int64_t context_tokens, double prefill_pairs) {
                 return self.step_times().predict_us(
-                    {prefill_tokens, decode_rows, decode_context, prefill_pairs});
+                    {prefill_tokens, decode_rows, context_tokens, prefill_pairs});
             },
-            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "decode_context"_a,
+            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "context_tokens"_a,
             "prefill_pairs"_a)
         .def(
             "interval_bound_us",

@@ -28,7 +28,7 @@ constexpr double kSpreadMax = 2.0;
 
 StepTimeModel::Terms StepTimeModel::terms(const StepWork& work) noexcept {
     return {1.0, static_cast<double>(work.prefill_tokens), static_cast<double>(work.decode_rows),
-            static_cast<double>(work.decode_context), work.prefill_pairs};
+            static_cast<double>(work.context_tokens), work.prefill_pairs};
 }
 
 void StepTimeModel::Moments::fade(double keep) noexcept {
@@ -58,7 +58,7 @@ double StepTimeModel::predict_us(const StepWork& work) const noexcept {
 
 TokenCount StepTimeModel::chunk_within(double limit_us, const StepWork& work, TokenCount context,
                                        TokenCount most) const noexcept {
-    const double room = limit_us - predict_us(work);
+    const double room = limit_us - predict_us(work) - cost_us_[kContextToken] * context.value;
     if (room <= 0) return TokenCount(0);
     // The positive root of (pair / 2) c^2 + (token + pair * context) c = room, in the form that
     // does not cancel.

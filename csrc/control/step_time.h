@@ -1,8 +1,10 @@
 // What a step will take: microseconds as a linear function of what it runs, fitted as steps return.
 //
-// Time = constant + prefill tokens (matrix products) + decode rows + KV tokens that decode rows
-// read
+// Time = constant + prefill tokens (matrix products) + decode rows + KV tokens that rows read
 //        + pairs of (prompt token, context token) that prefill attention visits.
+//
+// A row reads its context once, be it a decode row or a chunk: what small chunks of a long prompt
+// cost is mostly that, and not their pairs.
 //
 // Weighted least squares over the recent past, each observation weighed by 1/time^2 so that errors
 // count in proportion. No coefficient is negative. What recent steps do not tell (the price of
@@ -21,15 +23,16 @@ namespace tokenspeed::control {
 struct StepWork {
     std::int64_t prefill_tokens = 0;
     std::int64_t decode_rows = 0;
-    std::int64_t decode_context = 0;  // tokens of KV that all decode rows read
+    std::int64_t context_tokens = 0;  // contexts of all rows, which attention reads
     double prefill_pairs = 0;         // sum over chunks of chunk * (context + chunk / 2)
 
     void add_decode(TokenCount context) noexcept {
         decode_rows += 1;
-        decode_context += context.value;
+        context_tokens += context.value;
     }
     void add_chunk(TokenCount context, TokenCount chunk) noexcept {
         prefill_tokens += chunk.value;
+        context_tokens += context.value;
         prefill_pairs += static_cast<double>(chunk.value) *
                          (static_cast<double>(context.value) + 0.5 * chunk.value);
     }
@@ -43,7 +46,7 @@ class StepTimeModel {
     // Microseconds a step of this work takes on average; 0 before anything was observed.
     double predict_us(const StepWork& work) const noexcept;
 
-    // The largest chunk, at `context` and at most `most`, that keeps the average time of `work` and
+    // The largest chunk at `context`, at most `most`, that keeps the average time of `work` and
     // the chunk within `limit_us`.
     TokenCount chunk_within(double limit_us, const StepWork& work, TokenCount context,
                             TokenCount most) const noexcept;
@@ -52,7 +55,7 @@ class StepTimeModel {
     double spread() const noexcept { return spread_; }
     // Whether enough steps were seen to build on.
     bool trusted() const noexcept { return observations_ >= kTrustedAfter; }
-    // Microseconds for: a step, a prompt token, a decode row, a token of its context, a pair.
+    // Microseconds for: a step, a prompt token, a decode row, a token of a context, a pair.
     static constexpr std::size_t kTerms = 5;
     const std::array<double, kTerms>& coefficients() const noexcept { return cost_us_; }
 

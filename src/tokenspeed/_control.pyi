@@ -62,12 +62,12 @@ class Scheduler:
         *,
         prefill_tokens: int,
         decode_rows: int,
-        decode_context: int,
+        context_tokens: int,
         prefill_pairs: float,
         took_us: int,
     ) -> None: ...
     def predict_us(
-        self, *, prefill_tokens: int, decode_rows: int, decode_context: int, prefill_pairs: float
+        self, *, prefill_tokens: int, decode_rows: int, context_tokens: int, prefill_pairs: float
     ) -> float: ...
     def interval_bound_us(self, context: int) -> float | None: ...
     def flush_cache(self) -> bool: ...

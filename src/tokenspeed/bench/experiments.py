@@ -150,7 +150,7 @@ def _floor_run(config: SimulationConfig, tps_floor: float | None) -> FloorRun:
 def _users_and_a_prompt(step_time: StepTime) -> Trace:
     """Users, and the long prompt once all of them decode."""
     prompt = StepWork(prefill_tokens=_USER_PROMPT_TOKENS, prefill_pairs=_USER_PROMPT_TOKENS**2 / 2)
-    decode = StepWork(decode_rows=_USERS, decode_context=_USERS * _USER_PROMPT_TOKENS)
+    decode = StepWork(decode_rows=_USERS, context_tokens=_USERS * _USER_PROMPT_TOKENS)
     # Twice what the prompts take, since a floor makes them wait for each other.
     settled_us = 2 * _USERS * step_time.predict_us(prompt)
     settled_us += _SETTLING_STEPS * step_time.predict_us(decode)

@@ -35,7 +35,7 @@ def fit_step_time(steps: Sequence[tuple[StepWork, float]]) -> StepTime:
                 1.0,
                 work.prefill_tokens,
                 work.decode_rows,
-                work.decode_context,
+                work.context_tokens,
                 work.prefill_pairs,
             )
             for work, _ in steps

@@ -14,7 +14,7 @@ class StepTime:
     """Microseconds of a step as a function of what it runs.
 
         step_us + max(weights_us, prefill_token_us * prompt tokens + decode_row_us * decode rows)
-                + kv_token_us * tokens of KV that the decode rows read
+                + kv_token_us * tokens of KV that attention reads (the contexts of all rows)
                 + pair_us * pairs of (prompt token, token it attends to)
 
     The maximum is the roofline of the matrix products: a step reads all weights however few its
@@ -25,7 +25,7 @@ class StepTime:
         step_us: what every step costs: launch, collectives, sampling.
         weights_us: reading the weights once.
         prefill_token_us, decode_row_us: matrix products of one token.
-        kv_token_us: reading one token's keys and values in decode attention.
+        kv_token_us: reading one token's keys and values.
         pair_us: prefill attention of one query token with one key token.
     """
 
@@ -52,7 +52,7 @@ class StepTime:
         return (
             self.step_us
             + max(self.weights_us, products)
-            + self.kv_token_us * work.decode_context
+            + self.kv_token_us * work.context_tokens
             + self.pair_us * work.prefill_pairs
         )
 

@@ -118,9 +118,9 @@ def _teach(scheduler: Scheduler, step_time: StepTime) -> None:
     for tokens in (16, 32, 64, 128, 256, 512):
         _observe(scheduler, step_time, StepWork(prefill_tokens=tokens, prefill_pairs=tokens**2 / 2))
         for context in range(tokens, tokens + 12):
-            _observe(scheduler, step_time, StepWork(decode_rows=1, decode_context=context))
+            _observe(scheduler, step_time, StepWork(decode_rows=1, context_tokens=context))
     for context in range(16, 28):
-        _observe(scheduler, step_time, StepWork(decode_rows=4, decode_context=4 * context))
+        _observe(scheduler, step_time, StepWork(decode_rows=4, context_tokens=4 * context))
 
 
 def _observe(scheduler: Scheduler, step_time: StepTime, work: StepWork) -> None:

@@ -261,7 +261,7 @@ class Scheduler:
         self._native.observe(
             prefill_tokens=work.prefill_tokens,
             decode_rows=work.decode_rows,
-            decode_context=work.decode_context,
+            context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
             took_us=took_us,
         )
@@ -271,7 +271,7 @@ class Scheduler:
         return self._native.predict_us(
             prefill_tokens=work.prefill_tokens,
             decode_rows=work.decode_rows,
-            decode_context=work.decode_context,
+            context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
         )
 

@@ -195,14 +195,14 @@ class StepWork:
     Attributes:
         prefill_tokens: prompt tokens, of all chunks.
         decode_rows: rows of one token each.
-        decode_context: tokens of KV that the decode rows read.
+        context_tokens: tokens of KV that attention reads: the contexts of all rows.
         prefill_pairs: what prefill attention visits, the sum over chunks of
             chunk * (context + chunk / 2).
     """
 
     prefill_tokens: int = 0
     decode_rows: int = 0
-    decode_context: int = 0
+    context_tokens: int = 0
     prefill_pairs: float = 0.0
 
     @classmethod
@@ -214,7 +214,7 @@ class StepWork:
         return cls(
             prefill_tokens=int(chunks.sum()),
             decode_rows=decodes,
-            decode_context=int(plan.context_lens[:decodes].sum(dtype=np.int64)),
+            context_tokens=int(plan.context_lens.sum(dtype=np.int64)),
             prefill_pairs=float((chunks * (contexts + chunks / 2)).sum()),
         )
 

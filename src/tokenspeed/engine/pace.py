@@ -45,7 +45,7 @@ def learn_pace(runner: StepRunner, config: SchedulerConfig, control: Scheduler) 
 def tps_alone(control: Scheduler, config: SchedulerConfig) -> float | None:
     """Tokens a second that one user alone gets, as far as `control` knows; None before it does."""
     context = min(CONTEXT_TOKENS, config.context_max)
-    step_us = control.predict_us(StepWork(decode_rows=1, decode_context=context))
+    step_us = control.predict_us(StepWork(decode_rows=1, context_tokens=context))
     return 1e6 / step_us if step_us > 0 else None
 
 

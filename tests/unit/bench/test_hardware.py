@@ -32,7 +32,7 @@ def loads(count: int) -> list[StepWork]:
             StepWork(
                 prefill_tokens=tokens,
                 decode_rows=rows,
-                decode_context=rows * context,
+                context_tokens=rows * context + (context if tokens else 0),
                 prefill_pairs=float(tokens * context),
             )
         )
@@ -56,14 +56,14 @@ def test_the_costs_behind_noisy_steps_are_found_again() -> None:
 def test_no_cost_is_negative_and_none_is_made_up() -> None:
     # Faster with more KV: no cost of ours can say so.
     steps = [
-        (load, 1000 + 50 * load.prefill_tokens - load.decode_context * 1e-4) for load in loads(50)
+        (load, 1000 + 50 * load.prefill_tokens - load.context_tokens * 1e-4) for load in loads(50)
     ]
     found = fit_step_time(steps)
     assert found.kv_token_us == 0
     assert found.prefill_token_us == pytest.approx(50, rel=0.05)
     decode_only = [
         (
-            StepWork(prefill_tokens=0, decode_rows=n, decode_context=10 * n * n, prefill_pairs=0.0),
+            StepWork(prefill_tokens=0, decode_rows=n, context_tokens=10 * n * n, prefill_pairs=0.0),
             5.0 + n,
         )
         for n in range(1, 9)

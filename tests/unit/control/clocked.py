@@ -50,6 +50,7 @@ class Machine:
         self.retries_ms: dict[int, int] = {}
         self.prefilled = 0
         self.row_us = 20.0
+        self.context_token_us = 0.002
         self._noise = noise
         self._random = random.Random(seed)
         self._submitted: dict[int, int] = {}
@@ -58,16 +59,23 @@ class Machine:
     def time_us(self, work: StepWork) -> int:
         """What a step takes."""
         time_us = 3000 + 20.0 * work.prefill_tokens + self.row_us * work.decode_rows
-        time_us += 0.002 * work.decode_context + 5e-5 * work.prefill_pairs
+        time_us += self.context_token_us * work.context_tokens + 5e-5 * work.prefill_pairs
         return int(time_us * self._random.lognormvariate(0.0, self._noise))
 
     def submit(
-        self, request: int, tokens: int, outputs: int, *, like: int | None = None, **wishes: int
+        self,
+        request: int,
+        tokens: int,
+        outputs: int,
+        *,
+        like: int | None = None,
+        shared: int = 640,
+        **wishes: int,
     ) -> None:
-        """A prompt that shares nothing with any other, or its first 640 tokens with `like`."""
+        """A prompt that shares nothing with any other, or its first tokens with `like`."""
         prompt = np.arange(tokens, dtype=np.int32) + 1000 * (request + 1)
         if like is not None:
-            prompt[:640] = np.arange(640, dtype=np.int32) + 1000 * (like + 1)
+            prompt[:shared] = np.arange(shared, dtype=np.int32) + 1000 * (like + 1)
         self._submitted[request] = self.now_us
         self.scheduler.submit(
             request, prompt, max_new_tokens=outputs, stop_token_ids=i32(), **wishes

@@ -56,7 +56,7 @@ def test_a_user_too_many_waits_until_one_has_ended() -> None:
         machine.submit(user, 20, 400)
     machine.steps(200)
     stats = machine.scheduler.stats()
-    work = StepWork(decode_rows=stats.running, decode_context=300 * stats.running)
+    work = StepWork(decode_rows=stats.running, context_tokens=300 * stats.running)
     assert stats.waiting > 0
     bound_us = machine.scheduler.interval_bound_us(300)
     assert bound_us is not None
@@ -68,7 +68,7 @@ def test_a_user_too_many_waits_until_one_has_ended() -> None:
 def test_where_one_user_alone_is_too_slow_ninety_percent_of_that_is_held() -> None:
     machine = Machine(tps_floor=10_000.0)
     machine.warm()
-    alone_us = machine.time_us(StepWork(decode_rows=1, decode_context=1000))
+    alone_us = machine.time_us(StepWork(decode_rows=1, context_tokens=1000))
     bound_us = machine.scheduler.interval_bound_us(1000)
     assert bound_us is not None
     assert alone_us / 0.9 <= bound_us < 1.1 * alone_us / 0.9
@@ -97,6 +97,24 @@ def test_prompts_come_on_even_where_the_floor_leaves_no_room() -> None:
     assert machine.prefilled - before > 0
     assert sorted(set(chunks)) == [0, 32], "a page at a time"
     assert sum(chunk > 0 for chunk in chunks) == 3, "in one step of 128"
+
+
+def test_a_prompt_far_in_is_known_to_read_its_context_before_any_of_its_kind_was_seen() -> None:
+    machine = Machine(tps_floor=50.0)
+    machine.context_token_us = 0.15
+    machine.warm()
+    machine.submit(99, 60_000, 1)
+    machine.run_until(99)
+    for user in range(2):
+        machine.submit(user, 5000, 3000)
+    machine.steps(50)
+    for user in range(2):
+        machine.intervals[user].clear()
+    # All but its last 2,000 tokens are in cache: reading them takes 9 of the 20 ms.
+    machine.submit(100, 60_000, 1, like=99, shared=58_000)
+    machine.run_until(100)
+    assert machine.scheduler.interval_bound_us(6000) == 20_000
+    assert max(max(machine.intervals[user]) for user in range(2)) <= 20_000
 
 
 def test_the_same_calls_at_the_same_times_give_the_same_plans() -> None:

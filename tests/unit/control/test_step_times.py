@@ -13,7 +13,7 @@ def law(work: StepWork) -> float:
         5000.0
         + 40.0 * work.prefill_tokens
         + 100.0 * work.decode_rows
-        + 0.02 * work.decode_context
+        + 0.02 * work.context_tokens
         + 0.0005 * work.prefill_pairs
     )
 
@@ -25,7 +25,7 @@ def some_work(rng: random.Random, *, decodes: bool = True, prefills: bool = True
     return StepWork(
         prefill_tokens=chunk,
         decode_rows=rows,
-        decode_context=rows * rng.randrange(100, 30_000),
+        context_tokens=rows * rng.randrange(100, 30_000) + (context if prefills else 0),
         prefill_pairs=chunk * (context + chunk / 2),
     )
 
@@ -56,7 +56,7 @@ def test_before_any_step_it_says_nothing_and_after_one_it_is_sane() -> None:
     assert machine.scheduler.predict_us(work) == pytest.approx(25_000, rel=0.05)
     half = StepWork(prefill_tokens=250, prefill_pairs=31_250.0)
     assert 5_000 < machine.scheduler.predict_us(half) < 25_000
-    decode = StepWork(decode_rows=1, decode_context=100)
+    decode = StepWork(decode_rows=1, context_tokens=100)
     assert 0 < machine.scheduler.predict_us(decode) < 25_000, "it stands in for what was not seen"
 
 
@@ -70,7 +70,7 @@ def test_no_work_is_ever_predicted_to_take_negative_time() -> None:
                 StepWork(),
                 StepWork(prefill_tokens=1),
                 StepWork(decode_rows=1),
-                StepWork(decode_context=1),
+                StepWork(context_tokens=1),
                 StepWork(prefill_pairs=1.0),
             ):
                 assert machine.scheduler.predict_us(work) >= 0
@@ -114,7 +114,7 @@ def test_time_that_stands_still_or_runs_backwards_teaches_nothing() -> None:
 def test_steps_that_are_planned_and_committed_teach_it_too() -> None:
     machine = Machine()
     machine.warm()
-    work = StepWork(decode_rows=4, decode_context=3000)
+    work = StepWork(decode_rows=4, context_tokens=3000)
     assert machine.scheduler.predict_us(work) == pytest.approx(machine.time_us(work), rel=0.1)
 
 
@@ -125,5 +125,5 @@ def test_time_between_requests_is_no_part_of_a_step() -> None:
         machine.now_us += 60_000_000
         machine.submit(request, 100, 4)
         machine.run_until(request)
-    work = StepWork(decode_rows=1, decode_context=100)
+    work = StepWork(decode_rows=1, context_tokens=100)
     assert machine.scheduler.predict_us(work) < 4_000
