@@ -1,9 +1,16 @@
 // The typed errors of the control plane; the binding turns each into its Python twin.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
+#include <string>
 
 namespace tokenspeed::control {
+
+// A number in the words of an error.
+inline std::string text(std::int64_t number) {
+    return std::to_string(number);
+}
 
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;

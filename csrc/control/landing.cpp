@@ -1,20 +1,11 @@
 // How a step's return is taken in: it retires, its tokens go to their requests, some of which end.
 
 #include <algorithm>
-#include <string>
 
 #include "room.h"
 #include "scheduler.h"
 
 namespace tokenspeed::control {
-
-namespace {
-
-std::string text(std::int64_t number) {
-    return std::to_string(number);
-}
-
-}  // namespace
 
 void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us) {
     if (flights_.empty()) {
@@ -114,8 +105,8 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
         end = flying.request->end(context_max_);
         if (end) {
             places_.find(flying.request->id().value)->second.outputs = flying.request->outputs();
+            answers_.add(flying.request->outputs());
         }
-        if (end) answers_.add(flying.request->outputs());
     }
     Landed landed = land(std::move(flying), done, row.start + row.count, store_, swaps_);
     tell_swaps(row.slot);

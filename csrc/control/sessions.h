@@ -10,8 +10,7 @@
 // A page belongs to the branch that used it last. Of what may be dropped goes first
 //   1. what fell behind a window,
 //   2. pages of absent sessions, by what holding them is worth (`ReturnTimes`): left behind or away
-//   for
-//      too long, then those expected late, at last those expected soon; of equals the longest
+//      for too long, then those expected late, at last those expected soon; of equals the longest
 //      absent, and one session whole before the next,
 //   3. pages wanted by requests that wait or run, the latest request first.
 #pragma once
@@ -102,9 +101,7 @@ class Sessions {
   private:
     struct Node {
         BranchId branch{0};
-
         std::int32_t depth = 0;
-
         std::uint8_t offered = 0;  // a bit for each lane
         bool known = false;
     };
