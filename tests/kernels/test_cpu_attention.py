@@ -171,6 +171,33 @@ def test_windows_and_caps(window: int, soft_cap: float, dtype: torch.dtype) -> N
         case = make_case([(0, 613)], heads=4, kv_heads=2, head_dim=32, page_size=16, dtype=dtype)
 
 
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows_of_a_rows_tokens_may_begin_in_different_blocks(
+    dtype: torch.dtype, isa: str
+) -> None:
+    """Of blocks that are computed apart, some are not seen by all tokens; and nothing is left of
+    an earlier call, whose results were no numbers."""
+    length, window = 613, 300
+    case = make_case([(0, length)], heads=4, kv_heads=2, head_dim=32, page_size=16, dtype=dtype)
+    alone, threaded = (CpuRuntime(threads=threads, isa=isa) for threads in (1, 2))
+    pools = interleave(case, alone)
+    whole = attend(case, pools, alone, window=window)
+    # The window of the first begins with the last position of a block.
+    start, end = 256 + window - 2, 256 + window + 2
+    rows = replace(
+        case.rows,
+        query_starts=np.array([0, end - start], dtype=np.int32),
+        context_lens=np.array([start], dtype=np.int32),
+    )
+    few = replace(case, q=case.q[start:end], rows=rows)
+    for runtime in (alone, threaded):
+        spoilt = attend(few, (pools[0], torch.full_like(pools[1], torch.nan)), runtime)
+        assert spoilt.isnan().all()
+        found = attend(few, pools, runtime, window=window)
+        assert torch.equal(found, whole[start:end]), runtime.threads
+
+
 def test_what_does_not_fit_is_refused() -> None:
     runtime = CpuRuntime(threads=1, isa=None)
     case = make_case([(0, 5)], heads=2, kv_heads=1, head_dim=16, page_size=16, dtype=torch.float32)

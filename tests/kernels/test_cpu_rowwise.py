@@ -12,7 +12,7 @@ from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
 from tokenspeed.kernels.cpu.activation import silu_and_mul
 from tokenspeed.kernels.cpu.norm import add_rms_norm, rms_norm
-from tokenspeed.kernels.cpu.rope import rotate
+from tokenspeed.kernels.cpu.rope import angles, rotate
 from tokenspeed.kernels.cpu.sampling import argmax
 from tokenspeed.kernels.verify import TOLERANCES
 from tokenspeed.kernels.verify.case import compare, named, noise
@@ -41,12 +41,14 @@ def test_rows_are_the_same_bits_everywhere(dtype: torch.dtype) -> None:
     x, weight = noise(97, 2 * 331, dtype=dtype), noise(2 * 331, dtype=dtype, seed=1)
     heads = x[:, :640].view(97, 10, 64)
     turns = noise(97, 32, dtype=torch.float32, seed=2)
+    positions, frequencies = torch.arange(97) * 1009, torch.logspace(0, -4, 32)
 
     def results(runtime: CpuRuntime, rows: slice) -> list[torch.Tensor]:
         return [
             rms_norm(x[rows], weight, 1e-5, runtime=runtime),
             *add_rms_norm(x[rows], 3 * x[rows].float(), weight, 1e-5, runtime=runtime),
             silu_and_mul(x[rows], runtime=runtime),
+            *angles(positions[rows], frequencies, runtime=runtime),
             rotate(
                 heads[rows], turns[rows].contiguous(), turns[rows].contiguous(), runtime=runtime
             ),

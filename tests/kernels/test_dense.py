@@ -115,6 +115,36 @@ def test_parts_lie_side_by_side_and_rows_may_lie_apart(dtype: torch.dtype) -> No
     assert torch.equal(product(on, x, parts, bias), torch.cat(alone, dim=1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_behind_the_last_are_zeros_whatever_memory_held(
+    dtype: torch.dtype, isa: str
+) -> None:
+    on = runtime(isa)
+    x, weight = noise(5, 50, dtype=dtype), noise(20, 50, dtype=dtype, seed=1)
+    expected = product(on, x, [weight])
+    spoilt = torch.full((5, 77), torch.nan, dtype=dtype)
+    assert product(on, spoilt, [torch.ones(20, 77, dtype=dtype)]).isnan().all()
+    assert torch.equal(product(on, x, [weight]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("outputs", [64, 53])
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_nothing_is_written_beside_the_result(
+    dtype: torch.dtype, isa: str, outputs: int, tokens: int
+) -> None:
+    on = runtime(isa, threads=2)
+    x, weight = noise(tokens, 64, dtype=dtype), noise(outputs, 64, dtype=dtype, seed=1)
+    around = torch.full((tokens + 8, outputs + 40), 7.0)
+    y = around[:tokens, :outputs]
+    linear(on, x, [PackedMatrix.pack_dense(on, weight)], None, y)
+    assert torch.equal(y, product(on, x, [weight]))
+    y.fill_(7.0)
+    assert (around == 7.0).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     on = runtime()
     halves = PackedMatrix.pack_dense(on, torch.ones(20, 64, dtype=torch.bfloat16))

@@ -141,14 +141,21 @@ def test_parts_of_different_formats_lie_side_by_side() -> None:
     assert torch.equal(product(on, x, parts, bias), torch.cat(alone, dim=1))
 
 
-def test_rows_may_lie_apart() -> None:
-    on = runtime()
-    weight = packed(on, "Q4_1", random_blocks("Q4_1", 20, 64), 64)
-    x = noise(5, 96)[:, :64]
-    y = torch.zeros(5, 33)
-    linear(on, x, [weight], None, y[:, :20])
-    assert torch.equal(y[:, :20], product(on, x.contiguous(), [weight]))
-    assert not y[:, 20:].any()
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("outputs", [64, 53])
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_rows_may_lie_apart_and_nothing_is_written_beside_them(
+    isa: str, outputs: int, tokens: int
+) -> None:
+    on = runtime(isa, threads=2)
+    weight = packed(on, "Q4_1", random_blocks("Q4_1", outputs, 64), 64)
+    x = noise(tokens, 96)[:, :64]
+    around = torch.full((tokens + 8, outputs + 40), 7.0)
+    y = around[:tokens, :outputs]
+    linear(on, x, [weight], None, y)
+    assert torch.equal(y, product(on, x.contiguous(), [weight]))
+    y.fill_(7.0)
+    assert (around == 7.0).all()
 
 
 def test_rows_of_zeros_and_of_subnormals_give_zeros() -> None:

@@ -10,17 +10,24 @@ from hypothesis import strategies as st
 
 from tests.unit.execution.oracle import distribution
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.kernels import reference
 from tokenspeed.kernels.ops import sampling
 
 INF = math.inf
 NAN = math.nan
 
 
-def draw(logits: torch.Tensor, uniforms: list[float] | torch.Tensor, **settings) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor,
+    uniforms: list[float] | torch.Tensor,
+    *,
+    kernel=sampling.draw,
+    **settings,
+) -> torch.Tensor:
     """Draws from rows that share their settings."""
     count = len(logits)
     values = {"temperature": 1.0, "top_k": logits.shape[1], "top_p": 1.0, "min_p": 0.0, **settings}
-    return sampling.draw(
+    return kernel(
         logits,
         torch.as_tensor(uniforms, dtype=torch.float64),
         temperatures_S=torch.full((count,), values["temperature"], dtype=torch.float64),
@@ -104,6 +111,21 @@ def test_a_draw_goes_up_the_ids_whatever_the_filters():
     for filters in ({}, {"top_k": 4}, {"top_p": 0.9999}, {"min_p": 0.01}):
         drawn = draw(logits.expand(len(marks), -1), marks, **filters)
         assert drawn.tolist() == [0, 1, 1, 2, 2, 3, 3], filters
+
+
+@pytest.mark.parametrize("kernel", [sampling.draw, reference.sampling.draw])
+def test_the_least_and_the_greatest_number_draw_what_is_possible(kernel):
+    logits = torch.tensor([-INF, -1.0, 1.0, 1.0, 0.0, NAN]).expand(2, -1)
+    uniforms = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    for filters, first, last in (
+        ({}, 1, 4),
+        ({"top_k": 2}, 2, 3),
+        ({"top_p": 0.6}, 2, 3),
+        ({"min_p": 0.3}, 2, 4),
+        ({"min_p": 1.0}, 2, 3),
+    ):
+        drawn = draw(logits, uniforms, kernel=kernel, **filters)
+        assert drawn.tolist() == [first, last], filters
 
 
 @given(
