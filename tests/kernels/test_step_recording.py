@@ -1,0 +1,109 @@
+"""Where a recorded step's inputs go, and which rows its kernels run for, without a model.
+
+Legend: T tokens, R rows, S samples, X slots, P pages of a slot, V vocabulary.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from tokenspeed import _cpu
+from tokenspeed.core.errors import KernelError
+from tokenspeed.core.step import Int32Array
+from tokenspeed.kernels.cpu import CpuRuntime, StepRecording
+
+TOKENS_MAX, ROWS_MAX, SAMPLES_MAX, SLOTS, PAGES, VOCABULARY = 9, 3, 4, 6, 5, 8
+
+
+def ints(*values: int) -> Int32Array:
+    return np.array(values, dtype=np.int32)
+
+
+class Inputs:
+    """The memory a recording reads, of two cache groups, and a kernel on samples."""
+
+    def __init__(self) -> None:
+        # What is there before must not matter.
+        self.token_ids_T = torch.full((TOKENS_MAX,), -7)
+        self.positions_T = torch.full((TOKENS_MAX,), -7)
+        self.query_starts = np.full(ROWS_MAX + 1, -7, dtype=np.int32)
+        self.context_lens_R = np.full(ROWS_MAX, -7, dtype=np.int32)
+        self.row_slots_R = np.full(ROWS_MAX, -7, dtype=np.int32)
+        self.sampled_S = torch.full((SAMPLES_MAX,), -7)
+        self.last_token_X = torch.arange(SLOTS) + 100
+        self.kv_slots = [torch.full((TOKENS_MAX,), -7) for _ in range(2)]
+        self.tables_XP = [torch.full((SLOTS, PAGES), -7, dtype=torch.int32) for _ in range(2)]
+        self.logits_SV = torch.zeros(SAMPLES_MAX, VOCABULARY)
+        self.chosen_S = torch.full((SAMPLES_MAX,), -7)
+
+    def recording(self, runtime: CpuRuntime) -> StepRecording:
+        return StepRecording(
+            runtime,
+            self.token_ids_T,
+            self.positions_T,
+            self.query_starts,
+            self.context_lens_R,
+            self.row_slots_R,
+            self.sampled_S,
+            self.last_token_X,
+            list(zip(self.kv_slots, self.tables_XP, strict=True)),
+        )
+
+
+def test_a_plan_is_taken_in_and_its_tokens_become_the_last_of_their_slots() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    recording = inputs.recording(runtime)
+    recording.begin()
+    _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
+    assert recording.end(inputs.chosen_S)
+    assert len(recording) == 1
+    assert inputs.chosen_S.tolist() == [-7] * SAMPLES_MAX
+    inputs.logits_SV[0, 5] = inputs.logits_SV[1, 2] = inputs.logits_SV[2, 3] = 1.0
+
+    # A decode row, a chunk that nothing is sampled from, and the end of a prompt.
+    tokens = np.full(2, -1, dtype=np.int32)
+    groups = [
+        (ints(31, 40, 41, 42, 7, 8), ints(4, 2, 2), ints(1, 0, 1), ints(11, 12, 13)),
+        (ints(61, 70, 71, 72, 17, 18), ints(0, 4), ints(3, 4), ints(21, 22)),
+    ]
+    recording.run(
+        1, ints(4, 2, 0), ints(0, 1, 4, 6), ints(20, 0, 9), ints(0, 1, 2, 3, 8, 9), ints(0, 2),
+        groups, tokens,
+    )  # fmt: skip
+    assert inputs.token_ids_T.tolist() == [104, 1, 2, 3, 8, 9, -7, -7, -7]
+    assert inputs.positions_T.tolist() == [20, 0, 1, 2, 9, 10, -7, -7, -7]
+    assert inputs.query_starts.tolist() == [0, 1, 4, 6]
+    assert inputs.context_lens_R.tolist() == [20, 0, 9]
+    assert inputs.row_slots_R.tolist() == [4, 2, 0]
+    assert inputs.sampled_S.tolist() == [0, 5, -7, -7]
+    for (kv_slots, slots, indices, pages), kept, table_XP in zip(
+        groups, inputs.kv_slots, inputs.tables_XP, strict=True
+    ):
+        assert kept.tolist() == [*kv_slots, -7, -7, -7]
+        expected_XP = torch.full((SLOTS, PAGES), -7, dtype=torch.int32)
+        expected_XP[slots, indices] = torch.from_numpy(pages)
+        assert torch.equal(table_XP, expected_XP)
+    # The third row of logits is no sample's.
+    assert inputs.chosen_S.tolist() == [5, 2, -7, -7]
+    assert tokens.tolist() == [5, 2]
+    assert inputs.last_token_X.tolist() == [2, 101, 102, 103, 5, 105]
+
+
+def test_numbers_that_cannot_be_told_apart_are_refused() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    inputs.sampled_S = inputs.sampled_S[:ROWS_MAX]
+    with pytest.raises(KernelError, match="most tokens, rows and samples must differ"):
+        inputs.recording(runtime)
+
+
+def test_a_kernel_on_another_number_of_rows_is_not_recorded() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    recording = inputs.recording(runtime)
+    recording.begin()
+    _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
+    _cpu.argmax(runtime, inputs.logits_SV[:2], inputs.chosen_S[:2])
+    assert not recording.end(inputs.chosen_S)
+    assert len(recording) == 0
+    # Kernels run again.
+    _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
+    assert inputs.chosen_S.tolist() == [0] * SAMPLES_MAX
