@@ -6,7 +6,8 @@
     ├── ModelError             a model cannot be had or read
     │   ├── ModelNotFound      no such path, manifest or hub id
     │   ├── CorruptCheckpoint  truncated or damaged file, wrong hash, missing tensor
-    │   └── UnsupportedModel   architecture or quantisation that no code here handles
+    │   ├── UnsupportedModel   architecture or quantisation that no code here handles
+    │   └── PlacementError     modules of a model whose placements do not fit together
     ├── WorkloadError          a trace cannot be read: not there, malformed, out of range
     ├── KernelError            no kernel fits, or a forced one cannot run
     ├── RequestError           the request is wrong; the engine goes on
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "ModelNotFound",
     "Overloaded",
+    "PlacementError",
     "RequestError",
     "TokenSpeedError",
     "UnsupportedModel",
@@ -64,6 +66,10 @@ class CorruptCheckpoint(ModelError):
 
 class UnsupportedModel(ModelError):
     """An architecture or a quantisation that no code here handles."""
+
+
+class PlacementError(ModelError):
+    """A module's equations or boundary do not fit how the data it gets lies over the ranks."""
 
 
 class WorkloadError(TokenSpeedError):

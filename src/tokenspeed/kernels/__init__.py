@@ -13,7 +13,7 @@ from tokenspeed.kernels.registry import (
     registry,
 )
 from tokenspeed.kernels.selection import Explanation, KernelSelector, Verdict, explain
-from tokenspeed.kernels.weights import PACKED, PANELS, BlockMatrix, Matrix, PackedWeight
+from tokenspeed.kernels.weights import PACKED, PANELS, BlockMatrix, Matrix, PackedWeight, Stored
 
 # Importing these fills the registry: first the ops, then our own kernels for them.
 from tokenspeed.kernels import ops, reference  # isort: skip
@@ -34,6 +34,7 @@ __all__ = [
     "Platform",
     "Priority",
     "Registry",
+    "Stored",
     "Verdict",
     "declare_op",
     "explain",

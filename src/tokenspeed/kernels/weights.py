@@ -3,13 +3,14 @@
 Legend: O outputs, I inputs.
 """
 
+from collections.abc import Sequence
 from typing import Final, Protocol, TypeAlias
 
 import torch
 
 from tokenspeed.kernels.cpu.weights import PackedWeight
 
-__all__ = ["PACKED", "PANELS", "BlockMatrix", "Matrix", "PackedWeight"]
+__all__ = ["PACKED", "PANELS", "BlockMatrix", "Matrix", "PackedWeight", "Stored"]
 
 PACKED: Final = "packed"
 """The name of the format of quantised weights that native CPU kernels read; see `PackedWeight`."""
@@ -38,3 +39,21 @@ class BlockMatrix(Protocol):
 
     def to_float(self) -> torch.Tensor:
         """float32 [O, I], dequantised."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> "BlockMatrix":
+        """Rows and inputs first:end of it; no block may be cut.
+
+        Raises:
+            ConfigError: one would be.
+        """
+
+
+class Stored(Protocol):
+    """A tensor of a checkpoint, of which no more is read than is asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Sizes."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> torch.Tensor | BlockMatrix:
+        """first:end of each dimension."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tokenspeed.kernels import BlockMatrix
+from tokenspeed.kernels import Stored
 from tokenspeed.loader.files import ModelFiles
 from tokenspeed.loader.gguf_checkpoint import GGUFCheckpoint
 from tokenspeed.loader.progress import Progress
@@ -55,10 +55,9 @@ class Checkpoint(Protocol):
             CorruptCheckpoint: a file ended early, or a tensor is missing.
         """
 
-    def blocks(
-        self, progress: Progress | None = None
-    ) -> Iterator[tuple[str, Tensor | BlockMatrix]]:
-        """As `tensors`, but give matrices that lie in blocks as they are.
+    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Stored]]:
+        """As `tensors`, but nothing is read before it is indexed, and matrices that lie in blocks
+        are given as they are.
 
         Raises:
             CorruptCheckpoint: a file ended early, or a tensor is missing.

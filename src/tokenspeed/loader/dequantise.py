@@ -1,12 +1,12 @@
 """A tensor of a GGUF file as it lies there, and as float32."""
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tokenspeed.core.errors import CorruptCheckpoint
+from tokenspeed.core.errors import ConfigError, CorruptCheckpoint
 from tokenspeed.kernels.dequantise import dequantise_blocks
 from tokenspeed.loader.gguf_file import GGUFTensor, QuantType
 
@@ -36,6 +36,28 @@ class Blocks:
     def quant_name(self) -> str:
         """ggml's name of the type of the blocks."""
         return self.quant.name
+
+    def __getitem__(self, index: tuple[slice, ...]) -> "Blocks":
+        """Rows and inputs first:end of a matrix, as a view of the file.
+
+        Raises:
+            ConfigError: a block would be cut.
+        """
+        rows, inputs = index
+        first, end, _ = inputs.indices(self.shape[1])
+        if first % self.quant.block or end % self.quant.block:
+            raise ConfigError(
+                f"inputs {first}:{end} of a {self.quant.name} matrix of {self.shape[1]} cannot be "
+                f"given to one rank: they are stored in blocks of {self.quant.block}. Choose "
+                "another --tp, or another quantisation."
+            )
+        blocks = slice(
+            first // self.quant.block * self.quant.block_size_bytes,
+            end // self.quant.block * self.quant.block_size_bytes,
+        )
+        chosen = self.blocks[rows, blocks]
+        shape = (len(chosen), end - first)
+        return replace(self, shape=shape, blocks=chosen.contiguous())
 
     def to_float(self) -> Tensor:
         """The elements: `shape`, float32."""

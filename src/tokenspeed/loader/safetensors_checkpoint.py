@@ -67,12 +67,13 @@ class SafetensorsCheckpoint:
         """No: what is quantised is refused."""
         return False
 
-    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
-        """As `tensors`: nothing lies in blocks."""
-        return self.tensors(progress)
-
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, in the type it is stored in; see `Checkpoint`."""
+        for name, stored in self.blocks(progress):
+            yield name, stored[()]
+
+    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, "_StoredTensor"]]:
+        """Every tensor once, to be read where it is indexed; nothing lies in blocks."""
         total, done = self.size_bytes, 0
         for file, shard in self._shards.items():
             with _opened(self._path / file) as weights:
@@ -80,7 +81,7 @@ class SafetensorsCheckpoint:
                     done += size_bytes
                     if progress is not None:
                         progress.update("Loading weights", done, total, "bytes")
-                    yield name, weights.get_tensor(name)
+                    yield name, _StoredTensor(weights.get_slice(name))
 
     def _files(self) -> dict[str, set[str] | None]:
         """Files of weights, and which tensors the index expects in each."""
@@ -141,6 +142,18 @@ class SafetensorsCheckpoint:
         for dim in part.get_shape():
             size_bytes *= dim
         return dtype, size_bytes
+
+
+class _StoredTensor:
+    """A tensor in an open file, read where it is indexed."""
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+        self.shape: tuple[int, ...] = tuple(part.get_shape())
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        found: Tensor = self._part[index or (slice(None),) * len(self.shape)]
+        return found
 
 
 def _opened(path: Path) -> Any:

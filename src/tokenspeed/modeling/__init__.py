@@ -2,7 +2,7 @@
 
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig, RopeConfig
-from tokenspeed.modeling.model import Model, build_model
+from tokenspeed.modeling.model import Model, build_model, compile_model
 from tokenspeed.modeling.models.registry import ARCHITECTURES, model_class
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "build_model",
+    "compile_model",
     "model_class",
 ]

@@ -6,20 +6,24 @@ Legend: S sampled tokens, V vocabulary.
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.kernels import PACKED, PANELS, BlockMatrix, KernelSelector
+from tokenspeed.distributed import Mesh, connect
+from tokenspeed.kernels import PACKED, PANELS, KernelSelector, Stored
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
+from tokenspeed.modeling.compiler import Program, Tracer, compile_module, install, modules_of
 from tokenspeed.modeling.config import ModelConfig
+from tokenspeed.modeling.layers import Attention
 from tokenspeed.modeling.models.registry import model_class
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.weights import fill_weights
 
-__all__ = ["Model", "build_model"]
+__all__ = ["Model", "build_model", "compile_model"]
 
 # No type of a checkpoint's weights grows by more when it is packed.
 PACKING_GROWTH_MAX = 1.06
@@ -47,11 +51,12 @@ class Model(Module):
         """One pass over a mixed batch: writes its KV, gives logits_SV in float32."""
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        """The KV each cache group keeps of a token; full attention is one group."""
+        """The KV each cache group keeps of a token on this rank; full attention is one group."""
+        first = next(module for _, module in modules_of(self) if isinstance(module, Attention))
         return (
             KVSpec(
                 layers=self.config.layers,
-                kv_heads=self.config.kv_heads,
+                kv_heads=first.local_kv_heads,
                 head_dim=self.config.head_dim,
                 dtype=str(self.kernels.dtype).removeprefix("torch."),
             ),
@@ -72,7 +77,7 @@ class Model(Module):
         distinct = {id(weight): weight for _, weight in self.weights()}.values()
         packed = any(weight.format_name == PACKED for weight in distinct)
         panels_size_bytes = sum(
-            math.prod(weight.shape) * self.kernels.dtype.itemsize
+            math.prod(weight.local_shape) * self.kernels.dtype.itemsize
             for weight in distinct
             if weight.format_name in PANELS
         )
@@ -80,10 +85,11 @@ class Model(Module):
             PACKING_GROWTH_MAX * (packed * checkpoint_size_bytes + panels_size_bytes)
         )
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor | BlockMatrix]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Stored]]) -> None:
         """Fill the weights from (Hugging Face name, tensor) pairs of any order and type.
 
-        Each tensor is copied and let go before the next is asked for.
+        Of each tensor this rank's share is read and copied, and let go before the next is asked
+        for.
 
         Raises:
             CorruptCheckpoint: tensors are missing, unexpected or misshapen; names them.
@@ -93,23 +99,99 @@ class Model(Module):
         )
 
 
+def compile_model(
+    config: ModelConfig, *, kernels: KernelSelector, mesh: Mesh, rank: int = 0
+) -> Program:
+    """What a model does between the ranks of a mesh; needs no weights.
+
+    Args:
+        config: which model.
+        kernels: answers what formats weights have.
+        mesh: the ranks.
+        rank: whose shapes are traced; the program is the same for all.
+
+    Raises:
+        UnsupportedModel: no class computes the architecture.
+        PlacementError: its modules do not fit together on this mesh.
+        ConfigError: a dimension cannot be divided over so many ranks.
+    """
+    return compile_module(
+        lambda rules: model_class(config.architecture)(config, rules),
+        _symbols,
+        kernels=kernels,
+        mesh=mesh,
+        rank=rank,
+    )
+
+
 def build_model(
-    config: ModelConfig, *, dtype: torch.dtype, device: torch.device, kernels: KernelSelector
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: KernelSelector,
+    mesh: Mesh | None = None,
+    rank: int = 0,
+    store: Store | None = None,
 ) -> Model:
-    """A model with its kernels chosen and its weights yet to load.
+    """A model with its kernels chosen, its program in place and its weights yet to load.
 
     Args:
         config: what to build.
         dtype: element type of weights, activations and KV.
         device: where the weights lie; "meta" for a model that has shapes and sizes only.
         kernels: chooses kernels for this dtype.
+        mesh: the ranks that run it together; one rank if None.
+        rank: which of them this is.
+        store: where they find each other, all of them at once; None for a model whose sizes are
+            wanted and that is not run.
 
     Raises:
         UnsupportedModel: no class computes the architecture.
+        PlacementError: its modules do not fit together on this mesh.
         KernelError: an op has no kernel that can run here.
-        ConfigError: the selector is for another dtype.
+        ConfigError: the selector is for another dtype, or a dimension cannot be divided.
+        EngineError: other ranks did not come.
     """
     if kernels.dtype != dtype:
         raise ConfigError(f"kernels were selected for {kernels.dtype}, but the model is {dtype}")
     with device:
-        return model_class(config.architecture)(config, kernels)
+        model = model_class(config.architecture)(config, kernels)
+    if mesh is not None and mesh.world > 1:
+        program = compile_model(config, kernels=kernels, mesh=mesh, rank=rank)
+        program.place_weights(model, rank)
+        if store is not None:
+            groups = connect(mesh, rank, program.groups, store=store)
+            install(model, program, groups, counts=_counts)
+    return model
+
+
+class _Unplaced:
+    """What a forward is given beside tensors of the data flow: rows of a cache group, its pools."""
+
+    def __getattr__(self, name: str) -> "_Unplaced":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def layer(self, group: int, layer: int) -> tuple["_Unplaced", "_Unplaced"]:
+        """K and V of a layer, as `KVStorage` has it."""
+        return self, self
+
+
+def _symbols(tracer: Tracer, twin: Model) -> tuple[object, ...]:
+    """What a model is called with, for the compiler."""
+    unplaced: Any = _Unplaced()
+    batch = ForwardBatch(
+        token_ids_T=tracer.input("T", dtype=torch.int64),  # type: ignore[arg-type]
+        positions_T=tracer.input("T", dtype=torch.int64),  # type: ignore[arg-type]
+        groups=(unplaced,) * len(twin.kv_specs()),
+        sample_token_indices_S=tracer.input("S", dtype=torch.int64),  # type: ignore[arg-type]
+    )
+    return batch, unplaced
+
+
+def _counts(batch: ForwardBatch, kv: KVStorage) -> Mapping[str, int]:
+    tokens = len(batch.token_ids_T)
+    sampled_S = batch.sample_token_indices_S
+    return {"T": tokens, "S": tokens if sampled_S is None else len(sampled_S)}

@@ -1,7 +1,8 @@
 """How a tensor lies over the ranks of each mesh axis, declared at the boundary of a module.
 
 Axes are `tp` (attention and dense layers), `ep` (experts), `dp` (requests) and `cp` (context). On
-an axis that a declaration does not mention, a tensor is replicated.
+an axis that a declaration does not mention, a tensor is replicated; on `dp` every rank has the
+tokens of its own requests, which no declaration needs to say.
 """
 
 import inspect
@@ -10,10 +11,18 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tokenspeed.core.errors import ConfigError
+from tokenspeed.distributed import ATTENTION_AXES, AXES, EXPERT_AXES
 
-__all__ = ["AXES", "Boundary", "Layout", "Partial", "Placement", "Replicate", "Shard", "boundary"]
-
-AXES = ("tp", "ep", "dp", "cp")
+__all__ = [
+    "Boundary",
+    "Layout",
+    "Partial",
+    "PerToken",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "boundary",
+]
 
 C = TypeVar("C", bound=type)
 
@@ -34,8 +43,8 @@ class Shard:
 
     Attributes:
         axis: mesh axis.
-        dim: what is divided, in words: "tokens", "heads", "experts", "vocabulary", "features" of
-            activations, "inputs" or "outputs" of a weight.
+        dim: what is divided, in words: "tokens" (the first dimension), "heads" (the one before
+            the last), "features" or "vocabulary" (the last).
     """
 
     axis: str
@@ -43,6 +52,13 @@ class Shard:
 
     def __post_init__(self) -> None:
         _check_axis(self.axis)
+        if self.dim not in SHARDED_DIMS:
+            raise ConfigError(f"a boundary divides {', '.join(SHARDED_DIMS)}, not {self.dim!r}")
+
+    @property
+    def dim_index(self) -> int:
+        """Which dimension of a tensor it is."""
+        return SHARDED_DIMS[self.dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +71,22 @@ class Partial:
         _check_axis(self.axis)
 
 
-Placement = Replicate | Shard | Partial
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """Either the whole tensor, or a share of the tokens, whichever moves less.
+
+    For modules that compute each token by itself (norms, products with whole weights). Inputs that
+    one op reads together lie the same way.
+    """
+
+    axis: str
+
+    def __post_init__(self) -> None:
+        _check_axis(self.axis)
+
+
+SHARDED_DIMS = {"tokens": 0, "heads": -2, "features": -1, "vocabulary": -1}
+Placement = Replicate | Shard | Partial | PerToken
 Layout = Placement | tuple[Placement, ...]
 
 
@@ -64,20 +95,32 @@ class Boundary:
     """How a module's inputs must lie, by parameter of `forward`, and how its outputs will.
 
     Parameters without an entry are not tensors of the data flow: page tables, positions.
+
+    Attributes:
+        inputs: placements by parameter.
+        outputs: placements of each result.
+        experts: whether axes are those of the experts' view of the mesh, `ep` x `tp`, and not of
+            attention's, `dp` x `cp` x `tp`.
     """
 
     inputs: Mapping[str, tuple[Placement, ...]] = field(default_factory=dict)
     outputs: tuple[tuple[Placement, ...], ...]
+    experts: bool = False
 
 
 def boundary(
-    *, out: Layout | None = None, outs: tuple[Layout, ...] = (), **inputs: Layout
+    *,
+    out: Layout | None = None,
+    outs: tuple[Layout, ...] = (),
+    experts: bool = False,
+    **inputs: Layout,
 ) -> Callable[[C], C]:
     """Declare the boundary of a module class; it becomes the class's `boundary`.
 
     Args:
         out: layout of the result of a `forward` that returns one tensor.
         outs: layouts of the results of one that returns a tuple.
+        experts: whether axes are those of the experts' view of the mesh.
         inputs: layouts of `forward`'s tensors, by parameter.
 
     Raises:
@@ -95,11 +138,14 @@ def boundary(
                     f"the boundary of {cls.__name__} places {name!r}, but its forward takes "
                     f"({', '.join(parameters)})"
                 )
+        axes = EXPERT_AXES if experts else ATTENTION_AXES
         declared = Boundary(
-            inputs={name: _placements(cls, name, layout) for name, layout in inputs.items()},
+            inputs={name: _placements(cls, name, layout, axes) for name, layout in inputs.items()},
             outputs=tuple(
-                _placements(cls, "out", layout) for layout in (outs if out is None else (out,))
+                _placements(cls, "out", layout, axes)
+                for layout in (outs if out is None else (out,))
             ),
+            experts=experts,
         )
         cls.boundary = declared  # type: ignore[attr-defined]
         return cls
@@ -107,11 +153,19 @@ def boundary(
     return declare
 
 
-def _placements(cls: type, name: str, layout: Layout) -> tuple[Placement, ...]:
+def _placements(
+    cls: type, name: str, layout: Layout, axes: tuple[str, ...]
+) -> tuple[Placement, ...]:
     placements = layout if isinstance(layout, tuple) else (layout,)
-    axes = [placement.axis for placement in placements]
-    if len(set(axes)) < len(axes):
+    named = [placement.axis for placement in placements]
+    if len(set(named)) < len(named):
         raise ConfigError(f"the boundary of {cls.__name__} places {name!r} twice on one axis")
+    for axis in named:
+        if axis not in axes:
+            raise ConfigError(
+                f"the boundary of {cls.__name__} places {name!r} on {axis!r}, but its view of the "
+                f"mesh has {', '.join(axes)}; experts=True is the one of experts"
+            )
     return placements
 
 

@@ -3,10 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from tokenspeed.core.errors import CorruptCheckpoint
-from tokenspeed.kernels import BlockMatrix
+from tokenspeed.kernels import Stored
 from tokenspeed.modeling.module import Weight
 
 __all__ = ["fill_weights"]
@@ -17,7 +15,7 @@ _NAMES_SHOWN = 8
 
 def fill_weights(
     weights: Mapping[str, Weight],
-    tensors: Iterable[tuple[str, torch.Tensor | BlockMatrix]],
+    tensors: Iterable[tuple[str, Stored]],
     *,
     names: Mapping[str, str],
     ignored: frozenset[str],

@@ -8,6 +8,7 @@ import torch
 
 from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.modeling.layers.rotary import Angles
 from tokenspeed.modeling.module import Module
@@ -41,18 +42,21 @@ class Attention(Module):
         output_bias: bool,
         kernels: KernelSelector,
     ) -> None:
-        self._heads = heads
-        self._kv_heads = kv_heads
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
+        # A KV head stays with its query heads; ranks beyond the KV heads share them.
+        cut = Cut(unit=head_dim, groups=kv_heads, shared=frozenset({"k", "v"}))
         self.qkv = ColumnLinear(
             hidden_size,
             (heads + 2 * kv_heads) * head_dim,
             kernels=kernels,
             bias=qkv_bias,
             parts={"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim},
+            cut=cut,
         )
-        self.output = RowLinear(heads * head_dim, hidden_size, kernels=kernels, bias=output_bias)
+        self.output = RowLinear(
+            heads * head_dim, hidden_size, kernels=kernels, bias=output_bias, cut=cut
+        )
         traits = {"head_dim": head_dim}
         self._rotate = kernels.select(ops.rope.rotate, traits=traits)
         kv_format = kernels.kv_format(
@@ -60,6 +64,11 @@ class Attention(Module):
         )
         self._append = kernels.select(ops.kvcache.append, format_name=kv_format, traits=traits)
         self._attend = kernels.select(ops.attention.paged_mha, format_name=kv_format, traits=traits)
+
+    @property
+    def local_kv_heads(self) -> int:
+        """KV heads that this rank holds."""
+        return self.qkv.weight.local_parts["k"] // self._head_dim
 
     def forward(
         self,
@@ -70,10 +79,11 @@ class Attention(Module):
     ) -> torch.Tensor:
         """out_TM; writes the tokens' K and V to kv = (k_PCHD, v_PCHD) on the way."""
         qkv_TXD = self.qkv(x_TM).unflatten(-1, (-1, self._head_dim))
+        kv_heads = self.local_kv_heads
         # Queries and keys lie next to each other, so one rotation serves both.
-        qk_TXD = self._rotate(qkv_TXD[:, : -self._kv_heads], *angles)
-        q_TQD, k_THD = qk_TXD[:, : self._heads], qk_TXD[:, self._heads :]
-        v_THD = qkv_TXD[:, -self._kv_heads :]
+        qk_TXD = self._rotate(qkv_TXD[:, :-kv_heads], *angles)
+        q_TQD, k_THD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
+        v_THD = qkv_TXD[:, -kv_heads:]
         self._append(k_THD, v_THD, *kv, rows.kv_slots_T)
         out_TQD = self._attend(q_TQD, *kv, rows, self._scale)
         out_TM: torch.Tensor = self.output(out_TQD.flatten(1))

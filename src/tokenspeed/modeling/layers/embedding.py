@@ -19,7 +19,6 @@ def _table(vocab_size: int, features: int, kernels: KernelSelector) -> Weight:
         dims=("vocabulary", "features"),
         kernels=kernels,
         format_name=kernels.weight_format(ops.embedding.lookup, ops.gemm.logits),
-        shard=Shard("tp", "vocabulary"),
     )
 
 
@@ -39,7 +38,12 @@ class Embedding(Module):
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TM."""
-        return self._lookup(token_ids_T, self.table.data)
+        first = self.table.local_first
+        if first is None:
+            return self._lookup(token_ids_T, self.table.data)
+        ids_T = token_ids_T - first
+        held_T = (ids_T >= 0) & (ids_T < self.table.local_shape[0])
+        return self._lookup(ids_T * held_T, self.table.data) * held_T[:, None]
 
 
 @boundary(x_SM=Replicate("tp"), out=Shard("tp", "vocabulary"))

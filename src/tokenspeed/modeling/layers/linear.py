@@ -4,18 +4,21 @@ Legend: T tokens, I inputs, O outputs.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 
-from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.kernels import PACKED, KernelSelector, ops
+from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.module import Module, Weight
-from tokenspeed.modeling.placement import Partial, Replicate, Shard, boundary
+from tokenspeed.modeling.placement import Partial, PerToken, Replicate, Shard, boundary
 
-__all__ = ["ColumnLinear", "Linear", "RowLinear"]
+__all__ = ["ColumnLinear", "Linear", "RowLinear", "features_cut"]
+
+# Inputs that GGUF's types of quantised weights keep together, the largest first.
+BLOCKS = (256, 32)
 
 
-@boundary(x_TI=Replicate("tp"), out=Replicate("tp"))
+@boundary(x_TI=PerToken("tp"), out=PerToken("tp"))
 class Linear(Module):
     """y = x W^T + b. Every rank holds the whole weight; subclasses divide it.
 
@@ -25,9 +28,8 @@ class Linear(Module):
         kernels: chooses the product.
         bias: whether b exists.
         parts: sizes of named products whose weights are stacked along O.
+        cut: where ranks may divide what they divide; anywhere if None.
     """
-
-    shard: ClassVar[Shard | None] = None
 
     def __init__(
         self,
@@ -37,7 +39,10 @@ class Linear(Module):
         kernels: KernelSelector,
         bias: bool = False,
         parts: Mapping[str, int] | None = None,
+        cut: Cut | None = None,
     ) -> None:
+        # Whichever of the two the boundary has divided.
+        cuts = {"outputs": cut, "inputs": cut} if cut else {}
         format_name = kernels.weight_format(ops.gemm.linear)
         self.weight = Weight(
             (outputs, inputs),
@@ -45,13 +50,16 @@ class Linear(Module):
             kernels=kernels,
             format_name=format_name,
             parts=parts,
-            shard=self.shard,
+            cuts=cuts,
         )
         self.bias: Weight | None = None
         if bias:
-            divided = self.shard if self.shard and self.shard.dim == "outputs" else None
             self.bias = Weight(
-                (outputs,), dims=("outputs",), kernels=kernels, parts=parts, shard=divided
+                (outputs,),
+                dims=("outputs",),
+                kernels=kernels,
+                parts=parts,
+                cuts={"outputs": cut} if cut else {},
             )
         self._linear = kernels.select(
             ops.gemm.linear, format_name=format_name, traits={"bias": bias}
@@ -66,11 +74,15 @@ class Linear(Module):
 class ColumnLinear(Linear):
     """Each rank computes its share of the outputs."""
 
-    shard = Shard("tp", "outputs")
-
 
 @boundary(x_TI=Shard("tp", "features"), out=Partial("tp"))
 class RowLinear(Linear):
     """Each rank sums over its share of the inputs."""
 
-    shard = Shard("tp", "inputs")
+
+def features_cut(features: int, kernels: KernelSelector) -> Cut:
+    """Where features between two products may be cut: blocks of packed weights stay whole."""
+    unit = 1
+    if kernels.weight_format(ops.gemm.linear) == PACKED:
+        unit = next((block for block in BLOCKS if features % block == 0), 1)
+    return Cut(unit=unit)

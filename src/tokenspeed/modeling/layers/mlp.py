@@ -6,7 +6,7 @@ Legend: T tokens, M model features, F features of the network.
 import torch
 
 from tokenspeed.kernels import KernelSelector, ops
-from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
+from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear, features_cut
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Partial, Replicate, boundary
 
@@ -27,14 +27,16 @@ class GatedMLP(Module):
     def __init__(
         self, *, hidden_size: int, intermediate_size: int, bias: bool, kernels: KernelSelector
     ) -> None:
+        cut = features_cut(intermediate_size, kernels)
         self.gate_up = ColumnLinear(
             hidden_size,
             2 * intermediate_size,
             kernels=kernels,
             bias=bias,
             parts={"gate": intermediate_size, "up": intermediate_size},
+            cut=cut,
         )
-        self.down = RowLinear(intermediate_size, hidden_size, kernels=kernels, bias=bias)
+        self.down = RowLinear(intermediate_size, hidden_size, kernels=kernels, bias=bias, cut=cut)
         self._silu_and_mul = kernels.select(ops.activation.silu_and_mul)
 
     def forward(self, x_TM: torch.Tensor) -> torch.Tensor:

@@ -7,15 +7,15 @@ import torch
 
 from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.modeling.module import Module, Weight
-from tokenspeed.modeling.placement import Replicate, boundary
+from tokenspeed.modeling.placement import PerToken, boundary
 
 __all__ = ["RMSNorm"]
 
 
 @boundary(
-    x_TM=Replicate("tp"),
-    residual_TM=Replicate("tp"),
-    outs=(Replicate("tp"), Replicate("tp")),
+    x_TM=PerToken("tp"),
+    residual_TM=PerToken("tp"),
+    outs=(PerToken("tp"), PerToken("tp")),
 )
 class RMSNorm(Module):
     """Adds x to the residual stream and normalises the sum (Zhang and Sennrich 2019).
@@ -28,6 +28,8 @@ class RMSNorm(Module):
         epsilon: added to the mean square.
         kernels: chooses the norm.
     """
+
+    wide_inputs = frozenset({"x_TM"})
 
     def __init__(self, features: int, *, epsilon: float, kernels: KernelSelector) -> None:
         self.weight = Weight((features,), dims=("features",), kernels=kernels)

@@ -23,15 +23,15 @@ from tokenspeed.modeling.layers import (
 )
 from tokenspeed.modeling.model import Model
 from tokenspeed.modeling.module import Module
-from tokenspeed.modeling.placement import Partial, Replicate, Shard, boundary
+from tokenspeed.modeling.placement import Partial, PerToken, Shard, boundary
 
 __all__ = ["Llama", "LlamaBlock"]
 
 
 @boundary(
     x_TM=Partial("tp"),
-    residual_TM=Replicate("tp"),
-    outs=(Partial("tp"), Replicate("tp")),
+    residual_TM=PerToken("tp"),
+    outs=(Partial("tp"), PerToken("tp")),
 )
 class LlamaBlock(Module):
     """Attention, then MLP, each behind a norm and added to the residual stream."""

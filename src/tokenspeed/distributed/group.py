@@ -1,0 +1,180 @@
+"""Groups of ranks, and the collectives between their members.
+
+Sums over ranks are made in float32 in the order of ranks, element by element, and rounded once. So
+every member gets the same bits, and a token's bits do not depend on what else is in the batch, as
+they would in a ring, where the order follows from an element's place.
+
+All collectives are made of one, the all-to-all, which Gloo does in a round and in any sizes; what
+each rank sends is what a ring would send, but for a short tensor that is summed: that one is sent
+whole to every member, a round instead of two.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroupGloo
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from tokenspeed.core.errors import EngineError
+from tokenspeed.distributed.mesh import Mesh, share
+
+__all__ = ["Group", "connect"]
+
+# Of a sum: below it a round costs more than the bytes saved by a second one.
+SHORT_SIZE_BYTES = 1 << 16
+LOOPBACK = "127.0.0.1"
+
+
+class Group:
+    """Ranks that share a tensor, seen from one of them. Made by `connect`.
+
+    Every member calls the same collectives in the same order. One that waits for longer than the
+    group's timeout, or whose peer is gone, raises EngineError.
+
+    Args:
+        process_group: torch's, of the same members in the same order.
+        ranks: the members, by their rank in the mesh.
+        index: which of them this one is.
+
+    Attributes:
+        calls: collectives so far.
+    """
+
+    def __init__(self, process_group: Any, ranks: Sequence[int], index: int) -> None:
+        self.ranks = tuple(ranks)
+        self.index = index
+        self.calls = 0
+        self._process_group = process_group
+
+    @property
+    def size(self) -> int:
+        """Members."""
+        return len(self.ranks)
+
+    def all_reduce(self, x: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
+        """The sum of all members' tensors, of x's type, or float32 where `wide`."""
+        self.calls += 1
+        dtype = torch.float32 if wide else x.dtype
+        if self.size == 2 or x.nbytes <= SHORT_SIZE_BYTES:
+            return _sum(self._exchange([x] * self.size, [x.shape] * self.size), dtype)
+        flat = x.reshape(-1)
+        sizes = [self._share(len(flat), rank) for rank in range(self.size)]
+        mine = (sizes[self.index],)
+        part = _sum(self._exchange(_split(flat, sizes), [mine] * self.size), dtype)
+        parts = self._exchange([part] * self.size, [(size,) for size in sizes])
+        return torch.cat(parts).view(x.shape)
+
+    def reduce_scatter(self, x: torch.Tensor, *, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        """This member's share of the sum; `sizes` are all members' shares of `dim`."""
+        self.calls += 1
+        pieces = _split(x, sizes, dim)
+        shape = pieces[self.index].shape
+        return _sum(self._exchange(pieces, [shape] * self.size), x.dtype)
+
+    def all_gather(self, x: torch.Tensor, *, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        """All members' shares put together along `dim`; `sizes` are what they have of it."""
+        self.calls += 1
+        shapes = [_with(x.shape, dim, size) for size in sizes]
+        return torch.cat(self._exchange([x] * self.size, shapes), dim)
+
+    def all_to_all(
+        self,
+        x: torch.Tensor,
+        *,
+        split_dim: int,
+        split_sizes: Sequence[int],
+        join_dim: int,
+        join_sizes: Sequence[int],
+    ) -> torch.Tensor:
+        """Divide along one dimension what was divided along another."""
+        self.calls += 1
+        mine = _with(x.shape, split_dim, split_sizes[self.index])
+        shapes = [_with(mine, join_dim, size) for size in join_sizes]
+        return torch.cat(self._exchange(_split(x, split_sizes, split_dim), shapes), join_dim)
+
+    def shares(self, total: int) -> list[int]:
+        """How a count of tokens is divided over the members."""
+        return [self._share(total, index) for index in range(self.size)]
+
+    def _share(self, total: int, index: int) -> int:
+        first, end = share(total, self.size, index)
+        return end - first
+
+    def _exchange(
+        self, sent: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        """Send a tensor to each member, and get theirs, of known shapes and one type."""
+        flat = torch.cat([piece.reshape(-1) for piece in sent])
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        received = flat.new_empty(sum(sizes))
+        sent_sizes = [piece.numel() for piece in sent]
+        try:
+            self._process_group.alltoall_base(received, flat, sizes, sent_sizes).wait()
+        except RuntimeError as error:
+            raise EngineError(
+                f"ranks {', '.join(map(str, self.ranks))} lost each other: {error}"
+            ) from error
+        return [
+            piece.view(list(shape))
+            for piece, shape in zip(_split(received, sizes), shapes, strict=True)
+        ]
+
+
+def connect(
+    mesh: Mesh,
+    rank: int,
+    groups: Sequence[tuple[int, ...]],
+    *,
+    store: Store,
+    timeout_s: float = 8.0,
+) -> dict[tuple[int, ...], Group]:
+    """Connect a rank to the other members of its groups, over Gloo on this host.
+
+    Args:
+        mesh: all ranks, each of which calls this.
+        rank: this one.
+        groups: cells of each group, the same and in the same order on all ranks.
+        store: where ranks find each other.
+        timeout_s: the longest wait for another member, here and in each collective.
+
+    Raises:
+        EngineError: another member did not come in time.
+    """
+    found = {}
+    for number, cells in enumerate(groups):
+        (ranks,) = (ranks for ranks in mesh.groups(cells) if rank in ranks)
+        # Gloo alone of torch's groups is asked for by a name that is not public; with its public
+        # constructor it would look up the host's name, and listen on whatever that means.
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        options._timeout = timedelta(seconds=timeout_s)
+        index = ranks.index(rank)
+        prefix = f"{number}/{'-'.join(map(str, ranks))}/"
+        try:
+            process_group = ProcessGroupGloo(PrefixStore(prefix, store), index, len(ranks), options)
+        except RuntimeError as error:
+            raise EngineError(
+                f"rank {rank} did not find ranks {', '.join(map(str, ranks))} within "
+                f"{timeout_s:g} s: {error}"
+            ) from error
+        found[cells] = Group(process_group, ranks, index)
+    return found
+
+
+def _split(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[torch.Tensor, ...]:
+    return torch.split(x, list(sizes), dim)
+
+
+def _sum(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype)
+
+
+def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
+    sizes = list(shape)
+    sizes[dim] = size
+    return sizes

@@ -1,0 +1,151 @@
+"""Putting a compiled program into a model: each transition stands before the `forward` it serves.
+
+A module without transitions is left as it is, so a model of one rank pays nothing.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokenspeed.distributed import Group
+from tokenspeed.modeling.compiler.program import Program
+from tokenspeed.modeling.compiler.transition import Transition
+from tokenspeed.modeling.module import Module
+
+__all__ = ["Groups", "TokenCounts", "apply_transition", "install", "modules_of"]
+
+Groups = Mapping[tuple[int, ...], Group]
+
+
+@dataclass(slots=True)
+class TokenCounts:
+    """How many tokens the step in progress has, and how many of them are sampled.
+
+    Attributes:
+        by_symbol: "T" and "S".
+    """
+
+    by_symbol: dict[str, int] = field(default_factory=dict)
+
+
+def install(
+    root: Module,
+    program: Program,
+    groups: Groups,
+    *,
+    counts: Callable[..., Mapping[str, int]],
+) -> None:
+    """Make a model run its program on one rank.
+
+    Args:
+        root: the model, its weights placed.
+        program: what was compiled for it.
+        groups: this rank's, by cells.
+        counts: tokens "T" and sampled tokens "S" of the arguments that the model is called with.
+    """
+    known = TokenCounts()
+    by_path: dict[str, dict[str, list[Transition]]] = {}
+    for step in program.steps:
+        by_path.setdefault(step.path, {}).setdefault(step.parameter, []).append(step.transition)
+    modules = dict(modules_of(root))
+    for path, entering in by_path.items():
+        if path:
+            _put_before(modules[path], entering, groups, known)
+    if program.steps:
+        _put_around(root, by_path.get("", {}).get("result", []), groups, known, counts)
+
+
+def apply_transition(
+    transition: Transition, x: torch.Tensor, groups: Groups, known: TokenCounts
+) -> torch.Tensor:
+    """Run one transition on a rank's tensor."""
+    group = groups[transition.cells]
+    if transition.kind == "all_reduce":
+        return group.all_reduce(x, wide=transition.wide)
+    if transition.kind == "slice":
+        assert transition.split_dim is not None
+        sizes = _sizes(transition, transition.split_dim, x, group, known)
+        return torch.split(x, sizes, transition.split_dim)[group.index]
+    if transition.kind == "reduce_scatter":
+        assert transition.split_dim is not None
+        sizes = _sizes(transition, transition.split_dim, x, group, known)
+        return group.reduce_scatter(x, dim=transition.split_dim, sizes=sizes)
+    assert transition.join_dim is not None
+    joined = _sizes(transition, transition.join_dim, x, group, known)
+    if transition.kind == "all_gather":
+        return group.all_gather(x, dim=transition.join_dim, sizes=joined)
+    assert transition.split_dim is not None
+    return group.all_to_all(
+        x,
+        split_dim=transition.split_dim,
+        split_sizes=_sizes(transition, transition.split_dim, x, group, known),
+        join_dim=transition.join_dim,
+        join_sizes=joined,
+    )
+
+
+def modules_of(root: Module, path: str = "") -> Iterator[tuple[str, Module]]:
+    """All modules by dotted path; the root's is empty."""
+    yield path, root
+    for name, child in root.children():
+        yield from modules_of(child, f"{path}.{name}" if path else name)
+
+
+def _sizes(
+    transition: Transition, dim: int, x: torch.Tensor, group: Group, known: TokenCounts
+) -> list[int]:
+    """What each member has of a dimension when it is divided."""
+    if dim != 0 or transition.symbol is None:
+        assert transition.sizes is not None
+        return list(transition.sizes)
+    symbol, times = transition.symbol
+    return [times * count for count in group.shares(known.by_symbol[symbol])]
+
+
+def _put_before(
+    module: Module,
+    entering: Mapping[str, Sequence[Transition]],
+    groups: Groups,
+    known: TokenCounts,
+) -> None:
+    forward = module.forward
+    names = list(inspect.signature(forward).parameters)
+    places = [(names.index(name), name, steps) for name, steps in entering.items()]
+
+    def crossing(*args: Any, **kwargs: Any) -> Any:
+        values = list(args)
+        for place, name, steps in places:
+            if place < len(values):
+                values[place] = _through(steps, values[place], groups, known)
+            elif name in kwargs:
+                kwargs[name] = _through(steps, kwargs[name], groups, known)
+        return forward(*values, **kwargs)
+
+    vars(module)["forward"] = crossing
+
+
+def _put_around(
+    root: Module,
+    leaving: Sequence[Transition],
+    groups: Groups,
+    known: TokenCounts,
+    counts: Callable[..., Mapping[str, int]],
+) -> None:
+    forward = root.forward
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        known.by_symbol.update(counts(*args, **kwargs))
+        return _through(leaving, forward(*args, **kwargs), groups, known)
+
+    vars(root)["forward"] = around
+
+
+def _through(steps: Sequence[Transition], value: Any, groups: Groups, known: TokenCounts) -> Any:
+    if value is None:
+        return None
+    for transition in steps:
+        value = apply_transition(transition, value, groups, known)
+    return value

@@ -1,0 +1,193 @@
+"""How placements pass through each op, and how the ops that read weights divide them.
+
+A rule takes the tracer and the op's arguments, symbols where the op has tensors, and gives symbols.
+It checks the dimensions it depends on: a norm over divided features is an error, a product over
+divided inputs gives a partial sum.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from tokenspeed.modeling.compiler.symbol import Dim, Flow, Symbol
+from tokenspeed.modeling.compiler.trace import Tracer, WeightSymbol
+from tokenspeed.modeling.placement import Partial, Shard
+
+__all__ = ["RULES"]
+
+
+def _linear(
+    tracer: Tracer, x_TI: Symbol, weight_OI: WeightSymbol, bias_O: WeightSymbol | None
+) -> Symbol:
+    return _product(tracer, "gemm.linear", x_TI, weight_OI, bias_O, dtype=x_TI.dtype)
+
+
+def _logits(tracer: Tracer, x_SI: Symbol, weight_VI: WeightSymbol) -> Symbol:
+    return _product(tracer, "gemm.logits", x_SI, weight_VI, None, dtype=torch.float32)
+
+
+def _product(
+    tracer: Tracer,
+    name: str,
+    x: Symbol,
+    matrix: WeightSymbol,
+    bias: WeightSymbol | None,
+    *,
+    dtype: torch.dtype,
+) -> Symbol:
+    weight = matrix.weight
+    rows, columns = weight.dims
+    inputs = x.dims[-1]
+    summed = inputs.cells
+    divided = _output_cells(tracer, summed)
+    tracer.divide(matrix, {rows: divided, columns: summed}, frozenset())
+    if len(inputs.sizes) > 1 or inputs.size != weight.local_shape[1]:
+        tracer.fail(
+            f"{name} takes {weight.local_shape[1]} inputs of each token, but what comes from "
+            f"{x.source} has {inputs.size}, in {max(1, len(inputs.sizes))} stacked pieces"
+        )
+    outputs = _weight_dim(tracer, matrix, rows, divided)
+    if bias is not None:
+        tracer.divide(bias, {bias.weight.dims[0]: divided}, frozenset(summed))
+    flow = Flow(
+        name=name,
+        sums=frozenset({0}) if bias is None else frozenset(),
+        makes_partial=frozenset(summed),
+    )
+    (made,) = tracer.record(flow, (x,), [([*x.dims[:-1], outputs], dtype)])
+    return made
+
+
+def _lookup(tracer: Tracer, token_ids_T: Symbol, table_VM: WeightSymbol) -> Symbol:
+    rows, columns = table_VM.weight.dims
+    cells = range(len(tracer.mesh.cells))
+    summed = tuple(cell for cell in cells if isinstance(tracer.wanted_output(cell), Partial))
+    divided = _output_cells(tracer, summed)
+    tracer.divide(table_VM, {rows: summed, columns: divided}, frozenset())
+    features = _weight_dim(tracer, table_VM, columns, divided)
+    flow = Flow(name="embedding.lookup", makes_partial=frozenset(summed))
+    outputs = [([*token_ids_T.dims, features], torch.float32)]
+    (made,) = tracer.record(flow, (token_ids_T,), outputs)
+    return made
+
+
+def _take(tracer: Tracer, x_TM: Symbol, indices_S: Symbol) -> Symbol:
+    return x_TM[indices_S]
+
+
+def _rms_norm(tracer: Tracer, x_TM: Symbol, weight_M: WeightSymbol, epsilon: float) -> Symbol:
+    _whole_features(tracer, "norm.rms_norm", x_TM)
+    tracer.divide(weight_M, {}, frozenset())
+    flow = Flow(name="norm.rms_norm")
+    (made,) = tracer.record(flow, (x_TM,), [(x_TM.dims, weight_M.dtype)])
+    return made
+
+
+def _add_rms_norm(
+    tracer: Tracer, x_TM: Symbol, residual_TM: Symbol, weight_M: WeightSymbol, epsilon: float
+) -> tuple[Symbol, Symbol]:
+    _whole_features(tracer, "norm.add_rms_norm", x_TM, residual_TM)
+    tracer.divide(weight_M, {}, frozenset())
+    normed, added = tracer.record(
+        Flow(name="norm.add_rms_norm"),
+        (x_TM, residual_TM),
+        [(x_TM.dims, weight_M.dtype), (x_TM.dims, torch.float32)],
+    )
+    return normed, added
+
+
+def _gated(name: str) -> Callable[..., Symbol]:
+    def rule(tracer: Tracer, gate_up_T2F: Symbol) -> Symbol:
+        both = gate_up_T2F.dims[-1]
+        pieces = both.sizes
+        if pieces and (len(pieces) != 2 or pieces[0] != pieces[1]):
+            tracer.fail(f"{name} takes a gate and an up of one size, not {len(pieces)} pieces")
+        half = replace(both, size=both.size // 2, sizes=pieces[:1])
+        dims = [*gate_up_T2F.dims[:-1], half]
+        (made,) = tracer.record(Flow(name=name), (gate_up_T2F,), [(dims, gate_up_T2F.dtype)])
+        return made
+
+    return rule
+
+
+def _angles(
+    tracer: Tracer, positions_T: Symbol, frequencies_E: torch.Tensor
+) -> tuple[Symbol, Symbol]:
+    dims = [*positions_T.dims, Dim(size=len(frequencies_E))]
+    cos, sin = tracer.record(
+        Flow(name="rope.angles"), (positions_T,), [(dims, torch.float32), (dims, torch.float32)]
+    )
+    return cos, sin
+
+
+def _rotate(tracer: Tracer, x_THD: Symbol, cos_TE: Symbol, sin_TE: Symbol) -> Symbol:
+    _whole_features(tracer, "rope.rotate", x_THD)
+    (made,) = tracer.record(
+        Flow(name="rope.rotate"), (x_THD, cos_TE, sin_TE), [(x_THD.dims, x_THD.dtype)]
+    )
+    return made
+
+
+def _append(tracer: Tracer, k_THD: Symbol, v_THD: Symbol, **pools: Any) -> None:
+    tracer.record(Flow(name="kvcache.append", mixes_tokens=True), (k_THD, v_THD), [])
+
+
+def _paged_mha(tracer: Tracer, q_TQD: Symbol, **others: Any) -> Symbol:
+    _whole_features(tracer, "attention.paged_mha", q_TQD)
+    flow = Flow(name="attention.paged_mha", mixes_tokens=True)
+    (made,) = tracer.record(flow, (q_TQD,), [(q_TQD.dims, q_TQD.dtype)])
+    return made
+
+
+def _output_cells(tracer: Tracer, summed: tuple[int, ...]) -> tuple[int, ...]:
+    """Cells over which the running module says that its features are divided."""
+    found = []
+    for cell in range(len(tracer.mesh.cells)):
+        wanted = tracer.wanted_output(cell)
+        if isinstance(wanted, Shard) and wanted.dim_index != 0 and cell not in summed:
+            found.append(cell)
+    return tuple(found)
+
+
+def _weight_dim(tracer: Tracer, data: WeightSymbol, dim: str, cells: tuple[int, ...]) -> Dim:
+    """The dimension of a result that a weight's dimension becomes."""
+    weight = data.weight
+    index = weight.dims.index(dim)
+    size = weight.local_shape[index]
+    if not cells:
+        return Dim(size=size)
+    sizes = weight.sizes(dim, tracer.mesh.size(cells))
+    return Dim(
+        size=size,
+        cells=cells,
+        sizes=sizes,
+        index=tracer.mesh.index(tracer.rank, cells),
+        overlapping=sum(map(sum, sizes)) > weight.shape[index],
+    )
+
+
+def _whole_features(tracer: Tracer, name: str, *symbols: Symbol) -> None:
+    for symbol in symbols:
+        if symbol.dims[-1].cells:
+            tracer.fail(f"{name} needs all features of what comes from {symbol.source}")
+
+
+RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "activation.silu_and_mul": _gated("activation.silu_and_mul"),
+        "attention.paged_mha": _paged_mha,
+        "embedding.lookup": _lookup,
+        "embedding.take": _take,
+        "gemm.linear": _linear,
+        "gemm.logits": _logits,
+        "kvcache.append": _append,
+        "norm.add_rms_norm": _add_rms_norm,
+        "norm.rms_norm": _rms_norm,
+        "rope.angles": _angles,
+        "rope.rotate": _rotate,
+    }
+)
+"""By name of an op; an op without a rule cannot stand in a model of several ranks."""

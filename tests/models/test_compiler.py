@@ -1,0 +1,134 @@
+"""The compiler puts the cheapest legal transitions between modules."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import pytest
+import torch
+from torch.distributed import Store
+
+from tests.models.test_config import LLAMA
+from tests.support.dataflows import (
+    FEATURES,
+    Flow,
+    Line,
+    compile_flow,
+    kernels,
+    random_flow,
+    run_flow,
+    symbols,
+)
+from tests.support.ranks import in_threads
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.distributed import Mesh, connect
+from tokenspeed.modeling import ModelConfig, compile_model
+from tokenspeed.modeling.compiler import Program, Tracer
+from tokenspeed.modeling.compiler.rules import RULES
+from tokenspeed.modeling.compiler.solve import _outcomes, cost_of
+from tokenspeed.modeling.compiler.trace import Event
+
+MESHES = [Mesh(tp=2), Mesh(tp=4), Mesh(tp=4, ep=2)]
+
+
+def shown(program: Program) -> list[str]:
+    return [
+        f"{step.path or 'model'}.{step.parameter}: {step.transition.kind}" for step in program.steps
+    ]
+
+
+def test_llama_sums_after_attention_and_after_the_mlp_and_gathers_logits() -> None:
+    program = compile_model(ModelConfig.from_hf(LLAMA), kernels=kernels(), mesh=Mesh(tp=2))
+    assert shown(program) == [
+        "blocks.0.attention_norm.x_TM: all_reduce",
+        "blocks.0.mlp_norm.x_TM: all_reduce",
+        "blocks.1.attention_norm.x_TM: all_reduce",
+        "blocks.1.mlp_norm.x_TM: all_reduce",
+        "norm.x_TM: all_reduce",
+        "model.result: all_gather",
+    ]
+    assert [step.source for step in program.steps[:2]] == [
+        "embedding (Embedding)",
+        "blocks.0.attention (Attention)",
+    ]
+    # Float32 of 32 features four times a token, half of them twice; then a row of 100 logits.
+    assert program.moved() == {"T": 4 * 32 * 4, "S": 32 * 4 + 100 * 4 // 2}
+    divided = {name: set(weight.divided) for name, weight in program.weights.items()}
+    assert divided["embedding.table"] == divided["head.table"] == {"vocabulary"}
+    assert divided["blocks.1.attention.qkv.weight"] == {"outputs"}
+    assert divided["blocks.1.attention.output.weight"] == {"inputs"}
+    assert "norm.weight" not in divided
+
+
+def test_a_model_of_one_rank_is_left_as_it_is() -> None:
+    program = compile_flow([Line("pair", (0,))], Mesh())
+    assert program.steps == () and program.weights == {}
+    flow = Flow([Line("pair", (0,))], kernels())
+    program.place_weights(flow, 0)
+    run_flow([Line("pair", (0,))], torch.randn(3, FEATURES), program=program)
+    assert all("forward" not in vars(part) for part in (flow, flow.parts[0]))
+
+
+def test_tokens_are_shared_out_where_fewer_features_come_back() -> None:
+    """A sum is scattered, normed and projected on shares of tokens, and gathered when small."""
+    lines = [Line("pair", (0,)), Line("norm", (1,)), Line("latent", (2,)), Line("pair", (3,))]
+    assert "parts.1.x_TM: reduce_scatter" in shown(compile_flow(lines, Mesh(tp=4)))
+    assert "parts.1.x_TM: all_reduce" not in shown(compile_flow(lines, Mesh(tp=4)))
+
+
+def trace(lines: Sequence[Line], mesh: Mesh) -> Tracer:
+    tracer = Tracer(mesh, 0, RULES)
+    twin = Flow(lines, tracer.kernels(kernels()))
+    tracer.adopt(twin, torch.float32)
+    tracer.deliver(twin.forward(*symbols(tracer, twin)))
+    return tracer
+
+
+def fewest_bytes(
+    mesh: Mesh, events: Sequence[Event], lying: dict[int, tuple[str, ...]]
+) -> Fraction:
+    """By trying every choice of every boundary, one after the other, and forgetting none."""
+    if not events:
+        return Fraction(0)
+    found = []
+    for made, choice, reason in _outcomes(mesh, events[0], lying):
+        if reason is None:
+            moved = Fraction(0) if choice is None else cost_of(choice.transitions)[0]
+            try:
+                found.append(moved + fewest_bytes(mesh, events[1:], lying | made))
+            except ValueError:
+                continue
+    return min(found)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_no_legal_choice_moves_fewer_bytes(mesh: Mesh, seed: int) -> None:
+    lines = random_flow(seed, lines=5)
+    tracer = trace(lines, mesh)
+    start = {number: ("R",) * len(mesh.cells) for number in tracer.given}
+    moved = sum((step.transition.moved for step in compile_flow(lines, mesh).steps), Fraction(0))
+    assert moved == fewest_bytes(mesh, tracer.events, start), (seed, lines)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("seed", range(100, 116))
+def test_random_dataflows_give_what_one_rank_gives(mesh: Mesh, seed: int) -> None:
+    lines = random_flow(seed, lines=12)
+    for tokens in (1, 7):
+        x_TM = torch.randn(tokens, FEATURES, generator=torch.Generator().manual_seed(seed))
+        alone = run_flow(lines, x_TM)
+
+        def run(rank: int, store: Store, x_TM: torch.Tensor = x_TM) -> tuple[torch.Tensor, int]:
+            program = compile_flow(lines, mesh, rank=rank)
+            groups = connect(mesh, rank, program.groups, store=store)
+            found = run_flow(lines, x_TM, program=program, rank=rank, groups=groups)
+            assert sum(group.calls for group in groups.values()) == len(program.collectives)
+            return found
+
+        for found in in_threads(mesh.world, run):
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4, msg=f"{seed} {lines}")
+
+
+def test_more_ranks_than_pieces_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"up \(ColumnLinear\).*20 pieces; at most 20"):
+        compile_flow([Line("pair", (0,))], Mesh(tp=32))

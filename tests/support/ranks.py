@@ -1,0 +1,65 @@
+"""Several ranks over real Gloo on loopback: threads of this process, or processes of their own.
+
+Ranks find each other by a file in a folder of the test's, so no two tests meet.
+"""
+
+import multiprocessing
+import queue
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed import FileStore, HashStore, Store
+
+__all__ = ["in_processes", "in_threads"]
+
+Result = TypeVar("Result")
+TIMEOUT_S = 120.0
+
+
+def in_threads(ranks: int, run: Callable[[int, Store], Result]) -> list[Result]:
+    """Run a function of (rank, store) on every rank at once; their results in order of rank."""
+    store = HashStore()
+    with ThreadPoolExecutor(ranks) as pool:
+        futures = [pool.submit(run, rank, store) for rank in range(ranks)]
+        return [future.result(TIMEOUT_S) for future in futures]
+
+
+def in_processes(ranks: int, folder: Path, run: Callable[..., Result], *args: Any) -> list[Result]:
+    """Run a module's function of (rank, store, *args) in a process a rank."""
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    path = str(folder / "ranks")
+    processes = [
+        context.Process(target=_enter, args=(rank, ranks, path, results, run, args), daemon=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Result] = {}
+    try:
+        for _ in range(ranks):
+            rank, failure, result = results.get(timeout=TIMEOUT_S)
+            assert failure is None, f"rank {rank}: {failure}"
+            found[rank] = result
+    except queue.Empty:
+        raise AssertionError(f"only ranks {sorted(found)} of {ranks} came to an end") from None
+    finally:
+        for process in processes:
+            if len(found) < ranks:
+                process.terminate()
+            process.join(TIMEOUT_S)
+    return [found[rank] for rank in range(ranks)]
+
+
+def _enter(
+    rank: int, ranks: int, path: str, results: Any, run: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, None, run(rank, FileStore(path, ranks), *args)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
