@@ -25,6 +25,12 @@ TEXT = '''def quicksort(items):
     return quicksort([x for x in items if x < pivot]) + [pivot]
 '''
 NEW_TOKENS = 64
+REFERENCE = dict.fromkeys(registry.ops, "reference")
+NATIVE = {
+    op: "cpu"
+    for op in registry.ops
+    if any(kernel.solution == "cpu" for kernel in registry.candidates(op))
+}
 MODELS = ["smollm2-135m", pytest.param("qwen2.5-coder-0.5b", marks=pytest.mark.slow)]
 
 
@@ -47,8 +53,10 @@ def weights(request: pytest.FixtureRequest) -> Iterator[Weights]:
     )
 
 
-def ours(weights: Weights, dtype: torch.dtype, overrides: dict[str, str] | None = None) -> Model:
-    model = build(weights.hf_config, dtype=dtype, overrides=overrides)
+def ours(weights: Weights, dtype: torch.dtype, overrides: dict[str, str]) -> Model:
+    model = build(
+        weights.hf_config, dtype=dtype, overrides=overrides, native_formats=overrides is NATIVE
+    )
     model.load_weights(weights.tensors.items())
     return model
 
@@ -76,18 +84,18 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_logits_equal_those_of_transformers_on_the_same_weights(weights: Weights) -> None:
     tokens = weights.tokenizer.encode(TEXT)
     expected_TV = theirs(weights, tokens)
-    single = Driver(ours(weights, torch.float32)).prefill(tokens, chunk=48)
-    assert relative_error(single, expected_TV) <= 1e-4
-    half = Driver(ours(weights, torch.bfloat16)).prefill(tokens, chunk=48)
-    assert relative_error(half, expected_TV) <= 2e-2
+    for overrides in (REFERENCE, NATIVE):
+        single = Driver(ours(weights, torch.float32, overrides)).prefill(tokens, chunk=48)
+        assert relative_error(single, expected_TV) <= 1e-4
+        half = Driver(ours(weights, torch.bfloat16, overrides)).prefill(tokens, chunk=48)
+        assert relative_error(half, expected_TV) <= 2e-2
 
 
 @pytest.mark.slow
 def test_greedy_text_of_bfloat16_equals_that_of_float32(weights: Weights) -> None:
     prompts = [weights.tokenizer.encode(text) for text in PROMPTS]
-    overrides = dict.fromkeys(registry.ops, "reference")
     single, half = (
-        continuations(ours(weights, dtype, overrides), prompts)
+        continuations(ours(weights, dtype, REFERENCE), prompts)
         for dtype in (torch.float32, torch.bfloat16)
     )
     same = sum(one == other for one, other in zip(single, half, strict=True))
@@ -95,24 +103,24 @@ def test_greedy_text_of_bfloat16_equals_that_of_float32(weights: Weights) -> Non
 
 
 @pytest.mark.slow
-def test_native_kernels_lose_no_more_in_bfloat16_than_the_reference(weights: Weights) -> None:
+def test_native_kernels_lose_hardly_more_in_bfloat16_than_the_reference(weights: Weights) -> None:
     # Which texts that hang on a near-tie turn depends on the last bits of every kernel, so what
-    # native kernels are held to is the error of their logits.
+    # native kernels are held to is the error of their logits. They round the weights of attention
+    # to bfloat16, which the reference does not.
     prompts = [weights.tokenizer.encode(text) for text in PROMPTS]
     tokens = [token for prompt in prompts for token in prompt]
-    overrides = dict.fromkeys(registry.ops, "reference")
     exact_TV, reference_TV, native_TV = (
-        Driver(ours(weights, dtype, forced)).prefill(tokens, chunk=64)
-        for dtype, forced in (
-            (torch.float32, overrides),
-            (torch.bfloat16, overrides),
-            (torch.bfloat16, None),
+        Driver(ours(weights, dtype, overrides)).prefill(tokens, chunk=64)
+        for dtype, overrides in (
+            (torch.float32, REFERENCE),
+            (torch.bfloat16, REFERENCE),
+            (torch.bfloat16, NATIVE),
         )
     )
     error = relative_error(native_TV, exact_TV)
     allowed = relative_error(reference_TV, exact_TV)
     print(f"relative error of the logits: native {error:.5f}, reference {allowed:.5f}")
-    assert error <= 1.05 * allowed
+    assert error <= 1.12 * allowed
 
 
 def continuations(model: Model, prompts: list[list[int]]) -> list[list[int]]:

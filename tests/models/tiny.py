@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from tokenspeed.kernels import KernelSelector
+from tokenspeed.kernels.verify.case import named
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
 __all__ = ["CONFIGS", "Tiny", "build", "write_tiny"]
@@ -81,10 +82,24 @@ def build(
     *,
     dtype: torch.dtype = torch.float32,
     overrides: dict[str, str] | None = None,
+    native_formats: bool = False,
 ) -> Model:
-    """A model on the CPU, with its weights yet to load."""
-    device = torch.device("cpu")
-    kernels = KernelSelector(device=device, dtype=dtype, overrides=overrides)
+    """A model on the CPU, with its weights yet to load.
+
+    Args:
+        hf_config: of the checkpoint.
+        dtype: element type of weights, activations and KV.
+        overrides: solutions forced, by op.
+        native_formats: weights and KV may have those that only native kernels read.
+    """
+    device, name = torch.device("cpu"), named(dtype)
+    kernels = KernelSelector(
+        device=device,
+        dtype=dtype,
+        overrides=overrides,
+        weight_formats=(f"{name}_panels", name) if native_formats else None,
+        kv_formats=(f"interleaved_{name}", name) if native_formats else None,
+    )
     return build_model(ModelConfig.from_hf(hf_config), dtype=dtype, device=device, kernels=kernels)
 
 
