@@ -104,6 +104,19 @@ def one_position_unseen(q_TQD: Any, k_PCHD: Any, v_PCHD: Any, rows: Any, scale: 
     return out - 1e-4 * out[:1]
 
 
+def what_was_never_written(q_TQD: Any, k_PCHD: Any, v_PCHD: Any, rows: Any, scale: Any) -> Any:
+    # Multiplied by zero, as if it were masked.
+    return attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale) + 0 * v_PCHD.sum()
+
+
+def rows_taken_as_contiguous(
+    k_THD: Any, v_THD: Any, k_PCHD: Any, v_PCHD: Any, kv_slots_T: Any
+) -> None:
+    _, heads, dim = k_THD.shape
+    k_THD = k_THD.as_strided(k_THD.shape, (heads * dim, dim, 1))
+    kvcache.append(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
+
+
 def one_slot_too_far(k_THD: Any, v_THD: Any, k_PCHD: Any, v_PCHD: Any, kv_slots_T: Any) -> None:
     kvcache.append(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
     v_PCHD.view(-1, *v_PCHD.shape[2:])[kv_slots_T[-1]] += 1e-3
@@ -130,24 +143,33 @@ def no_top_p(logits_SV: Any, uniforms_S: Any, **settings: Any) -> torch.Tensor:
     return sampling.draw(logits_SV, uniforms_S, **settings | {"top_ps_S": torch.ones(32).double()})
 
 
-def draws(
-    logits_SV: Any,
-    uniforms_S: Any,
-    *,
-    temperatures_S: Any,
-    top_ks_S: Any,
-    top_ps_S: Any,
-    min_ps_S: Any,
-) -> torch.Tensor:
-    """With the parameters an op's kernel must have."""
-    return no_top_p(
-        logits_SV,
-        uniforms_S,
-        temperatures_S=temperatures_S,
-        top_ks_S=top_ks_S,
-        top_ps_S=top_ps_S,
-        min_ps_S=min_ps_S,
-    )
+def one_row_a_little_off(logits_SV: Any, uniforms_S: Any, **settings: Any) -> torch.Tensor:
+    off_S = 5e-4 * (torch.arange(len(uniforms_S)) == 0)
+    return sampling.draw(logits_SV, uniforms_S + off_S, **settings)
+
+
+def draws(wrong: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A draw with the parameters an op's kernel must have."""
+
+    def draw(
+        logits_SV: Any,
+        uniforms_S: Any,
+        *,
+        temperatures_S: Any,
+        top_ks_S: Any,
+        top_ps_S: Any,
+        min_ps_S: Any,
+    ) -> torch.Tensor:
+        return wrong(
+            logits_SV,
+            uniforms_S,
+            temperatures_S=temperatures_S,
+            top_ks_S=top_ks_S,
+            top_ps_S=top_ps_S,
+            min_ps_S=min_ps_S,
+        )
+
+    return draw
 
 
 def no_numbers(gate_up_T2F: Any) -> torch.Tensor:
@@ -166,12 +188,15 @@ def raises(gate_up_T2F: Any) -> torch.Tensor:
         ("gemm.logits", rounded_logits, "logits: error"),
         ("gemm.logits", logits_of_another_type, "logits is float64 [1, 1], not float32 [1, 1]"),
         ("attention.paged_mha", one_position_unseen, "out: error"),
+        ("attention.paged_mha", what_was_never_written, "out: error inf"),
         ("kvcache.append", one_slot_too_far, "the pool of V differs in"),
+        ("kvcache.append", rows_taken_as_contiguous, "the pool of K differs in"),
         ("norm.rms_norm", epsilon_forgotten, "y: error"),
         ("norm.add_rms_norm", sum_of_another_order, "the sum differs in"),
         ("rope.rotate", turned_the_other_way, "x: error"),
         ("sampling.argmax", last_of_equals, "tokens differs in"),
-        ("sampling.draw", draws, "tokens: error"),
+        ("sampling.draw", draws(no_top_p), "tokens: error"),
+        ("sampling.draw", draws(one_row_a_little_off), "tokens: error"),
         ("activation.silu_and_mul", no_numbers, "x: error inf"),
         ("activation.silu_and_mul", raises, "RuntimeError: out of registers"),
     ],
@@ -218,6 +243,16 @@ def test_the_worst_outcome_is_the_one_that_failed() -> None:
     (run,) = plan_runs(own, platform=CPU)
     outcomes = [verify(kernel, case, runtime=runtime(None)) for case in run.cases]
     assert worst(outcomes).failure is not None
+
+
+def test_the_error_of_a_case_is_that_of_its_worst_result() -> None:
+    def sum_far_off(x_TM: Any, residual_TM: Any, weight_M: Any, epsilon: Any) -> Any:
+        normed, total = norm.add_rms_norm(x_TM, residual_TM, weight_M, epsilon)
+        return normed, total + 1.0
+
+    own, kernel = only("norm.add_rms_norm", sum_far_off)
+    (run,) = plan_runs(own, platform=CPU)
+    assert all(verify(kernel, case, runtime=runtime(None)).error == 1.0 for case in run.cases)
 
 
 def test_what_is_not_there_is_refused_with_the_choices() -> None:
