@@ -1,11 +1,11 @@
 """Whether users who decode keep their floor while one long prompt arrives, and what that costs.
 
-Some users decode on the real engine, in this process; then a prompt as long as the context holds
-is submitted. From there until its first token every user's intervals between two tokens are taken.
+Some users decode on the real engine, in this process, and ask again as soon as they are answered.
+Then a prompt as long as the context holds is submitted. From there until its first token every
+user's intervals between two tokens of an answer are taken.
 Runs with the floor off and on in turn (A B A B). Printed: each user's p99 against the bound that
 the engine promised, the prompt's time to its first token, and tokens a minute of prompt and users
-together. Checked: every interval of every user was seen, and all greedy texts are the same with
-the floor on as with it off as far as both go.
+together. Checked: all answers to a user, which are greedy, are the same, with the floor on and off.
 
 Without --tps-floor the floor is a share of what so many users get with nobody else there: the
 promise is about the machine at hand. Appends one line a run to benchmarks/history/floor.jsonl.
@@ -37,24 +37,40 @@ from tokenspeed.engine.core import EngineCore  # noqa: E402
 from tokenspeed.engine.wire import Submit  # noqa: E402
 
 USER_PROMPT_TOKENS = 128
+ANSWER_TOKENS = 512
 FLOOR_SHARE = 0.5
 SETTLING_STEPS = 48
-LONG = 1_000_000
 
 
 @dataclass
+class Answer:
+    """What came of one request, and when; `user` is None for the long prompt."""
+
+    user: int | None
+    times_s: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
 class Watch:
-    """Steps an engine and notes when each request got which token."""
+    """Steps an engine, notes when each answer got which token, and lets users ask again."""
 
-    core: EngineCore
-    times_s: dict[int, list[float]] = field(default_factory=dict)
-    tokens: dict[int, list[int]] = field(default_factory=dict)
+    def __init__(self, core: EngineCore, prompts: list[list[int]]) -> None:
+        self.core = core
+        self.prompts = prompts
+        self.answers: list[Answer] = []
+        for user in range(len(prompts)):
+            self.ask(user)
 
-    def submit(self, request: int, prompt: list[int], max_new_tokens: int) -> None:
+    def ask(self, user: int) -> None:
+        self.submit(self.prompts[user], ANSWER_TOKENS, user=user)
+
+    def submit(self, prompt: list[int], answer_tokens: int, *, user: int | None) -> Answer:
         params = SamplingParams(temperature=0.0, ignore_eos=True)
         ids = np.array(prompt, dtype=np.int32).tobytes()
-        self.core.submit(Submit(request, ids, params, max_new_tokens, 0, 0, 0, None))
-        self.times_s[request], self.tokens[request] = [], []
+        request = len(self.answers)
+        self.core.submit(Submit(request, ids, params, answer_tokens, 0, 0, 0, None))
+        self.answers.append(Answer(user))
+        return self.answers[-1]
 
     def step(self) -> None:
         outputs = self.core.step()
@@ -66,13 +82,28 @@ class Watch:
             np.frombuffer(outputs.tokens, dtype=np.int32).tolist(),
             strict=True,
         ):
-            self.times_s[request].append(now_s)
-            self.tokens[request].append(token)
+            answer = self.answers[request]
+            answer.times_s.append(now_s)
+            answer.tokens.append(token)
+            if answer.user is not None and len(answer.tokens) == ANSWER_TOKENS:
+                self.ask(answer.user)
 
-    def intervals_ms(self, request: int, since_s: float) -> list[float]:
-        """Between tokens that came after `since_s`, the one under way then included."""
-        times_s = self.times_s[request]
-        return [(b - a) * 1e3 for a, b in itertools.pairwise(times_s) if b > since_s]
+    def of(self, user: int) -> list[Answer]:
+        """A user's answers, in their order."""
+        return [answer for answer in self.answers if answer.user == user]
+
+    def sampled(self) -> int:
+        """Tokens of all users so far."""
+        return sum(len(answer.tokens) for answer in self.answers if answer.user is not None)
+
+    def intervals_ms(self, user: int, since_s: float) -> list[float]:
+        """Between tokens of an answer, if the later one came after `since_s`."""
+        return [
+            (b - a) * 1e3
+            for answer in self.of(user)
+            for a, b in itertools.pairwise(answer.times_s)
+            if b > since_s
+        ]
 
 
 def run(config: EngineConfig, users: int, prompt_tokens: int | None) -> dict[str, Any]:
@@ -81,32 +112,34 @@ def run(config: EngineConfig, users: int, prompt_tokens: int | None) -> dict[str
     from tokenspeed.engine.build import build_engine  # noqa: PLC0415
 
     engine = build_engine(config)
-    info, watch = engine.info, Watch(engine.core)
+    info = engine.info
     rng = np.random.Generator(np.random.Philox(7))
-    room = info.context_max - USER_PROMPT_TOKENS
-    for user in range(users):
-        watch.submit(user, rng.integers(100, 1000, USER_PROMPT_TOKENS).tolist(), room)
-    while min(len(watch.times_s[user]) for user in range(users)) < SETTLING_STEPS:
+    watch = Watch(
+        engine.core,
+        [rng.integers(100, 1000, USER_PROMPT_TOKENS).tolist() for _ in range(users)],
+    )
+    for _ in range(8 * SETTLING_STEPS):
+        if all(len(watch.of(user)[0].times_s) >= SETTLING_STEPS for user in range(users)):
+            break
         watch.step()
-        if len(watch.times_s[0]) > 8 * SETTLING_STEPS:
-            raise SystemExit(
-                f"not all of {users} users got a place under the floor of {config.tps_floor} "
-                "tokens/s: lower --tps-floor or --users, or wait until the machine is quiet"
-            )
-    alone_ms = statistics.median(watch.intervals_ms(0, watch.times_s[0][-SETTLING_STEPS // 2]))
+    else:
+        raise SystemExit(
+            f"not all of {users} users got a place under the floor of {config.tps_floor} "
+            "tokens/s: lower --tps-floor or --users, or wait until the machine is quiet"
+        )
+    settled_s = watch.of(0)[0].times_s[-SETTLING_STEPS // 2]
+    alone_ms = statistics.median(watch.intervals_ms(0, settled_s))
 
     tokens = min(prompt_tokens or info.context_max, info.context_max) - 2
-    watch.submit(LONG, rng.integers(100, 1000, tokens).tolist(), 1)
+    before = watch.sampled()
+    long = watch.submit(rng.integers(100, 1000, tokens).tolist(), 1, user=None)
     began_s = time.perf_counter()
-    before = sum(len(watch.tokens[user]) for user in range(users))
-    while not watch.times_s[LONG]:
+    while not long.times_s:
         watch.step()
-    took_s = watch.times_s[LONG][-1] - began_s
-    sampled = sum(len(watch.tokens[user]) for user in range(users)) - before
-    context = USER_PROMPT_TOKENS + max(len(watch.tokens[user]) for user in range(users))
-    bound_us = engine.core.control.interval_bound_us(context)
+    took_s = long.times_s[0] - began_s
+    sampled = watch.sampled() - before
+    bound_us = engine.core.control.interval_bound_us(USER_PROMPT_TOKENS + ANSWER_TOKENS)
     intervals = [watch.intervals_ms(user, began_s) for user in range(users)]
-    assert sum(map(len, intervals)) >= sampled - users
     engine.core.close()
     return {
         "p99_ms": [float(np.percentile(values, 99)) for values in intervals],
@@ -117,8 +150,17 @@ def run(config: EngineConfig, users: int, prompt_tokens: int | None) -> dict[str
         "first_token_s": took_s,
         "tpm": (tokens + sampled) / took_s * 60,
         "user_tokens": sampled,
-        "texts": [watch.tokens[user] for user in range(users)],
+        "texts": [[answer.tokens for answer in watch.of(user)] for user in range(users)],
     }
+
+
+def differ(a: list[list[int]], b: list[list[int]]) -> bool:
+    """Whether any two answers of one user differ where both have a token."""
+    return any(
+        one != other
+        for first, second in itertools.combinations([*a, *b], 2)
+        for one, other in zip(first, second, strict=False)
+    )
 
 
 def main() -> None:
@@ -170,12 +212,9 @@ def main() -> None:
         )
     console.print(table)
     first = runs[0][1]["texts"]
-    for _, found in runs[1:]:
+    for _, found in runs:
         for a, b in zip(first, found["texts"], strict=True):
-            shared = min(len(a), len(b))
-            if a[:shared] != b[:shared]:
-                console.print("a text differs between runs: rows are not bit-exact in this dtype")
-                break
+            assert not differ(a, b), "the same prompt was answered in two ways"
     tpm = {
         held: statistics.median(f["tpm"] for rate, f in runs if (rate is not None) == held)
         for held in (False, True)
