@@ -59,6 +59,53 @@ def test_llama_sums_after_attention_and_after_the_mlp_and_gathers_logits() -> No
     assert "norm.weight" not in divided
 
 
+QWEN3_MOE = {
+    **LLAMA,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "gate_up"),
+    [
+        (Mesh(tp=4), {"outputs": (0,)}),
+        (Mesh(tp=4, ep=4), {"experts": (0,)}),
+        (Mesh(tp=4, ep=2), {"experts": (0,), "outputs": (1,)}),
+    ],
+    ids=str,
+)
+def test_a_mixture_sums_over_experts_and_shares_of_experts_at_once(
+    mesh: Mesh, gate_up: dict[str, tuple[int, ...]]
+) -> None:
+    program = compile_model(ModelConfig.from_hf(QWEN3_MOE), kernels=kernels(), mesh=mesh)
+    assert shown(program) == [
+        "blocks.0.attention_norm.x_TM: all_reduce",
+        "blocks.0.mlp_norm.x_TM: all_reduce",
+        "blocks.1.attention_norm.x_TM: all_reduce",
+        "blocks.1.mlp_norm.x_TM: all_reduce",
+        "norm.x_TM: all_reduce",
+        "model.result: all_gather",
+    ]
+    assert {step.transition.cells for step in program.steps} == {tuple(range(len(mesh.cells)))}
+    assert program.weights["blocks.0.mlp.experts.gate_up"].divided == gate_up
+    assert "blocks.0.mlp.router.scores.weight" not in program.weights
+
+
+def test_requests_of_their_own_bring_their_tokens_together_at_the_experts() -> None:
+    mesh = Mesh(dp=2, tp=2, ep=4)
+    program = compile_model(ModelConfig.from_hf(QWEN3_MOE), kernels=kernels(), mesh=mesh)
+    dp, tp = mesh.cells_of("dp"), mesh.cells_of("tp")
+    found = [(step.path, step.transition.kind, step.transition.cells) for step in program.steps]
+    assert ("blocks.0.mlp", "all_gather", dp) in found
+    assert ("blocks.0.mlp_norm", "all_reduce", tp) in found
+    # What experts of all ranks add up goes back to whose tokens they are.
+    assert ("blocks.1.attention_norm", "reduce_scatter", dp) in found
+    assert ("blocks.1.attention_norm", "all_reduce", tp) in found
+
+
 def test_a_model_of_one_rank_is_left_as_it_is() -> None:
     program = compile_flow([Line("pair", (0,))], Mesh())
     assert program.steps == () and program.weights == {}

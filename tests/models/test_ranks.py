@@ -70,6 +70,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         # One KV head, which all ranks hold.
         ("qwen2", Mesh(tp=2)),
         ("qwen2", Mesh(tp=4)),
+        ("qwen3", Mesh(tp=2)),
+        # Experts divided inside, whole experts on each rank, and two ranks to each of two halves.
+        ("qwen3-moe", Mesh(tp=2)),
+        ("qwen3-moe", Mesh(tp=2, ep=2)),
+        ("qwen3-moe", Mesh(tp=4, ep=2)),
+        ("qwen3-moe", Mesh(tp=4, ep=4)),
     ],
     ids=str,
 )
@@ -89,7 +95,8 @@ def test_logits_of_several_ranks_equal_those_of_transformers(
         assert_close(logits, expected(found, tokens))
         assert torch.equal(logits, results[0][0])
     whole = load(found.path, Mesh(), 0, None).weights_size_bytes
-    assert max(size for _, size in results) < 1.3 * whole / mesh.world
+    # Six experts over four ranks are two on some of them.
+    assert max(size for _, size in results) < 1.5 * whole / mesh.world
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

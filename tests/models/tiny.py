@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.kernels.verify.case import named
@@ -53,6 +60,20 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=False,
     ),
     "qwen2-tied": Qwen2Config(**_SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**_SIZES, sliding_window=None),
+    "qwen3": Qwen3Config(**_SIZES, tie_word_embeddings=True),
+    "qwen3-bias": Qwen3Config(**_SIZES, attention_bias=True, tie_word_embeddings=False),
+    "qwen3-moe": Qwen3MoeConfig(
+        **{**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2},
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+    "qwen3-moe-unnormed": Qwen3MoeConfig(
+        **_SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
 }
 """Configurations by name; between them every option the models know."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
 from tokenspeed.modeling.models.registry import require_architecture
 
-__all__ = ["ModelConfig", "RopeConfig"]
+__all__ = ["ExpertsConfig", "ModelConfig", "RopeConfig"]
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -36,6 +36,29 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the feed-forward network.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: how many each token goes to.
+        intermediate_size: features of an expert.
+        dense_layers: layers that have one network for all tokens instead.
+        scoring, normalise, scale, groups, groups_kept: as `kernels.ops.moe.route` takes them.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    dense_layers: frozenset[int] = frozenset()
+    scoring: str = "softmax"
+    normalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    groups_kept: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Sizes and constants of a decoder.
 
@@ -48,6 +71,7 @@ class ModelConfig:
         context_max: positions the model is made for.
         tie_embeddings: whether the head reads the embedding's table.
         attention_bias, mlp_bias: whether those projections add one.
+        experts: of a mixture; None for a dense model.
     """
 
     architecture: str
@@ -64,6 +88,7 @@ class ModelConfig:
     tie_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    experts: ExpertsConfig | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -104,6 +129,7 @@ class ModelConfig:
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
+            experts=_experts(config),
         )
 
 
@@ -124,6 +150,27 @@ def _refuse(config: Mapping[str, Any], architecture: str) -> None:
             f"a checkpoint quantised by {method!r}; supported are float32, float16 and bfloat16 "
             "safetensors, and GGUF files"
         )
+
+
+def _experts(config: Mapping[str, Any]) -> ExpertsConfig | None:
+    # transformers 5 writes its own name of the count, others the one of before.
+    names = [name for name in ("num_experts", "num_local_experts") if config.get(name)]
+    if not names:
+        return None
+    layers = _count(config, "num_hidden_layers")
+    every = _count(config, "decoder_sparse_step", default=1)
+    dense = {layer for layer in range(layers) if (layer + 1) % every}
+    count = _count(config, names[0])
+    per_token = _count(config, "num_experts_per_tok")
+    if per_token > count:
+        raise CorruptCheckpoint(f"config.json sends tokens to {per_token} of {count} experts")
+    return ExpertsConfig(
+        count=count,
+        per_token=per_token,
+        intermediate_size=_count(config, "moe_intermediate_size"),
+        dense_layers=frozenset(dense | set(config.get("mlp_only_layers") or ())),
+        normalise=bool(config.get("norm_topk_prob", False)),
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:

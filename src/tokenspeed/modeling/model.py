@@ -66,7 +66,7 @@ class Model(Module):
     def weights_size_bytes(self) -> int:
         """Bytes of all weights; packed ones count once they are loaded."""
         distinct = {id(weight): weight for _, weight in self.weights()}
-        return sum(weight.data.nbytes for weight in distinct.values())
+        return sum(weight.size_bytes for weight in distinct.values())
 
     def planned_size_bytes(self, checkpoint_size_bytes: int) -> int:
         """Bytes that the weights will take, before any is loaded.

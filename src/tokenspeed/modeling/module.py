@@ -85,6 +85,11 @@ class Weight:
         return self.data
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes taken so far: of packed weights, by the parts that were loaded."""
+        return self.data.nbytes
+
+    @property
     def parts(self) -> tuple[str | None, ...]:
         """Names of what a checkpoint must bring: the stacked parts, or None for the whole."""
         return tuple(self._parts) or (None,)

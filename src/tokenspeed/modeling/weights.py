@@ -9,7 +9,7 @@ from tokenspeed.modeling.module import Weight
 
 __all__ = ["fill_weights"]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=[.:])\d+(?=\.|$)")
 _NAMES_SHOWN = 8
 
 

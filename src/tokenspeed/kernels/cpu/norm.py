@@ -22,7 +22,12 @@ def rms_norm(
 ) -> torch.Tensor:
     """Two passes over each row."""
     y_TM = torch.empty(x_TM.shape, dtype=weight_M.dtype)
-    _cpu.add_rms_norm(runtime, x_TM, None, weight_M, epsilon, None, y_TM)
+    if x_TM.dim() == 2:
+        _cpu.add_rms_norm(runtime, x_TM, None, weight_M, epsilon, None, y_TM)
+        return y_TM
+    # Heads that lie in a wider row, as those of queries and keys do, are no rows of one matrix.
+    for head in range(x_TM.shape[1]):
+        _cpu.add_rms_norm(runtime, x_TM[:, head], None, weight_M, epsilon, None, y_TM[:, head])
     return y_TM
 
 

@@ -6,9 +6,20 @@ from tokenspeed.kernels.ops import (
     embedding,
     gemm,
     kvcache,
+    moe,
     norm,
     rope,
     sampling,
 )
 
-__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope", "sampling"]
+__all__ = [
+    "activation",
+    "attention",
+    "embedding",
+    "gemm",
+    "kvcache",
+    "moe",
+    "norm",
+    "rope",
+    "sampling",
+]

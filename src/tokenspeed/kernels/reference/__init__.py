@@ -10,9 +10,20 @@ from tokenspeed.kernels.reference import (
     embedding,
     gemm,
     kvcache,
+    moe,
     norm,
     rope,
     sampling,
 )
 
-__all__ = ["activation", "attention", "embedding", "gemm", "kvcache", "norm", "rope", "sampling"]
+__all__ = [
+    "activation",
+    "attention",
+    "embedding",
+    "gemm",
+    "kvcache",
+    "moe",
+    "norm",
+    "rope",
+    "sampling",
+]

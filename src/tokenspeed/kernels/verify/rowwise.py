@@ -38,8 +38,16 @@ _HEADS_BEHIND = 3
 
 
 def rms_norm_cases() -> Iterator[Case]:
-    """x of the weight's type, and wider than it."""
+    """x of the weight's type, and wider than it; heads of a wider row."""
     yield from _norm_cases("norm.rms_norm", _rms_norm)
+    for dtype in TYPES:
+        yield Case(
+            op="norm.rms_norm",
+            format_name=named(dtype),
+            dtype=dtype,
+            name="5 x 3 heads x 64",
+            check=partial(_head_norm, dtype),
+        )
 
 
 def add_rms_norm_cases() -> Iterator[Case]:
@@ -132,6 +140,12 @@ def _rms_norm(
 ) -> Iterator[Compared]:
     x_TM, weight_M = noise(*shape, dtype=x_type), noise(shape[1], dtype=dtype, seed=2)
     yield compare("y", kernel(x_TM, weight_M, _EPSILON), _exact_norm(x_TM, weight_M), dtype)
+
+
+def _head_norm(dtype: torch.dtype, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    x_THD = noise(5, 3 + _HEADS_BEHIND, 64, dtype=dtype)[:, :3]
+    weight_D = noise(64, dtype=dtype, seed=2)
+    yield compare("y", kernel(x_THD, weight_D, _EPSILON), _exact_norm(x_THD, weight_D), dtype)
 
 
 def _add_rms_norm(

@@ -12,7 +12,7 @@ from tokenspeed.kernels.capability import Platform
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import ANY, Kernel, Registry
 from tokenspeed.kernels.selection import objection
-from tokenspeed.kernels.verify import attention, gemm, rowwise, sampling
+from tokenspeed.kernels.verify import attention, gemm, moe, rowwise, sampling
 from tokenspeed.kernels.verify.case import Case
 from tokenspeed.kernels.verify.tolerances import TOLERANCES
 
@@ -26,6 +26,8 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "gemm.linear": gemm.linear_cases,
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": attention.append_cases,
+    "moe.experts": moe.experts_cases,
+    "moe.route": moe.route_cases,
     "norm.add_rms_norm": rowwise.add_rms_norm_cases,
     "norm.rms_norm": rowwise.rms_norm_cases,
     "rope.angles": rowwise.angles_cases,

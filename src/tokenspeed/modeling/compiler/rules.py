@@ -142,6 +142,40 @@ def _paged_mha(tracer: Tracer, q_TQD: Symbol, **others: Any) -> Symbol:
     return made
 
 
+def _route(
+    tracer: Tracer, logits_TE: Symbol, bias_E: WeightSymbol | None, count: int, **how: Any
+) -> tuple[Symbol, Symbol]:
+    _whole_features(tracer, "moe.route", logits_TE)
+    dims = [logits_TE.dims[0], Dim(size=count)]
+    experts, weights = tracer.record(
+        Flow(name="moe.route"), (logits_TE,), [(dims, torch.int64), (dims, torch.float32)]
+    )
+    return experts, weights
+
+
+def _experts(
+    tracer: Tracer,
+    *,
+    x_TM: Symbol,
+    gate_up_E2FM: WeightSymbol,
+    down_EMF: WeightSymbol,
+    experts_TK: Symbol,
+    weights_TK: Symbol,
+    first: int,
+) -> Symbol:
+    _whole_features(tracer, "moe.experts", x_TM)
+    by_axis: dict[str, tuple[int, ...]] = {"ep": (), "tp": ()}
+    for cell in range(len(tracer.mesh.cells)):
+        if isinstance(tracer.wanted_output(cell), Partial):
+            by_axis[tracer.axis_of(cell)] += (cell,)
+    experts, features = by_axis["ep"], by_axis["tp"]
+    tracer.divide(gate_up_E2FM, {"experts": experts, "outputs": features}, frozenset())
+    tracer.divide(down_EMF, {"experts": experts, "inputs": features}, frozenset())
+    flow = Flow(name="moe.experts", makes_partial=frozenset((*experts, *features)))
+    (made,) = tracer.record(flow, (x_TM, experts_TK, weights_TK), [(x_TM.dims, x_TM.dtype)])
+    return made
+
+
 def _output_cells(tracer: Tracer, summed: tuple[int, ...]) -> tuple[int, ...]:
     """Cells over which the running module says that its features are divided."""
     found = []
@@ -184,6 +218,8 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gemm.linear": _linear,
         "gemm.logits": _logits,
         "kvcache.append": _append,
+        "moe.experts": _experts,
+        "moe.route": _route,
         "norm.add_rms_norm": _add_rms_norm,
         "norm.rms_norm": _rms_norm,
         "rope.angles": _angles,

@@ -13,7 +13,7 @@ from fractions import Fraction
 from tokenspeed.core.errors import PlacementError
 from tokenspeed.distributed import Mesh
 from tokenspeed.modeling.compiler.symbol import Symbol
-from tokenspeed.modeling.compiler.trace import Crossing, Event, OpEvent
+from tokenspeed.modeling.compiler.trace import Crossing, Event, OpEvent, Unsaid
 from tokenspeed.modeling.compiler.transition import States, Transition, transitions_between
 from tokenspeed.modeling.placement import Partial, PerToken, Placement, Replicate
 
@@ -115,6 +115,8 @@ def entries(mesh: Mesh, crossing: Crossing) -> Iterator[States]:
             options.append("R")
         elif isinstance(wanted, Partial):
             options.append("P")
+        elif isinstance(wanted, Unsaid):
+            options.append("BRP")
         elif isinstance(wanted, PerToken):
             options.append("BR" if cell in own else "RT")
         else:

@@ -22,9 +22,13 @@ from tokenspeed.modeling.cut import Division
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Boundary, PerToken, Placement, Replicate, Shard
 
-__all__ = ["Crossing", "Event", "OpEvent", "Tracer", "WeightSymbol"]
+__all__ = ["Crossing", "Event", "OpEvent", "Tracer", "Unsaid", "WeightSymbol"]
 
 Layout = tuple[Placement, ...]
+
+
+class Unsaid(PerToken):
+    """On an axis of which boundaries need not speak: as a tensor comes, a sum too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +372,7 @@ def _by_cell(boundary: Boundary, layout: Layout, mesh: Mesh) -> list[tuple[Place
         placement = declared.get(axis)
         if placement is None:
             # Tokens of other requests are no part of what a rank of attention sees.
-            placement = PerToken(axis) if axis == "dp" else Replicate(axis)
+            placement = Unsaid(axis) if axis == "dp" else Replicate(axis)
         divided = None
         if isinstance(placement, Shard) and placement.dim_index != 0:
             divided = placement.dim_index

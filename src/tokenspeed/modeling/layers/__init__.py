@@ -4,7 +4,8 @@ from tokenspeed.modeling.layers.attention import Attention
 from tokenspeed.modeling.layers.embedding import Embedding, LMHead
 from tokenspeed.modeling.layers.linear import ColumnLinear, Linear, RowLinear
 from tokenspeed.modeling.layers.mlp import GatedMLP
-from tokenspeed.modeling.layers.norm import RMSNorm
+from tokenspeed.modeling.layers.moe import Experts, Router, SparseMLP
+from tokenspeed.modeling.layers.norm import HeadNorm, RMSNorm
 from tokenspeed.modeling.layers.rotary import Angles, RotaryEmbedding
 
 __all__ = [
@@ -12,10 +13,14 @@ __all__ = [
     "Attention",
     "ColumnLinear",
     "Embedding",
+    "Experts",
     "GatedMLP",
+    "HeadNorm",
     "LMHead",
     "Linear",
     "RMSNorm",
     "RotaryEmbedding",
+    "Router",
     "RowLinear",
+    "SparseMLP",
 ]

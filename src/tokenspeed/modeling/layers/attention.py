@@ -10,6 +10,7 @@ from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
+from tokenspeed.modeling.layers.norm import HeadNorm
 from tokenspeed.modeling.layers.rotary import Angles
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Partial, Replicate, boundary
@@ -28,6 +29,7 @@ class Attention(Module):
         head_dim: D.
         qkv_bias: whether the query, key and value projections add one.
         output_bias: whether the output projection adds one.
+        head_norm_epsilon: of a norm of each query and key head; None where there is none.
         kernels: chooses the ops.
     """
 
@@ -40,6 +42,7 @@ class Attention(Module):
         head_dim: int,
         qkv_bias: bool,
         output_bias: bool,
+        head_norm_epsilon: float | None = None,
         kernels: KernelSelector,
     ) -> None:
         self._head_dim = head_dim
@@ -57,6 +60,11 @@ class Attention(Module):
         self.output = RowLinear(
             heads * head_dim, hidden_size, kernels=kernels, bias=output_bias, cut=cut
         )
+        self.q_norm: HeadNorm | None = None
+        self.k_norm: HeadNorm | None = None
+        if head_norm_epsilon is not None:
+            self.q_norm = HeadNorm(head_dim, epsilon=head_norm_epsilon, kernels=kernels)
+            self.k_norm = HeadNorm(head_dim, epsilon=head_norm_epsilon, kernels=kernels)
         traits = {"head_dim": head_dim}
         self._rotate = kernels.select(ops.rope.rotate, traits=traits)
         kv_format = kernels.kv_format(
@@ -80,9 +88,13 @@ class Attention(Module):
         """out_TM; writes the tokens' K and V to kv = (k_PCHD, v_PCHD) on the way."""
         qkv_TXD = self.qkv(x_TM).unflatten(-1, (-1, self._head_dim))
         kv_heads = self.local_kv_heads
-        # Queries and keys lie next to each other, so one rotation serves both.
-        qk_TXD = self._rotate(qkv_TXD[:, :-kv_heads], *angles)
-        q_TQD, k_THD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
+        if self.q_norm is None or self.k_norm is None:
+            # Queries and keys lie next to each other, so one rotation serves both.
+            qk_TXD = self._rotate(qkv_TXD[:, :-kv_heads], *angles)
+            q_TQD, k_THD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
+        else:
+            q_TQD = self._rotate(self.q_norm(qkv_TXD[:, : -2 * kv_heads]), *angles)
+            k_THD = self._rotate(self.k_norm(qkv_TXD[:, -2 * kv_heads : -kv_heads]), *angles)
         v_THD = qkv_TXD[:, -kv_heads:]
         self._append(k_THD, v_THD, *kv, rows.kv_slots_T)
         out_TQD = self._attend(q_TQD, *kv, rows, self._scale)

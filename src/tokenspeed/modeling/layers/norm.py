@@ -1,15 +1,15 @@
-"""Root-mean-square norm, with the addition to the residual stream that comes before it.
+"""Root-mean-square norms: of the residual stream, with the addition before it, and of heads.
 
-Legend: T tokens, M model features.
+Legend: T tokens, M model features, H heads, D elements of a head.
 """
 
 import torch
 
 from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.modeling.module import Module, Weight
-from tokenspeed.modeling.placement import PerToken, boundary
+from tokenspeed.modeling.placement import PerToken, Shard, boundary
 
-__all__ = ["RMSNorm"]
+__all__ = ["HeadNorm", "RMSNorm"]
 
 
 @boundary(
@@ -44,3 +44,23 @@ class RMSNorm(Module):
         if residual_TM is None:
             return self._rms_norm(x_TM, self.weight.tensor, self._epsilon), x_TM
         return self._add_rms_norm(x_TM, residual_TM, self.weight.tensor, self._epsilon)
+
+
+@boundary(x_THD=Shard("tp", "heads"), out=Shard("tp", "heads"))
+class HeadNorm(Module):
+    """Normalises each head by itself, all with one weight.
+
+    Args:
+        head_dim: D.
+        epsilon: added to the mean square.
+        kernels: chooses the norm.
+    """
+
+    def __init__(self, head_dim: int, *, epsilon: float, kernels: KernelSelector) -> None:
+        self.weight = Weight((head_dim,), dims=("features",), kernels=kernels)
+        self._epsilon = epsilon
+        self._rms_norm = kernels.select(ops.norm.rms_norm)
+
+    def forward(self, x_THD: torch.Tensor) -> torch.Tensor:
+        """norm(x)."""
+        return self._rms_norm(x_THD, self.weight.tensor, self._epsilon)

@@ -34,30 +34,24 @@ __all__ = ["Llama", "LlamaBlock"]
     outs=(Partial("tp"), PerToken("tp")),
 )
 class LlamaBlock(Module):
-    """Attention, then MLP, each behind a norm and added to the residual stream."""
+    """Attention, then MLP, each behind a norm and added to the residual stream.
+
+    Args:
+        config: gives the norms their sizes.
+        kernels: chooses the ops.
+        attention: from tokens normed to what is added for them.
+        mlp: likewise.
+    """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelSelector, *, qkv_bias: bool, output_bias: bool
+        self, config: ModelConfig, kernels: KernelSelector, *, attention: Attention, mlp: Module
     ) -> None:
         self.attention_norm = RMSNorm(
             config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels
         )
-        self.attention = Attention(
-            hidden_size=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
-            kernels=kernels,
-        )
+        self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
-        self.mlp = GatedMLP(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            bias=config.mlp_bias,
-            kernels=kernels,
-        )
+        self.mlp = mlp
 
     def forward(
         self,
@@ -105,7 +99,7 @@ class Llama(Model):
         super().__init__(config, kernels)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, kernels=kernels)
         self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim, kernels=kernels)
-        self.blocks = tuple(self.block(config, kernels) for _ in range(config.layers))
+        self.blocks = tuple(self.block(config, kernels, layer) for layer in range(config.layers))
         self._take = kernels.select(ops.embedding.take)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
         self.head = LMHead(
@@ -115,13 +109,32 @@ class Llama(Model):
             tied=self.embedding if config.tie_embeddings else None,
         )
 
-    def block(self, config: ModelConfig, kernels: KernelSelector) -> LlamaBlock:
+    def block(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> LlamaBlock:
         """One of the model's blocks."""
+        attention = self.attention(config, kernels, layer)
         return LlamaBlock(
-            config,
-            kernels,
+            config, kernels, attention=attention, mlp=self.mlp(config, kernels, layer)
+        )
+
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+        """A block's attention."""
+        return Attention(
+            hidden_size=config.hidden_size,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
+            kernels=kernels,
+        )
+
+    def mlp(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Module:
+        """A block's feed-forward network."""
+        return GatedMLP(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            bias=config.mlp_bias,
+            kernels=kernels,
         )
 
     def forward(self, batch: ForwardBatch, kv: KVStorage) -> torch.Tensor:

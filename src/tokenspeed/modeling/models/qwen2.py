@@ -2,7 +2,8 @@
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.models.llama import Llama, LlamaBlock
+from tokenspeed.modeling.layers import Attention
+from tokenspeed.modeling.models.llama import Llama
 from tokenspeed.modeling.placement import Shard, boundary
 
 __all__ = ["Qwen2"]
@@ -12,6 +13,14 @@ __all__ = ["Qwen2"]
 class Qwen2(Llama):
     """Embedding, blocks, norm, head."""
 
-    def block(self, config: ModelConfig, kernels: KernelSelector) -> LlamaBlock:
-        """One of the model's blocks."""
-        return LlamaBlock(config, kernels, qkv_bias=True, output_bias=False)
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+        """A block's attention."""
+        return Attention(
+            hidden_size=config.hidden_size,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=True,
+            output_bias=False,
+            kernels=kernels,
+        )

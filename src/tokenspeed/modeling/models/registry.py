@@ -14,7 +14,10 @@ __all__ = ["ARCHITECTURES", "model_class", "require_architecture"]
 # Names only, so that reading a configuration imports no model.
 _MODELS = {
     "LlamaForCausalLM": ("llama", "Llama"),
+    "MistralForCausalLM": ("llama", "Llama"),
     "Qwen2ForCausalLM": ("qwen2", "Qwen2"),
+    "Qwen3ForCausalLM": ("qwen3", "Qwen3"),
+    "Qwen3MoeForCausalLM": ("qwen3", "Qwen3Moe"),
 }
 
 ARCHITECTURES = tuple(sorted(_MODELS))

@@ -14,7 +14,8 @@ __all__ = ["add_rms_norm", "rms_norm"]
 def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight per token (Zhang and Sennrich 2019).
 
-    x may be wider than the weight; the arithmetic is float32, and the result is rounded once, to
+    x may have heads between tokens and features, each normed by itself. It may be wider than the
+    weight; the arithmetic is float32, and the result is rounded once, to
     the weight's type.
     """
     return rms_norm.best(x_TM)(x_TM, weight_M, epsilon)

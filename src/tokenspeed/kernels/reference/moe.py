@@ -1,0 +1,75 @@
+"""Mixtures of experts, one expert after the other.
+
+Legend: T tokens, N tokens of one expert, M model features, E experts, K experts of a token,
+F features of an expert, G groups of experts.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from tokenspeed.kernels.reference.gemm import DENSE
+from tokenspeed.kernels.registry import ANY, Priority, kernel
+
+__all__ = ["experts", "route"]
+
+
+@kernel("moe.route", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+def route(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    count: int,
+    *,
+    scoring: str,
+    normalise: bool,
+    scale: float,
+    groups: int,
+    groups_kept: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formulas."""
+    logits_TE = logits_TE.float()
+    scores_TE = logits_TE
+    if scoring != "chosen":
+        scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
+    if groups > 1:
+        grouped_TGE = choice_TE.view(len(choice_TE), groups, -1)
+        best = 1 if bias_E is None else 2
+        worth_TG = grouped_TGE.topk(best, dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
+        kept_TG.scatter_(1, _first(worth_TG, groups_kept), True)
+        choice_TE = grouped_TGE.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
+    experts_TK = _first(choice_TE, count)
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if scoring == "chosen":
+        weights_TK = weights_TK.softmax(-1)
+    if normalise:
+        # What is added keeps a token whose scores are all zero from becoming NaN.
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return experts_TK, weights_TK * scale
+
+
+@kernel("moe.experts", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
+def experts(
+    x_TM: torch.Tensor,
+    gate_up_E2FM: torch.Tensor,
+    down_EMF: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    first: int,
+) -> torch.Tensor:
+    """Two products an expert that has tokens."""
+    out_TM = torch.zeros(x_TM.shape, dtype=torch.float32, device=x_TM.device)
+    for index, (gate_up_2FM, down_MF) in enumerate(zip(gate_up_E2FM, down_EMF, strict=True)):
+        tokens_N, places_N = torch.where(experts_TK == first + index)
+        if len(tokens_N):
+            gate_NF, up_NF = F.linear(x_TM[tokens_N], gate_up_2FM).float().chunk(2, dim=-1)
+            hidden_NF = (F.silu(gate_NF) * up_NF).to(x_TM.dtype)
+            found_NM = F.linear(hidden_NF, down_MF).float()
+            out_TM.index_add_(0, tokens_N, found_NM * weights_TK[tokens_N, places_N, None])
+    return out_TM.to(x_TM.dtype)
+
+
+def _first(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the greatest scores of each row; of equal ones the first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]

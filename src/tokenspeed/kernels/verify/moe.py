@@ -1,0 +1,151 @@
+"""Mixtures of experts.
+
+Legend: T tokens, M model features, E experts, K experts of a token, F features of an expert,
+G groups of experts.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.verify.blocks import packed_weight
+from tokenspeed.kernels.verify.case import TYPES, Call, Case, Compared, compare, equal, named, noise
+from tokenspeed.kernels.weights import PACKED, PANELS, PackedWeight
+
+__all__ = ["experts_cases", "route_cases"]
+
+# Experts held, and the number of the first: tokens ask for others too.
+_HELD, _FIRST, _EXPERTS, _CHOSEN = 3, 2, 6, 4
+_ROUTINGS: tuple[Mapping[str, Any], ...] = (
+    {"scoring": "softmax", "normalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
+    {"scoring": "softmax", "normalise": True, "scale": 1.0, "groups": 1, "groups_kept": 1},
+    {"scoring": "chosen", "normalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
+    {"scoring": "softmax", "normalise": False, "scale": 16.0, "groups": 4, "groups_kept": 2},
+    {"scoring": "sigmoid", "normalise": True, "scale": 2.5, "groups": 4, "groups_kept": 2},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    format_name: str
+    dtype: torch.dtype
+    tokens: int
+    features: int
+    hidden: int
+
+    def matrices(self, outputs: int, inputs: int, runtime: CpuRuntime) -> tuple[Any, torch.Tensor]:
+        """A matrix of each expert as a kernel reads them, and their values in float64."""
+        if self.format_name == PACKED:
+            both = [
+                packed_weight((("Q8_0", outputs),), inputs, dtype=self.dtype, runtime=runtime)
+                for _ in range(_HELD)
+            ]
+            return [weight for weight, _ in both], torch.stack([v for _, v in both]).double()
+        values = noise(_HELD, outputs, inputs, dtype=self.dtype, seed=outputs)
+        if self.format_name not in PANELS:
+            return values, values.double()
+        packed = []
+        for matrix in values:
+            weight = PackedWeight(
+                (outputs, inputs), parts=(outputs,), dtype=self.dtype, runtime=runtime
+            )
+            weight.pack_dense(0, matrix)
+            packed.append(weight)
+        return packed, values.double()
+
+
+def experts_cases() -> Iterator[Case]:
+    """Tokens of no expert that is held, of one, of all."""
+    for dtype in TYPES:
+        formats = (named(dtype), f"{named(dtype)}_panels", PACKED)
+        for format_name in formats:
+            if format_name.endswith("_panels") and format_name not in PANELS:
+                continue
+            if format_name == PACKED and dtype == torch.float16:
+                continue
+            for tokens, features, hidden in ((1, 32, 32), (5, 64, 96), (37, 96, 64)):
+                sizes = _Sizes(format_name, dtype, tokens, features, hidden)
+                yield Case(
+                    op="moe.experts",
+                    format_name=format_name,
+                    dtype=dtype,
+                    name=f"{tokens} x {features} x {hidden}, {named(dtype)}",
+                    check=partial(_experts, sizes),
+                )
+
+
+def route_cases() -> Iterator[Case]:
+    """Each kind of scores, with groups and a bias too."""
+    for dtype in TYPES:
+        for routing in _ROUTINGS:
+            yield Case(
+                op="moe.route",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=", ".join(f"{name}={value}" for name, value in routing.items()),
+                check=partial(_route, routing, dtype),
+            )
+
+
+def _experts(sizes: _Sizes, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    x_TM = noise(sizes.tokens, sizes.features, dtype=sizes.dtype)
+    gate_up, gate_up_E2FM = sizes.matrices(2 * sizes.hidden, sizes.features, runtime)
+    down, down_EMF = sizes.matrices(sizes.features, sizes.hidden, runtime)
+    order_TE = noise(sizes.tokens, _EXPERTS, dtype=torch.float32, seed=3).argsort(-1)
+    experts_TK = order_TE[:, :_CHOSEN].contiguous()
+    weights_TK = noise(sizes.tokens, _CHOSEN, dtype=torch.float32, seed=4).abs()
+    exact_TM = torch.zeros(sizes.tokens, sizes.features, dtype=torch.float64)
+    for token, place in torch.cartesian_prod(
+        torch.arange(sizes.tokens), torch.arange(_CHOSEN)
+    ).tolist():
+        expert = int(experts_TK[token, place]) - _FIRST
+        if 0 <= expert < _HELD:
+            gate_F, up_F = (gate_up_E2FM[expert] @ x_TM[token].double()).chunk(2)
+            hidden_F = gate_F / (1 + torch.exp(-gate_F)) * up_F
+            exact_TM[token] += down_EMF[expert] @ hidden_F * weights_TK[token, place].double()
+    found_TM = kernel(x_TM, gate_up, down, experts_TK, weights_TK, first=_FIRST)
+    # One token may meet no expert that is held, and then the result is zero.
+    yield compare("out", found_TM, exact_TM, sizes.dtype)
+
+
+def _route(
+    routing: Mapping[str, Any], dtype: torch.dtype, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
+    logits_TE = noise(9, 16, dtype=dtype)
+    bias_E = noise(16, dtype=torch.float32, seed=1) if routing["scoring"] == "sigmoid" else None
+    experts_TK, weights_TK = kernel(logits_TE, bias_E, 4, **routing)
+    wanted = [_routed(row, bias_E, routing) for row in logits_TE.double()]
+    yield equal("experts", experts_TK, torch.tensor([experts for experts, _ in wanted]))
+    exact_TK = torch.tensor([weights for _, weights in wanted], dtype=torch.float64)
+    yield compare("weights", weights_TK, exact_TK, torch.float32)
+
+
+def _routed(
+    logits_E: torch.Tensor, bias_E: torch.Tensor | None, routing: Mapping[str, Any]
+) -> tuple[list[int], list[float]]:
+    """One token's experts and weights, by the words of the op."""
+    scores = {
+        "softmax": logits_E.softmax(-1),
+        "sigmoid": logits_E.sigmoid(),
+        "chosen": logits_E,
+    }[routing["scoring"]].tolist()
+    bias = [0.0] * len(scores) if bias_E is None else bias_E.double().tolist()
+    choice = [score + added for score, added in zip(scores, bias, strict=True)]
+    groups, size = routing["groups"], len(scores) // routing["groups"]
+    worth = [
+        sum(sorted(choice[group * size :][:size], reverse=True)[: 1 if bias_E is None else 2])
+        for group in range(groups)
+    ]
+    kept = sorted(range(groups), key=lambda group: -worth[group])[: routing["groups_kept"]]
+    allowed = [expert for expert in range(len(scores)) if expert // size in kept]
+    chosen = sorted(allowed, key=lambda expert: -choice[expert])[:4]
+    weights = torch.tensor([scores[expert] for expert in chosen], dtype=torch.float64)
+    if routing["scoring"] == "chosen":
+        weights = weights.softmax(-1)
+    if routing["normalise"]:
+        weights = weights / weights.sum()
+    return chosen, (weights * routing["scale"]).tolist()

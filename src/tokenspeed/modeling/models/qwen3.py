@@ -1,0 +1,56 @@
+"""Qwen3 (Yang et al. 2025): Llama with norms of query and key heads; dense, or with experts."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from tokenspeed.kernels import KernelSelector
+from tokenspeed.modeling.config import ModelConfig
+from tokenspeed.modeling.layers import Attention, SparseMLP
+from tokenspeed.modeling.models.llama import Llama
+from tokenspeed.modeling.module import Module
+from tokenspeed.modeling.placement import Shard, boundary
+
+__all__ = ["Qwen3", "Qwen3Moe"]
+
+
+@boundary(out=Shard("tp", "vocabulary"))
+class Qwen3(Llama):
+    """Embedding, blocks, norm, head."""
+
+    weight_names: ClassVar[Mapping[str, str]] = {
+        **Llama.weight_names,
+        "model.layers.*.self_attn.q_norm.weight": "blocks.*.attention.q_norm.weight",
+        "model.layers.*.self_attn.k_norm.weight": "blocks.*.attention.k_norm.weight",
+    }
+
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+        """A block's attention."""
+        return Attention(
+            hidden_size=config.hidden_size,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_bias,
+            head_norm_epsilon=config.norm_epsilon,
+            kernels=kernels,
+        )
+
+
+@boundary(out=Shard("tp", "vocabulary"))
+class Qwen3Moe(Qwen3):
+    """Qwen3 with a mixture of experts in most blocks."""
+
+    weight_names: ClassVar[Mapping[str, str]] = {
+        **Qwen3.weight_names,
+        "model.layers.*.mlp.gate.weight": "blocks.*.mlp.router.scores.weight",
+        "model.layers.*.mlp.experts.*.gate_proj.weight": "blocks.*.mlp.experts.gate_up:*.gate",
+        "model.layers.*.mlp.experts.*.up_proj.weight": "blocks.*.mlp.experts.gate_up:*.up",
+        "model.layers.*.mlp.experts.*.down_proj.weight": "blocks.*.mlp.experts.down:*",
+    }
+
+    def mlp(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Module:
+        """A block's experts, or its one network."""
+        if config.experts is None or layer in config.experts.dense_layers:
+            return super().mlp(config, kernels, layer)
+        return SparseMLP(config.hidden_size, config.experts, kernels=kernels)
