@@ -53,10 +53,10 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
 
-# Engine against engine: installs the others below .peers (10 GB), takes hours, wants a quiet machine.
+# Engine against engine: installs the others (10 GB) below ~/.cache/tokenspeed/peers, takes hours, wants a quiet machine.
 bench-peers: setup
 	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/sessions.py
+	$(BIN)/tokenspeed bench peers --output build/bench-peers
 
 clean:
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from engines.environments import FOLDER, python
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from tokenspeed import __version__, loader
+from tokenspeed.bench.peers import hf_folder, openvino_folder, python
+from tokenspeed.core.environment import peers_dir
 
 ENGINES = Path(__file__).parent / "engines"
 HISTORY = Path(__file__).parent / "history" / "peers.jsonl"
@@ -69,7 +67,7 @@ class Worker:
     """An engine in a process of its own."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        log = (FOLDER / f"{Path(command[1]).stem}.log").open("w")
+        log = (peers_dir() / f"{Path(command[1]).stem}.log").open("w")
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -91,7 +89,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args} ended; see the logs in {FOLDER}")
+            raise SystemExit(f"{self._process.args} ended; see the logs in {peers_dir()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -101,50 +99,12 @@ class Worker:
         self._process.wait(60)
 
 
-def hf_folder(files: loader.ModelFiles, name: str) -> Path:
-    """The model as bfloat16 safetensors, which vLLM reads and OpenVINO exports from."""
-    target = FOLDER / "models" / name
-    if not (target / "config.json").exists():
-        print(f"exporting {name} to {target} ...", flush=True)
-        checkpoint = loader.open_checkpoint(files)
-        tensors = {
-            tensor_name: (value if isinstance(value, torch.Tensor) else value.to_float())
-            .bfloat16()
-            .contiguous()
-            for tensor_name, value in checkpoint.blocks()
-        }
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        for file in files.tokenizer_dir.iterdir():
-            shutil.copy(file, target / file.name)
-        (target / "config.json").write_text(
-            json.dumps({**checkpoint.hf_config, "torch_dtype": "bfloat16"})
-        )
-    return target
-
-
-def openvino_folder(files: loader.ModelFiles, name: str, weights: str) -> Path:
-    target = FOLDER / "models" / f"{name}-{weights}"
-    if not (target / "openvino_model.bin").exists():
-        print(f"exporting {name} to {target} ...", flush=True)
-        options = ["--group-size", "64", "--ratio", "1.0"] if weights == "int4" else []
-        subprocess.run(
-            [
-                str(python("openvino").parent / "optimum-cli"),
-                *("export", "openvino", "--task", "text-generation-with-past"),
-                *("--model", str(hf_folder(files, name)), "--weight-format", weights),
-                *(*options, str(target)),
-            ],
-            check=True,
-        )
-    return target
-
-
 def start(engine: str, name: str, threads: int, context: int) -> Worker:
     files = loader.resolve(name)
     folder = engine.partition("-")[0]
     script = str(ENGINES / f"{folder.replace('.cpp', '')}_worker.py")
-    command = [str(python(folder)), script]
+    interpreter = sys.executable if engine == "tokenspeed" else str(python(folder))
+    command = [interpreter, script]
     environment = {}
     if engine == "tokenspeed":
         command += [name, str(threads), str(context)]
@@ -235,7 +195,7 @@ def main() -> None:
     parser.add_argument("--depth-max", type=int, help="leave out work on longer prompts")
     parser.add_argument("--engines", nargs="*", help="peers; all that suit the model by default")
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    peers_dir().mkdir(parents=True, exist_ok=True)
     for name in options.model or PEERS:
         peers = list(options.engines if options.engines is not None else PEERS[name])
         load = os.getloadavg()[0]

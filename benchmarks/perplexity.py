@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engines.environments import llama_tool
 
 from tokenspeed import __version__, loader
+from tokenspeed.bench.peers import llama_tool
 from tokenspeed.cache import KVPools
 from tokenspeed.kernels import PACKED, KernelSelector
 from tokenspeed.kernels.cpu import start_runtime

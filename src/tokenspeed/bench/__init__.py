@@ -1,4 +1,4 @@
-"""Owns workloads, their replay in virtual time and the reports on it; never serves a request."""
+"""Owns workloads, replay in virtual time or against a server, and reports; never serves one."""
 
 from tokenspeed.bench.baselines import Baselines, find_baselines
 from tokenspeed.bench.config import SimulationConfig

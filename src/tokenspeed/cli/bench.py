@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tokenspeed.cli.bench_peers import peers_command
+from tokenspeed.cli.bench_replay import compare_command, replay_command
 from tokenspeed.cli.bench_tables import floor_table, oversubscription_table, report_table
 from tokenspeed.cli.options import LogLevel, LogLevelOption
 from tokenspeed.cli.reporting import reported
@@ -51,6 +53,11 @@ class ExperimentName(enum.StrEnum):
 @bench_app.callback()
 def _bench() -> None:
     """Measure and simulate."""
+
+
+bench_app.command("replay")(replay_command)
+bench_app.command("compare")(compare_command)
+bench_app.command("peers")(peers_command)
 
 
 @bench_app.command("simulate")

@@ -26,6 +26,9 @@ def reported(log_level: LogLevel = LogLevel.INFO) -> Iterator[None]:
         level=log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    if log_level is not LogLevel.DEBUG:
+        # A line for each request that a replay sends.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         yield
     except TokenSpeedError as error:

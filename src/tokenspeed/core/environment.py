@@ -1,9 +1,17 @@
 """The one place that reads and sets environment variables."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cache_dir", "cpu_isa", "let_threads_sleep", "quiet_grpc_forks"]
+__all__ = [
+    "cache_dir",
+    "cpu_isa",
+    "let_threads_sleep",
+    "peers_dir",
+    "quiet_grpc_forks",
+    "with_variables",
+]
 
 
 def cache_dir() -> Path:
@@ -23,6 +31,20 @@ def cache_dir() -> Path:
 def cpu_isa() -> str | None:
     """The instruction set that native CPU kernels must use: `TOKENSPEED_CPU_ISA`, if it is set."""
     return os.environ.get("TOKENSPEED_CPU_ISA") or None
+
+
+def peers_dir() -> Path:
+    """The folder for other engines and what they are given: `TOKENSPEED_PEERS`, else in the cache.
+
+    They take some 10 GB together.
+    """
+    own = os.environ.get("TOKENSPEED_PEERS")
+    return Path(own).expanduser().resolve() if own else cache_dir() / "peers"
+
+
+def with_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with others added: for a program that is only told that way."""
+    return {**os.environ, **variables}
 
 
 def let_threads_sleep() -> None:

@@ -9,6 +9,7 @@
     │   ├── UnsupportedModel   architecture or quantisation that no code here handles
     │   └── PlacementError     modules of a model whose placements do not fit together
     ├── WorkloadError          a trace cannot be read: not there, malformed, out of range
+    ├── MeasurementError       a server that is measured is not there, or cannot go on
     ├── KernelError            no kernel fits, or a forced one cannot run
     ├── RequestError           the request is wrong; the engine goes on
     │   ├── InvalidParameter   a sampling parameter outside its range
@@ -29,6 +30,7 @@ __all__ = [
     "InsufficientMemory",
     "InvalidParameter",
     "KernelError",
+    "MeasurementError",
     "ModelError",
     "ModelNotFound",
     "Overloaded",
@@ -74,6 +76,10 @@ class PlacementError(ModelError):
 
 class WorkloadError(TokenSpeedError):
     """A trace of requests cannot be read: not there, malformed, out of range."""
+
+
+class MeasurementError(TokenSpeedError):
+    """A server that is measured is not there, fails, or went away."""
 
 
 class KernelError(TokenSpeedError):

@@ -1,0 +1,131 @@
+"""Engines take turns, each with a server of its own for every run."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.bench.live_support import session, workload
+from tokenspeed.bench import live, peers
+from tokenspeed.bench.peers import servers
+from tokenspeed.core.errors import ConfigError, MeasurementError
+
+TALK = workload(session("a", ("one two three", 5), ("four", 4)), session("b", ("five six", 3)))
+ROOT = Path(__file__).parents[3]
+
+
+def paced(name: str, starts: list[tuple[str, int]]) -> object:
+    """A recipe that starts the paced server in place of an engine."""
+
+    def launch(wanted: servers._Wanted) -> peers.Launch:
+        starts.append((name, wanted.users))
+        return peers.Launch(
+            command=(sys.executable, "-m", "tests.support.paced_server", str(wanted.port)),
+            variables={"PYTHONPATH": str(ROOT)},
+        )
+
+    return launch
+
+
+def comparison(*engines: str, repeats: int = 2) -> peers.PeerComparison:
+    return peers.PeerComparison(
+        model="paced",
+        engines=engines,
+        levels=(1, 2),
+        repeats=repeats,
+        each=live.Pass(users=1),
+        threads=1,
+        context=1000,
+        floor_tps=None,
+        ttft_max_s=None,
+    )
+
+
+def test_engines_alternate_and_broken_off_comparisons_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[tuple[str, int]] = []
+    recipes = {name: paced(name, starts) for name in ("ours", "theirs")}
+    monkeypatch.setattr(servers, "ENGINES", recipes)
+    monkeypatch.setattr("tokenspeed.bench.peers.compare.ENGINES", recipes)
+    ours, theirs = peers.measure_peers(TALK, comparison("ours", "theirs"), tmp_path, settings={})
+    assert starts == [("ours", 1), ("theirs", 1), ("ours", 2), ("theirs", 2)] * 2
+    for report in (ours, theirs):
+        assert [(run.users, run.repeat, run.answers, run.errors) for run in report.runs] == [
+            (1, 0, 3, 0),
+            (1, 1, 3, 0),
+            (2, 0, 3, 0),
+            (2, 1, 3, 0),
+        ]
+        assert report.incomplete is None
+        assert all(run.server_cpu_s is not None for run in report.runs)
+        (launch,) = report.launches
+        assert "paced_server PORT" in launch and "PYTHONPATH=" in launch
+    assert {entry.users for entry in live.compare(ours, theirs)} == {1, 2}
+    assert json.loads((tmp_path / "ours" / "report.json").read_text())["plan"]["label"] == "ours"
+    starts.clear()
+    for path in (tmp_path / "theirs" / "runs").glob("users-2-*.json"):
+        path.unlink()
+    peers.measure_peers(TALK, comparison("ours", "theirs"), tmp_path, settings={})
+    assert starts == [("theirs", 2)] * 2
+
+
+def test_an_engine_that_does_not_start_is_left_out_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[tuple[str, int]] = []
+
+    def broken(wanted: servers._Wanted) -> peers.Launch:
+        starts.append(("broken", wanted.users))
+        return peers.Launch(command=(sys.executable, "-c", "raise SystemExit(3)"))
+
+    recipes = {"ours": paced("ours", starts), "broken": broken}
+    monkeypatch.setattr(servers, "ENGINES", recipes)
+    monkeypatch.setattr("tokenspeed.bench.peers.compare.ENGINES", recipes)
+    ours, theirs = peers.measure_peers(
+        TALK, comparison("ours", "broken", repeats=1), tmp_path, settings={}
+    )
+    assert starts == [("ours", 1), ("broken", 1), ("ours", 2)]
+    assert ours.incomplete is None and len(ours.runs) == 2
+    assert theirs.incomplete is not None and "ended with 3" in theirs.incomplete
+    assert "server.log" in theirs.incomplete
+
+
+def test_a_server_is_gone_when_its_block_is_left(tmp_path: Path) -> None:
+    port = peers.unused_port()
+    launch = peers.Launch(
+        command=(sys.executable, "-m", "tests.support.paced_server", str(port)),
+        variables={"PYTHONPATH": str(ROOT)},
+    )
+    with peers.Server(launch, port=port, log=tmp_path / "log") as server:
+        assert live.find_server(server.url) == server.pid
+    assert live.find_server(server.url) is None
+    # Interrupted as with Ctrl-C, not killed.
+    assert server._process.returncode in (0, -signal.SIGINT, 130)
+
+
+def test_only_engines_there_are_can_be_compared() -> None:
+    with pytest.raises(ConfigError, match="openvino-int8"):
+        comparison("magic")
+    with pytest.raises(ConfigError, match="openvino-int8"):
+        peers.launch_of("magic", "m", users=1, port=1, threads=1, context=1)
+
+
+def test_our_server_gets_what_was_asked_for() -> None:
+    launch = peers.launch_of(
+        "tokenspeed", "smollm2-135m", users=4, port=8123, threads=2, context=4096
+    )
+    text = str(launch)
+    for words in ("serve smollm2-135m", "--port 8123", "--threads 2", "--max-context 4096"):
+        assert words in text
+
+
+def test_a_peer_that_cannot_be_made_ready_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENSPEED_PEERS", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    with pytest.raises(MeasurementError, match="cannot be made ready"):
+        peers.python("vllm")
