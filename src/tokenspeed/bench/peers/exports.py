@@ -19,8 +19,7 @@ _log = logging.getLogger(__name__)
 
 def hf_folder(files: loader.ModelFiles, name: str) -> Path:
     """The model as bfloat16 safetensors, which vLLM reads and OpenVINO exports from."""
-    # Only now: this imports torch.
-    import torch  # noqa: PLC0415
+    # Only now: it imports torch.
     from safetensors.torch import save_file  # noqa: PLC0415
 
     target = peers_dir() / "models" / name
@@ -28,10 +27,8 @@ def hf_folder(files: loader.ModelFiles, name: str) -> Path:
         _log.info("exporting %s to %s", name, target)
         checkpoint = loader.open_checkpoint(files)
         tensors = {
-            tensor_name: (value if isinstance(value, torch.Tensor) else value.to_float())
-            .bfloat16()
-            .contiguous()
-            for tensor_name, value in checkpoint.blocks()
+            tensor_name: value.bfloat16().contiguous()
+            for tensor_name, value in checkpoint.tensors()
         }
         target.mkdir(parents=True, exist_ok=True)
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
