@@ -15,7 +15,7 @@ from tests.models.tiny import Tiny, write_tiny
 from tests.support.forward import Driver
 from tests.support.ranks import in_processes, in_threads
 from tokenspeed import loader
-from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.errors import ConfigError, PlacementError
 from tokenspeed.distributed import Mesh
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling import Model, ModelConfig, build_model, compile_model
@@ -32,6 +32,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     native: bool = False,
+    check: bool = False,
 ) -> Model:
     checkpoint = loader.open_checkpoint(loader.resolve(str(path)))
     name = str(dtype).removeprefix("torch.")
@@ -49,6 +50,7 @@ def load(
         mesh=mesh,
         rank=rank,
         store=store,
+        check=check,
     )
     model.load_weights(checkpoint.blocks())
     return model
@@ -167,3 +169,32 @@ def test_heads_that_ranks_cannot_share_are_named(tiny: Callable[[str], Tiny]) ->
             kernels=KernelSelector(device=CPU, dtype=torch.float32),
             mesh=Mesh(tp=4),
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("llama-bias", Mesh(tp=2)), ("qwen3-moe", Mesh(tp=4, ep=2))], ids=str
+)
+def test_real_tensors_lie_as_the_program_says(
+    tiny: Callable[[str], Tiny], name: str, mesh: Mesh
+) -> None:
+    path = tiny(name).path
+    tokens = prompt(9, seed=3)
+
+    def run(rank: int, store: Store, spoil: bool) -> str | None:
+        model = load(path, mesh, rank, store, check=True)
+        if spoil and rank == 1:
+            # A weight that all ranks should hold alike.
+            model.blocks[1].mlp_norm.weight.data.add_(1)  # type: ignore[attr-defined]
+        try:
+            Driver(model).prefill(tokens, chunk=4)
+        except PlacementError as error:
+            return str(error)
+        return None
+
+    assert (
+        in_threads(mesh.world, lambda rank, store: run(rank, store, False)) == [None] * mesh.world
+    )
+    for message in in_threads(mesh.world, lambda rank, store: run(rank, store, True)):
+        assert message is not None
+        assert "blocks.1.mlp_norm (RMSNorm): out[0] " in message
+        assert "should be the same on ranks" in message or "wrong on another of ranks" in message

@@ -11,6 +11,7 @@ from tokenspeed.cli.env import env
 from tokenspeed.cli.generate import generate
 from tokenspeed.cli.kernels import kernels_app
 from tokenspeed.cli.models import models, pull
+from tokenspeed.cli.plan import plan
 from tokenspeed.cli.serve import serve
 
 __all__ = ["app", "run"]
@@ -47,6 +48,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(pull)
 app.command()(models)
+app.command()(plan)
 app.command()(env)
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")

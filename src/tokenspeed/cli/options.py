@@ -55,8 +55,8 @@ LogLevelOption = Annotated[
 ]
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `2GiB`, `512MiB`, `1.5G` or `1000000`.
+def parse_size(text: str, flag: str = "--kv-cache-memory") -> int:
+    """Bytes of a size such as `2GiB`, `512MiB`, `1.5G` or `1000000`; an error names the flag.
 
     Raises:
         ConfigError: it is none.
@@ -64,8 +64,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            f"--kv-cache-memory {text!r} is no size; write a number and a unit, such as 512MiB "
-            "or 2GiB"
+            f"{flag} {text!r} is no size; write a number and a unit, such as 512MiB or 2GiB"
         )
     number, unit = match.groups()
     return int(float(number) * _UNITS[unit.upper().removesuffix("B")])

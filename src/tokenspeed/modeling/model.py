@@ -16,7 +16,16 @@ from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, connect
 from tokenspeed.kernels import PACKED, PANELS, KernelSelector, Stored
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
-from tokenspeed.modeling.compiler import Program, Tracer, compile_module, install, modules_of
+from tokenspeed.modeling.compiler import (
+    Program,
+    TokenCounts,
+    Tracer,
+    check_placements,
+    compile_module,
+    groups_to_check,
+    install,
+    modules_of,
+)
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.layers import Attention
 from tokenspeed.modeling.models.registry import model_class
@@ -75,7 +84,14 @@ class Model(Module):
             checkpoint_size_bytes: what they take where they come from.
         """
         distinct = {id(weight): weight for _, weight in self.weights()}.values()
-        packed = any(weight.format_name == PACKED for weight in distinct)
+        elements = [
+            (math.prod(weight.local_shape), math.prod(weight.shape))
+            for weight in distinct
+            if weight.format_name == PACKED
+        ]
+        held = sum(local for local, _ in elements)
+        # A rank packs its share of what is to be packed.
+        packed = held / sum(whole for _, whole in elements) if elements else 0.0
         panels_size_bytes = sum(
             math.prod(weight.local_shape) * self.kernels.dtype.itemsize
             for weight in distinct
@@ -133,6 +149,7 @@ def build_model(
     mesh: Mesh | None = None,
     rank: int = 0,
     store: Store | None = None,
+    check: bool = False,
 ) -> Model:
     """A model with its kernels chosen, its program in place and its weights yet to load.
 
@@ -145,6 +162,8 @@ def build_model(
         rank: which of them this is.
         store: where they find each other, all of them at once; None for a model whose sizes are
             wanted and that is not run.
+        check: whether every tensor that crosses a boundary is held against the program, which
+            takes many times as long.
 
     Raises:
         UnsupportedModel: no class computes the architecture.
@@ -161,8 +180,12 @@ def build_model(
         program = compile_model(config, kernels=kernels, mesh=mesh, rank=rank)
         program.place_weights(model, rank)
         if store is not None:
-            groups = connect(mesh, rank, program.groups, store=store)
-            install(model, program, groups, counts=_counts)
+            wanted = {*program.groups, *(groups_to_check(program) if check else ())}
+            groups = connect(mesh, rank, sorted(wanted), store=store)
+            known = TokenCounts()
+            if check:
+                check_placements(model, program, groups, known)
+            install(model, program, groups, counts=_counts, known=known)
     return model
 
 

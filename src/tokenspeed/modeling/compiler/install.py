@@ -37,6 +37,7 @@ def install(
     groups: Groups,
     *,
     counts: Callable[..., Mapping[str, int]],
+    known: TokenCounts | None = None,
 ) -> None:
     """Make a model run its program on one rank.
 
@@ -45,8 +46,9 @@ def install(
         program: what was compiled for it.
         groups: this rank's, by cells.
         counts: tokens "T" and sampled tokens "S" of the arguments that the model is called with.
+        known: where they are kept during a step.
     """
-    known = TokenCounts()
+    known = known or TokenCounts()
     by_path: dict[str, dict[str, list[Transition]]] = {}
     for step in program.steps:
         by_path.setdefault(step.path, {}).setdefault(step.parameter, []).append(step.transition)
@@ -112,7 +114,8 @@ def _put_before(
     known: TokenCounts,
 ) -> None:
     forward = module.forward
-    names = list(inspect.signature(forward).parameters)
+    # What may stand before it already takes any arguments.
+    _, *names = inspect.signature(type(module).forward).parameters
     places = [(names.index(name), name, steps) for name, steps in entering.items()]
 
     def crossing(*args: Any, **kwargs: Any) -> Any:

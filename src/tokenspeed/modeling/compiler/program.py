@@ -12,12 +12,13 @@ from tokenspeed.distributed import Mesh
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.compiler.rules import RULES
 from tokenspeed.modeling.compiler.solve import Choice, solve
+from tokenspeed.modeling.compiler.symbol import Dim
 from tokenspeed.modeling.compiler.trace import Tracer
-from tokenspeed.modeling.compiler.transition import Transition
+from tokenspeed.modeling.compiler.transition import States, Transition
 from tokenspeed.modeling.cut import Division
 from tokenspeed.modeling.module import Module, Weight
 
-__all__ = ["Program", "Step", "WeightPlacement", "compile_module"]
+__all__ = ["Lying", "Program", "Step", "WeightPlacement", "compile_module"]
 
 M = TypeVar("M", bound=Module)
 
@@ -39,6 +40,27 @@ class Step:
     parameter: str
     source: str
     transition: Transition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lying:
+    """How a tensor lies once it has crossed a boundary, on the rank that was traced.
+
+    Attributes:
+        path: of the module.
+        module: path and class, for people.
+        parameter: which tensor.
+        inward: whether it went in.
+        states: by cell; see `transition`.
+        dims: its dimensions.
+    """
+
+    path: str
+    module: str
+    parameter: str
+    inward: bool
+    states: States
+    dims: tuple[Dim, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +101,13 @@ class Program:
         mesh: the ranks.
         steps: every transition, in the order in which they run.
         weights: by our name; those not named are whole everywhere.
+        lying: every crossing of a boundary, for `check_placements`.
     """
 
     mesh: Mesh
     steps: tuple[Step, ...]
     weights: Mapping[str, WeightPlacement]
+    lying: tuple[Lying, ...]
 
     @property
     def collectives(self) -> tuple[Step, ...]:
@@ -139,7 +163,7 @@ def compile_module(
         ConfigError: a dimension cannot be divided over so many ranks.
     """
     if mesh.world == 1:
-        return Program(mesh=mesh, steps=(), weights={})
+        return Program(mesh=mesh, steps=(), weights={}, lying=())
     tracer = Tracer(mesh, rank, RULES)
     with torch.device("meta"):
         twin = build(tracer.kernels(kernels))
@@ -156,6 +180,17 @@ def compile_module(
             for name, data in tracer.weights.items()
             if data.divided or data.partial
         },
+        lying=tuple(
+            Lying(
+                path=choice.crossing.path,
+                module=choice.crossing.module,
+                parameter=choice.crossing.parameter,
+                inward=choice.crossing.inward,
+                states=choice.states,
+                dims=choice.crossing.after.dims,
+            )
+            for choice in choices
+        ),
     )
 
 

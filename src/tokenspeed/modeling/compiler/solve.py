@@ -24,11 +24,11 @@ Live = tuple[tuple[int, States], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What was decided for one crossing inward.
+    """What was decided for one crossing.
 
     Attributes:
         crossing: which.
-        states: how the tensor lies once it is in.
+        states: how the tensor lies once it has crossed.
         transitions: what makes it so.
     """
 
@@ -46,7 +46,7 @@ class _Way:
 
 
 def solve(mesh: Mesh, events: Sequence[Event], given: Mapping[int, States]) -> tuple[Choice, ...]:
-    """Choices for every crossing inward that together move the fewest bytes for a token.
+    """Choices for every crossing that together move the fewest bytes for a token.
 
     Of two ways that move as many, the one with fewer collectives.
 
@@ -152,7 +152,8 @@ def _outcomes(
                 f"{event.before.source}"
             )
         )
-        yield {event.after.number: before}, None, reason
+        choice = Choice(crossing=event, states=before, transitions=())
+        yield {event.after.number: before}, choice, reason
         return
     for states in entries(mesh, event):
         steps = transitions_between(

@@ -1,0 +1,232 @@
+"""What a model would be on several ranks: its steps between them, and what each would hold.
+
+No weights are read, and where only a `config.json` is at hand none need exist.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenspeed import loader
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.distributed import Mesh
+from tokenspeed.engine.sizing import RESERVE_SIZE_BYTES
+from tokenspeed.execution import resolve_dtype
+from tokenspeed.kernels import PACKED, KernelSelector, load_plugins
+from tokenspeed.loader.files import read_json_object
+from tokenspeed.modeling import ModelConfig, build_model, compile_model
+from tokenspeed.modeling.compiler import Step
+
+__all__ = ["Fit", "Outline", "OutlineStep", "outline"]
+
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.|$| )")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutlineStep:
+    """Transitions that are alike in several blocks.
+
+    Attributes:
+        before: the module in front of which they stand, `*` for a number; "the model" at its end.
+        parameter: what they are done to.
+        source: the module it comes from.
+        kind: of collective, or "slice".
+        ranks: how many take part.
+        float32_sum: whether the sum goes into the addition before a norm without being rounded.
+        count: how many there are of them in a forward pass.
+        token_size_bytes: what a rank sends for each token, in all of them.
+        sample_size_bytes: what it sends for each sampled token, in all of them.
+    """
+
+    before: str
+    parameter: str
+    source: str
+    kind: str
+    ranks: int
+    float32_sum: bool
+    count: int
+    token_size_bytes: float
+    sample_size_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Whether a rank's memory is enough.
+
+    Attributes:
+        memory_size_bytes: what it has.
+        reserve_size_bytes: what is left to everything but weights and KV.
+        tokens: how many tokens of KV fit beside the weights; 0 if the weights alone do not.
+        fits: whether these are one context at least.
+    """
+
+    memory_size_bytes: int
+    reserve_size_bytes: int
+    tokens: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """A model on a mesh. Sizes are of the rank that holds the most, the first.
+
+    Attributes:
+        model, architecture, dtype: which.
+        weights: how they would be held.
+        ranks: of the mesh.
+        tp, ep, dp, cp: its degrees.
+        steps: in order of their first occurrence.
+        collectives: of a forward pass.
+        token_size_bytes: what a rank sends for each token of a step.
+        sample_size_bytes: what it sends for each sampled one.
+        weights_size_bytes: of a rank.
+        kv_token_size_bytes: of a rank, for each token of context.
+        context_max: tokens of a context.
+        fit: whether it fits; None where no memory was given.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    weights: str
+    ranks: int
+    tp: int
+    ep: int
+    dp: int
+    cp: int
+    steps: tuple[OutlineStep, ...]
+    collectives: int
+    token_size_bytes: float
+    sample_size_bytes: float
+    weights_size_bytes: int
+    kv_token_size_bytes: int
+    context_max: int
+    fit: Fit | None
+
+
+def outline(
+    model: str,
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    max_context: int | None = None,
+    memory_size_bytes: int | None = None,
+) -> Outline:
+    """Compile a model for a mesh and add up what its ranks hold and send.
+
+    Args:
+        model: as `EngineConfig.model`, or a `config.json`, or a folder that has nothing else.
+        mesh: the ranks.
+        dtype: as `EngineConfig.dtype`.
+        max_context: tokens of a context; the model's own limit if None.
+        memory_size_bytes: of each rank; None if it is not to be looked at.
+
+    Raises:
+        ModelError: the model cannot be had, or is of no architecture that is computed here.
+        ConfigError: it cannot be divided over so many ranks.
+    """
+    name, hf_config, size_bytes, quantisation = _described(model)
+    if quantisation is None and hf_config.get("quantization_config"):
+        # Weights that no loader reads yet are counted as what they would be dequantised to.
+        hf_config = {k: v for k, v in hf_config.items() if k != "quantization_config"}
+    config = ModelConfig.from_hf(hf_config)
+    context_max = min(max_context or config.context_max, config.context_max)
+    device = torch.device("cpu")
+    element = resolve_dtype(dtype, device)
+    element_name = str(element).removeprefix("torch.")
+    load_plugins()
+    packed = quantisation is not None
+    formats = (*((PACKED,) if packed else ()), f"{element_name}_panels", element_name)
+    kernels = KernelSelector(device=device, dtype=element, weight_formats=formats)
+    program = compile_model(config, kernels=kernels, mesh=mesh)
+    shape = build_model(
+        config, dtype=element, device=torch.device("meta"), kernels=kernels, mesh=mesh
+    )
+    weights_size_bytes = shape.planned_size_bytes(size_bytes)
+    kv_token_size_bytes = sum(spec.token_size_bytes for spec in shape.kv_specs())
+    moved = program.moved()
+    fit = None
+    if memory_size_bytes is not None:
+        room = memory_size_bytes - weights_size_bytes - RESERVE_SIZE_BYTES
+        tokens = max(0, room // kv_token_size_bytes)
+        fit = Fit(
+            memory_size_bytes=memory_size_bytes,
+            reserve_size_bytes=RESERVE_SIZE_BYTES,
+            tokens=tokens,
+            fits=tokens >= context_max,
+        )
+    return Outline(
+        model=name,
+        architecture=config.architecture,
+        dtype=element_name,
+        weights=quantisation or element_name,
+        ranks=mesh.world,
+        tp=mesh.tp,
+        ep=mesh.ep,
+        dp=mesh.dp,
+        cp=mesh.cp,
+        steps=_alike(program.steps, mesh),
+        collectives=len(program.collectives),
+        token_size_bytes=float(moved["T"]),
+        sample_size_bytes=float(moved["S"]),
+        weights_size_bytes=weights_size_bytes,
+        kv_token_size_bytes=kv_token_size_bytes,
+        context_max=context_max,
+        fit=fit,
+    )
+
+
+def _described(model: str) -> tuple[str, dict[str, Any], int, str | None]:
+    """Name, configuration, bytes of the weights, and their quantisation if it can be packed."""
+    path = Path(model)
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "config.json").exists():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ConfigError(f"there is no file {model}")
+        name = path.parent.resolve().name if path.name == "config.json" else path.stem
+        return name, dict(read_json_object(path)), 0, None
+    files = loader.resolve(model)
+    checkpoint = loader.open_checkpoint(files)
+    quantisation = checkpoint.quantisation if checkpoint.packable else None
+    return files.name, checkpoint.hf_config, checkpoint.size_bytes, quantisation
+
+
+def _alike(steps: tuple[Step, ...], mesh: Mesh) -> tuple[OutlineStep, ...]:
+    found: dict[tuple[object, ...], list[Step]] = {}
+    for step in steps:
+        transition = step.transition
+        key = (
+            _BLOCK.sub("*", step.path),
+            step.parameter,
+            _BLOCK.sub("*", step.source),
+            transition.kind,
+            transition.cells,
+            transition.wide,
+        )
+        found.setdefault(key, []).append(step)
+    rows = []
+    for same in found.values():
+        first = same[0]
+        moved = {"T": Fraction(0), "S": Fraction(0)}
+        for step in same:
+            if step.transition.symbol is not None:
+                moved[step.transition.symbol[0]] += step.transition.moved
+        rows.append(
+            OutlineStep(
+                before=_BLOCK.sub("*", first.path) or "the model",
+                parameter=first.parameter,
+                source=_BLOCK.sub("*", first.source),
+                kind=first.transition.kind,
+                ranks=mesh.size(first.transition.cells),
+                float32_sum=first.transition.wide,
+                count=len(same),
+                token_size_bytes=float(moved["T"]),
+                sample_size_bytes=float(moved["S"]),
+            )
+        )
+    return tuple(rows)
