@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from tokenspeed.core.environment import let_threads_sleep
 
 if TYPE_CHECKING:
+    from tokenspeed.core.constraint import StructuredOutputs
     from tokenspeed.core.sampling import SamplingParams
     from tokenspeed.engine.async_llm import AsyncLLM
     from tokenspeed.engine.llm import LLM
 
-__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "StructuredOutputs", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ _HOMES = {
     "LLM": "tokenspeed.engine.llm",
     "AsyncLLM": "tokenspeed.engine.async_llm",
     "SamplingParams": "tokenspeed.core.sampling",
+    "StructuredOutputs": "tokenspeed.core.constraint",
 }
 
 

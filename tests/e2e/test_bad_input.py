@@ -7,6 +7,10 @@ import pytest
 from .serving import Serve
 
 CHAT = "/v1/chat/completions"
+UNENFORCEABLE = {
+    "type": "json_schema",
+    "json_schema": {"name": "set", "schema": {"type": "array", "uniqueItems": True}},
+}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -32,8 +36,10 @@ def serves_afterwards(server: Serve) -> Any:
         ({"presence_penalty": 9}, 400, "presence_penalty"),
         ({"top_logprobs": 99, "logprobs": True}, 400, "top_logprobs"),
         ({"n": 1000}, 400, "n"),
-        ({"response_format": {"type": "json_object"}}, 400, "constraint"),
-        ({"regex": "[0-9]+"}, 400, "constraint"),
+        ({"response_format": UNENFORCEABLE}, 400, "uniqueItems"),
+        ({"response_format": UNENFORCEABLE, "stream": True}, 400, "uniqueItems"),
+        ({"regex": "(?!a)b"}, 400, "regex"),
+        ({"ebnf": "root ::= missing"}, 400, "missing"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "1024 tokens"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from tokenspeed.core.constraint import StructuredOutputs
 from tokenspeed.core.errors import InvalidParameter
 
 __all__ = ["SamplingParams"]
@@ -39,6 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         stop: strings that end the text, and are not part of it.
         stop_token_ids: token ids that end the text beside the model's own.
         ignore_eos: go on past the model's own end-of-text tokens.
+        structured_outputs: what the text must be; None lets it be anything. It goes before
+            `min_new_tokens` and `ignore_eos`: a text that can only end does end.
     """
 
     temperature: float = 1.0
@@ -56,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0.0, 100.0)

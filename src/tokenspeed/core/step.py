@@ -5,7 +5,8 @@ written, K events, M pages moved, X transfers begun.
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -239,10 +240,17 @@ class SampledLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one forward pass gave: tokens [S], and log-probabilities where asked for."""
+    """What one forward pass gave.
+
+    Attributes:
+        tokens: [S].
+        logprobs: where asked for.
+        failures: slots whose request cannot go on, and why; their tokens mean nothing.
+    """
 
     tokens: Int32Array
     logprobs: SampledLogprobs | None
+    failures: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from tokenspeed.engine.pace import learn_pace, tps_alone
 from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
+from tokenspeed.grammar import ConstraintCompiler, TokenTable
 from tokenspeed.kernels import PACKED, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import ModelConfig, build_model
@@ -96,6 +97,10 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         overlap_depth=overlap_depth,
         seed=config.seed,
+        constraints=ConstraintCompiler(
+            lambda: _token_table(tokenizer, model_config.vocab_size),
+            lambda text: tokenizer.encode(text.decode(errors="replace")),
+        ),
     )
     info = EngineInfo(
         model_name=config.served_model_name or files.name,
@@ -122,6 +127,15 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),
     )
     return Engine(core=core, info=info)
+
+
+def _token_table(tokenizer: loader.Tokenizer, vocabulary: int) -> TokenTable:
+    """What the tokens that have logits stand for."""
+    return TokenTable(
+        texts=[tokenizer.bytes_of(token) for token in range(vocabulary)],
+        special=sorted(token for token in tokenizer.special_token_ids if token < vocabulary),
+        ends=[token for token in tokenizer.eos_token_ids if token < vocabulary],
+    )
 
 
 def _context_max(config: EngineConfig, model: ModelConfig) -> int:

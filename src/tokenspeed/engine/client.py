@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from tokenspeed import loader
-from tokenspeed.core import errors
-from tokenspeed.core.errors import EngineDead, EngineError, TokenSpeedError
+from tokenspeed.core.errors import EngineDead, EngineError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.client_socket import ClientSocket
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
@@ -35,6 +34,7 @@ from tokenspeed.engine.wire import (
     ToEngine,
     decode_from_engine,
     encode,
+    error_of,
 )
 
 __all__ = ["EngineClient"]
@@ -96,7 +96,7 @@ class EngineClient:
                         folder = Path(info.tokenizer_dir)
                         return cls(socket, info, await asyncio.to_thread(loader.Tokenizer, folder))
                     case Failed(kind, text):
-                        raise _error(kind, text)
+                        raise error_of(kind, text)
                     case LoadProgress():
                         if on_progress is not None:
                             on_progress(message)
@@ -279,12 +279,12 @@ class EngineClient:
                     if error_kind is None:
                         call.set_result(value)
                     else:
-                        call.set_exception(_error(error_kind, error_message or ""))
+                        call.set_exception(error_of(error_kind, error_message or ""))
             case CacheEventBatch():
                 for queue in self._cache_queues:
                     queue.put_nowait(message)
             case Refused(request, kind, text):
-                self._streams.fail(request, _error(kind, text))
+                self._streams.fail(request, error_of(kind, text))
             case Failed(kind, text):
                 self.fail(f"the engine stopped: {kind}: {text}")
             case Begun() | LoadProgress() | Ready():
@@ -293,12 +293,3 @@ class EngineClient:
 
 def _tenant_number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
-
-
-def _error(kind: str, text: str) -> TokenSpeedError:
-    """The error a message names; one of an unknown kind is the engine's own failure."""
-    if kind == errors.Overloaded.__name__:
-        return errors.Overloaded(text, retry_after_s=1.0)
-    if kind in errors.__all__:
-        return getattr(errors, kind)(text)  # type: ignore[no-any-return]
-    return EngineError(f"{kind}: {text}")

@@ -1,6 +1,7 @@
 """The engine: requests in, one step after the other, tokens out."""
 
 import secrets
+import select
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from tokenspeed.control import Scheduler
+from tokenspeed.core.errors import InvalidParameter, RequestError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import (
     Int32Array,
@@ -18,7 +20,8 @@ from tokenspeed.core.step import (
     StepPlan,
     StepResult,
 )
-from tokenspeed.engine.wire import EngineInfo, LogprobColumns, StepOutputs, Submit
+from tokenspeed.engine.wire import EngineInfo, LogprobColumns, Refused, StepOutputs, Submit
+from tokenspeed.grammar import ConstraintCompiler, Grammar, Refusal
 
 __all__ = ["Engine", "EngineCore", "LaunchedStep", "StepRunner"]
 
@@ -42,6 +45,7 @@ class StepRunner(Protocol):
         prompt_count: int,
         tokens: Int32Array | None,
         stop_token_ids: Int32Array,
+        grammar: Grammar | None,
     ) -> None:
         """Give a slot to a request."""
 
@@ -66,6 +70,16 @@ class _Live:
     seed: int
     prompt_count: int
     stop_token_ids: Int32Array
+    grammar: Grammar | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    """A launched step, and whose the slots with a grammar are in it."""
+
+    plan: StepPlan
+    launched: LaunchedStep
+    confined: dict[int, int]
 
 
 class EngineCore:
@@ -75,6 +89,7 @@ class EngineCore:
         control: the control plane.
         runner: the execution plane.
         eos_token_ids: the model's own end-of-text tokens.
+        constraints: compiles what answers must follow; None to refuse such requests.
         overlap_depth: steps launched ahead of the oldest uncommitted one.
         seed: base of the seeds of requests that bring none; None draws each afresh.
     """
@@ -87,6 +102,7 @@ class EngineCore:
         eos_token_ids: tuple[int, ...],
         overlap_depth: int,
         seed: int | None,
+        constraints: ConstraintCompiler | None = None,
     ) -> None:
         self.control = control
         self.runner = runner
@@ -94,24 +110,61 @@ class EngineCore:
         self._overlap_depth = overlap_depth
         self._seeds = None if seed is None else np.random.Generator(np.random.Philox(seed))
         self._live: dict[int, _Live] = {}
-        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
+        self._constraints = constraints
+        # Requests whose grammar is being compiled; the control plane does not know them yet.
+        self._compiling: dict[int, Submit] = {}
+        self._confined: dict[int, int] = {}
+        self._refused: list[Refused] = []
 
     @property
     def busy(self) -> bool:
-        """Whether any request is still to reach its end."""
-        return bool(self._live) or bool(self._in_flight)
+        """Whether a step would have something to do."""
+        return bool(self._live or self._in_flight or self._refused)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is still to reach its end."""
+        return not (self.busy or self._compiling)
+
+    @property
+    def wake_descriptor(self) -> int | None:
+        """Readable when there is something to do though the engine is not `busy`."""
+        return None if self._constraints is None else self._constraints.descriptor
+
+    def wait(self, timeout_s: float) -> None:
+        """With requests that wait for their grammars, and no others: wait for the first."""
+        if not self.busy and self._constraints is not None:
+            select.select([self._constraints.descriptor], [], [], timeout_s)
 
     def submit(self, message: Submit) -> None:
-        """Queue a request. Raises RequestError where it can not be taken."""
+        """Queue a request, behind the compilation of what its answer must follow.
+
+        Raises:
+            RequestError: it can not be taken. What is found wrong later is in `take_refused`.
+        """
+        wanted = message.params.structured_outputs
+        if wanted is None:
+            self._admit(message, None)
+            return
+        if self._constraints is None:
+            raise InvalidParameter("this engine enforces no constraints; leave them out")
+        self._constraints.submit(message.request, wanted)
+        self._compiling[message.request] = message
+
+    def _admit(self, message: Submit, grammar: Grammar | None) -> None:
         params = message.params
-        eos = () if params.ignore_eos else self._eos_token_ids
+        confined = grammar is not None
+        # A text that has come to its end ends, whatever else was asked for: the sampler keeps ends
+        # away as long as the grammar lets it, so that one which is sampled is meant.
+        eos = () if params.ignore_eos and not confined else self._eos_token_ids
         stop_token_ids = np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int32)
         prompt = np.frombuffer(message.prompt, dtype=np.int32)
         self.control.submit(
             message.request,
             prompt,
             max_new_tokens=message.max_new_tokens,
-            min_new_tokens=params.min_new_tokens,
+            min_new_tokens=0 if confined else params.min_new_tokens,
             stop_token_ids=stop_token_ids,
             salt=message.salt,
             priority=message.priority,
@@ -119,33 +172,82 @@ class EngineCore:
         )
         seed = message.seed if message.seed is not None else self._fresh_seed()
         self._live[message.request] = _Live(
-            params=params, seed=seed, prompt_count=len(prompt), stop_token_ids=stop_token_ids
+            params=params,
+            seed=seed,
+            prompt_count=len(prompt),
+            stop_token_ids=stop_token_ids,
+            grammar=grammar,
         )
 
     def abort(self, request: int) -> None:
         """End a request; unknown ones are ignored."""
+        if self._compiling.pop(request, None) is not None:
+            assert self._constraints is not None
+            self._constraints.cancel(request)
+            self._refuse(request, RequestError("the request was ended before it began"))
+            return
         self.control.abort(request)
+
+    def take_refused(self) -> list[Refused]:
+        """Requests that ended with an error since the last call; whatever a step gives for one of
+        them afterwards belongs to nobody."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def step(self) -> StepOutputs | None:
         """Plan, launch, commit once. None when nothing came of it."""
+        if self._compiling:
+            self._admit_compiled()
         plan = self.control.plan(_now_us())
         if plan is not None:
             self._bind(plan)
-            self._in_flight.append((plan, self.runner.launch(plan)))
+            launched = self.runner.launch(plan)
+            self._in_flight.append(
+                _InFlight(plan=plan, launched=launched, confined=self._confined.copy())
+            )
         logprobs = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap_depth):
-            done, launched = self._in_flight.popleft()
-            result = launched.result()
-            self.control.commit(done.step, result.tokens, _now_us())
-            for transfer in done.transfers.ids.tolist():
+            done = self._in_flight.popleft()
+            result = done.launched.result()
+            self.control.commit(done.plan.step, result.tokens, _now_us())
+            for transfer in done.plan.transfers.ids.tolist():
                 # The runner does them in the step that begins them.
                 self.control.transferred(transfer, complete=True)
             logprobs = result.logprobs
+            for slot, reason in result.failures.items():
+                self._fail(done.confined[slot], reason)
         return self._outputs(self.control.take_outcome(), logprobs)
 
     def close(self) -> None:
-        """Free the runner."""
+        """Free the runner, and end what compiles constraints."""
         self.runner.close()
+        if self._constraints is not None:
+            self._constraints.close()
+
+    def _admit_compiled(self) -> None:
+        """Queue requests whose grammars have come; refuse those that get none."""
+        assert self._constraints is not None
+        for compiled in self._constraints.take():
+            message = self._compiling.pop(compiled.request)
+            if isinstance(compiled.outcome, Refusal):
+                self._refuse(compiled.request, compiled.outcome.error())
+                continue
+            try:
+                self._admit(message, compiled.outcome)
+            except RequestError as error:
+                self._refuse(compiled.request, error)
+
+    def _refuse(self, request: int, error: RequestError) -> None:
+        self._refused.append(Refused(request, type(error).__name__, str(error)))
+
+    def _fail(self, request: int, reason: str) -> None:
+        """End a request that has begun with an error."""
+        if request in self._live:
+            self._refuse(
+                request,
+                InvalidParameter(f"the constraint could not be followed any further: {reason}"),
+            )
+            self.control.abort(request)
 
     def _fresh_seed(self) -> int:
         if self._seeds is None:
@@ -157,13 +259,20 @@ class EngineCore:
             plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True
         ):
             live = self._live[request]
+            confined = live.grammar is not None
+            if confined:
+                self._confined[slot] = request
+            else:
+                self._confined.pop(slot, None)
+            needs_tokens = confined or live.params.needs_history
             self.runner.bind(
                 slot,
                 live.params,
                 seed=live.seed,
                 prompt_count=live.prompt_count,
-                tokens=self.control.tokens(request) if live.params.needs_history else None,
+                tokens=self.control.tokens(request) if needs_tokens else None,
                 stop_token_ids=live.stop_token_ids,
+                grammar=live.grammar,
             )
 
     def _outputs(

@@ -12,7 +12,7 @@ import msgspec
 from tokenspeed import loader
 from tokenspeed.control import SchedulerStats
 from tokenspeed.core.config import EngineConfig
-from tokenspeed.core.errors import InvalidParameter, Overloaded
+from tokenspeed.core.errors import InvalidParameter, RequestError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import CacheReport
 from tokenspeed.engine.build import build_engine
@@ -20,13 +20,15 @@ from tokenspeed.engine.outputs import Completion, GenerationOutput
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenDelta, TokenStream
 from tokenspeed.engine.text import TextAssembler, stop_of
 from tokenspeed.engine.validation import checked_max_new_tokens, checked_prompt
-from tokenspeed.engine.wire import EngineInfo, Submit
+from tokenspeed.engine.wire import EngineInfo, Submit, error_of
 
 __all__ = ["LLM", "Message", "Prompt"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 COMPLETIONS_MAX = 128
+# So that Ctrl-C is noticed.
+WAIT_S = 0.5
 
 
 class LLM:
@@ -79,7 +81,8 @@ class LLM:
             One output a prompt, in order.
 
         Raises:
-            RequestError: a prompt or a parameter is wrong; nothing was run.
+            RequestError: a prompt or a parameter is wrong; nothing was run. That a constraint
+                cannot be enforced may come out later; all are ended then.
             Overloaded: a prompt would wait for longer than `queue_timeout_s`; all are ended.
         """
         wanted: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
@@ -105,7 +108,7 @@ class LLM:
                 self._step()
                 for collector in collectors:
                     collector.take()
-        except Overloaded:
+        except RequestError:
             for collector in collectors:
                 collector.abort()
             while len(self._streams):
@@ -184,7 +187,10 @@ class LLM:
         return _Collector(stream, TextAssembler(self.tokenizer, params.stop))
 
     def _step(self) -> None:
+        self._core.wait(WAIT_S)
         outputs = self._core.step()
+        for refused in self._core.take_refused():
+            self._streams.fail(refused.request, error_of(refused.kind, refused.message))
         if outputs is not None:
             self._streams.take(outputs)
 

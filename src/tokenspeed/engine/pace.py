@@ -82,6 +82,7 @@ def _run(
                     prompt_count=prompts[int(request)],
                     tokens=None,
                     stop_token_ids=none,
+                    grammar=None,
                 )
             flying.append((plan.step, StepWork.of(plan), runner.launch(plan)))
         elif not flying:

@@ -96,9 +96,13 @@ class _Peer:
             self.check_parent()
         self._socket.send(encode(message))
 
-    def wait(self) -> None:
-        """Wait until a message is there."""
-        while not self._socket.poll(IDLE_POLL_MS):
+    def wait(self, descriptor: int | None) -> None:
+        """Wait until a message is there, or a file descriptor has something."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if descriptor is not None:
+            poller.register(descriptor, zmq.POLLIN)
+        while not poller.poll(IDLE_POLL_MS):
             self.check_parent()
 
     def receive(self) -> list[bytes]:
@@ -131,6 +135,8 @@ class _Server:
         while self._running:
             self._intake()
             outputs = self._core.step()
+            for refused in self._core.take_refused():
+                self._peer.send(refused)
             if outputs is not None:
                 self._rate.add(len(outputs.tokens) // 4)
                 self._peer.send(outputs)
@@ -139,7 +145,7 @@ class _Server:
     def _intake(self) -> None:
         """Take every message that waits; with nothing to do, wait for one."""
         if not self._core.busy:
-            self._peer.wait()
+            self._peer.wait(self._core.wake_descriptor)
         self._peer.check_parent()
         for data in self._peer.receive():
             self._take(data)
@@ -167,7 +173,7 @@ class _Server:
                 case "stats":
                     value = self._stats()
                 case "flush_cache":
-                    value = not self._core.busy and control.flush_cache()
+                    value = self._core.idle and control.flush_cache()
                 case "start_profile":
                     folder, steps = arguments["output_dir"], arguments["steps"]
                     assert folder is None or isinstance(folder, str)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from tokenspeed.core import errors
+from tokenspeed.core.errors import EngineError, TokenSpeedError
 from tokenspeed.core.sampling import SamplingParams
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "decode_to_engine",
     "encode",
     "endpoint",
+    "error_of",
 ]
 
 
@@ -261,3 +264,12 @@ def decode_from_engine(data: bytes) -> FromEngine:
 def endpoint(socket_path: Path) -> str:
     """The ZeroMQ address of a Unix-domain socket."""
     return f"ipc://{socket_path}"
+
+
+def error_of(kind: str, text: str) -> TokenSpeedError:
+    """The error a message names; one of an unknown kind is the engine's own failure."""
+    if kind == errors.Overloaded.__name__:
+        return errors.Overloaded(text, retry_after_s=1.0)
+    if kind in errors.__all__:
+        return getattr(errors, kind)(text)  # type: ignore[no-any-return]
+    return EngineError(f"{kind}: {text}")

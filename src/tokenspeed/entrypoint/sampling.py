@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tokenspeed.core.constraint import StructuredOutputs
 from tokenspeed.core.errors import InvalidParameter
 from tokenspeed.core.sampling import TOKENS_MAX, SamplingParams
 
@@ -23,11 +24,6 @@ _OPTIONAL_SCALARS = (
     "frequency_penalty",
 )
 
-_CONSTRAINT_ADVICE = (
-    "this engine does not enforce output constraints yet; send the request without "
-    "response_format, regex, ebnf, structural tag, strict tools or a forced tool_choice"
-)
-
 
 def check_supported(request: Any) -> None:
     """Refuse what a `GenerateRequest` asks for and this engine would otherwise ignore.
@@ -36,9 +32,6 @@ def check_supported(request: Any) -> None:
         InvalidParameter: names the field and what to do without it.
     """
     params = request.sampling_params
-    constraint = params.WhichOneof("constraint")
-    if constraint is not None:
-        raise InvalidParameter(f"a {constraint} constraint was asked for, but {_CONSTRAINT_ADVICE}")
     if request.HasField("mm_inputs") and request.mm_inputs.items:
         raise InvalidParameter("the request carries images, audio or video; the model takes text")
     if request.HasField("encode_bootstrap_info") or request.HasField("kv_bootstrap_info"):
@@ -113,6 +106,7 @@ def sampling_params_of(
         stop=tuple(params.stop),
         stop_token_ids=tuple(dict.fromkeys(int(token) for token in params.stop_token_ids)),
         ignore_eos=bool(params.ignore_eos),
+        structured_outputs=_structured_outputs(params),
     )
 
 
@@ -120,6 +114,14 @@ def seeded(seed: int | None, index: int) -> int | None:
     """The seed of sample `index` of a request: its own stream, and the same one every time."""
     return None if seed is None else (seed + index) % _SEEDS
 
+
+# The gateway's names of what a text must be, and ours.
+_CONSTRAINTS = {
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf_grammar": "grammar",
+    "structural_tag": "structural_tag",
+}
 
 _UNSET = {
     "temperature": 1.0,
@@ -129,6 +131,13 @@ _UNSET = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+
+def _structured_outputs(params: Any) -> StructuredOutputs | None:
+    field = params.WhichOneof("constraint")
+    if field is None:
+        return None
+    return StructuredOutputs(**{_CONSTRAINTS[field]: getattr(params, field)})
 
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:

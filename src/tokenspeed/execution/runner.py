@@ -17,11 +17,13 @@ from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
+from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
+from tokenspeed.grammar import Grammar
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling import ForwardBatch, Model
 
@@ -56,6 +58,7 @@ class _Binding:
     prompt_count: int
     tokens: Int32Array | None
     stop_token_ids: Int32Array
+    grammar: Grammar | None
 
 
 class Runner:
@@ -91,6 +94,9 @@ class Runner:
             vocabulary=model.config.vocab_size,
             kernels=model.kernels,
         )
+        self._confinement = Confinement(
+            slots_max=config.slots_max, vocabulary=model.config.vocab_size, device=device
+        )
         self._token_ids = InputBuffer(config.step_tokens_max, device=device)
         self._positions = InputBuffer(config.step_tokens_max, device=device)
         self._sampled = InputBuffer(config.slots_max, device=device)
@@ -125,6 +131,7 @@ class Runner:
         prompt_count: int,
         tokens: Int32Array | None,
         stop_token_ids: Int32Array,
+        grammar: Grammar | None = None,
     ) -> None:
         """Give a slot to a request, from the next launch on.
 
@@ -133,8 +140,9 @@ class Runner:
             params: how the request's tokens are sampled.
             seed: 64-bit seed of its draws.
             prompt_count: tokens of its prompt.
-            tokens: prompt and output so far, where `params.needs_history`.
+            tokens: prompt and output so far, where `params.needs_history` or there is a grammar.
             stop_token_ids: tokens that end it, the model's own among them.
+            grammar: what its output must follow.
         """
         # A launched step may still sample for the slot's last owner.
         self._bindings.append(
@@ -145,6 +153,7 @@ class Runner:
                 prompt_count=prompt_count,
                 tokens=tokens,
                 stop_token_ids=stop_token_ids,
+                grammar=grammar,
             )
         )
 
@@ -203,6 +212,7 @@ class Runner:
     def close(self) -> None:
         """Wait for what was launched, and end the runner's thread."""
         self._submit(self._profiler.close).result()
+        self._confinement.close()
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -228,6 +238,7 @@ class Runner:
                 tokens=binding.tokens,
                 stop_token_ids=binding.stop_token_ids,
             )
+            self._confine(binding)
         # What leaves the device is copied before anything is written to where it was.
         for pool, group in zip(self._pools.pools, plan.groups, strict=True):
             if len(group.stores.sources):
@@ -242,7 +253,8 @@ class Runner:
             if self._graph is None or self._profiler.recording:
                 return self._forward(plan)
             logits_SV, tokens = self._graph.run(plan)
-            if self._sampler.takes_likeliest(plan.row_slots[plan.sample_rows]):
+            slots_S = plan.row_slots[plan.sample_rows]
+            if self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S):
                 return StepResult(tokens=tokens, logprobs=None)
             return self._sample(plan, logits_SV)
 
@@ -253,9 +265,28 @@ class Runner:
     @torch.inference_mode()
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
         slots_S = plan.row_slots[plan.sample_rows]
-        tokens_S, logprobs = self._sampler.sample(logits_SV, slots_S, plan.sample_positions)
+        # The bitmasks were made while the forward ran.
+        bitmasks, failures = self._confinement.bitmasks(slots_S)
+        tokens_S, logprobs = self._sampler.sample(
+            logits_SV, slots_S, plan.sample_positions, bitmasks
+        )
         self._last_token_X[self._sampled_slots.fill(slots_S)] = tokens_S
-        return StepResult(tokens=tokens_S.cpu().numpy().astype(np.int32), logprobs=logprobs)
+        tokens = tokens_S.cpu().numpy().astype(np.int32)
+        self._confinement.advance(slots_S, tokens)
+        return StepResult(tokens=tokens, logprobs=logprobs, failures=failures)
+
+    def _confine(self, binding: _Binding) -> None:
+        output: list[int] = []
+        if binding.grammar is not None:
+            assert binding.tokens is not None, "a request with a grammar comes with its tokens"
+            output = binding.tokens[binding.prompt_count :].tolist()
+        self._confinement.bind(
+            binding.slot,
+            binding.grammar,
+            output=output,
+            ends=binding.stop_token_ids,
+            ignore_eos=binding.params.ignore_eos,
+        )
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:
         """The plan's values in the static buffers, with what only this side knows."""

@@ -11,12 +11,14 @@ Order of operations, per row:
     7. temperature, min-p, top-k, top-p
     8. a draw from what is left, by a uniform number that depends on seed and position alone
 
-A row in which 2 and 3 leave no token possible gets the likeliest token of the logits as they came.
+A row in which 3 leaves no token possible goes without 3; one in which nothing is possible all the
+same gets the likeliest token of the logits as they came, or, where it has a bitmask, one that this
+allows.
 
 Legend: S sampled rows, V vocabulary, X slots, W 32-bit words of V bits, K likeliest tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,7 +145,7 @@ class Sampler:
         logits_SV: torch.Tensor,
         slots_S: Int32Array,
         positions_S: Int32Array,
-        bitmask_SW: torch.Tensor | None = None,
+        bitmasks: Mapping[int, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, SampledLogprobs | None]:
         """A token for each row.
 
@@ -151,20 +153,22 @@ class Sampler:
             logits_SV: float32, contiguous; the sampler may change them.
             slots_S: the slot of each row's request.
             positions_S: index of the output token to be sampled, 0 for the first.
-            bitmask_SW: int32; bit v % 32 of word v // 32 set where token v is allowed. None
-                allows all.
+            bitmasks: int32 [1, W] of each row that is confined: bit v % 32 of word v // 32 is set
+                where token v is allowed, and some bit is.
 
         Returns:
             int64 tokens [S] on the logits' device, and what was asked for of log-probabilities.
         """
-        if bitmask_SW is None and self.takes_likeliest(slots_S):
+        if not bitmasks and self.takes_likeliest(slots_S):
             return self._argmax(logits_SV), None
+        bitmasks = bitmasks or {}
         excluding_S = positions_S < self._min_new_X[slots_S]
-        edited_S = self._edited_X[slots_S] | excluding_S | (bitmask_SW is not None)
+        edited_S = self._edited_X[slots_S] | excluding_S
+        edited_S[list(bitmasks)] = True
         reports_S = self._reports_X[slots_S]
         drawn_S = self._temperature_X[slots_S] > 0.0
         with one_thread():
-            original = self._edit_rows(logits_SV, slots_S, edited_S, excluding_S, bitmask_SW)
+            original = self._edit_rows(logits_SV, slots_S, edited_S, excluding_S, bitmasks)
             tokens_S = self._choose(logits_SV, slots_S, positions_S, drawn_S)
             report = self._report(logits_SV, original, slots_S, tokens_S, reports_S)
         for slot, token in zip(slots_S.tolist(), tokens_S.tolist(), strict=True):
@@ -178,7 +182,7 @@ class Sampler:
         slots_S: Int32Array,
         edited_S: BoolArray,
         excluding_S: BoolArray,
-        bitmask_SW: torch.Tensor | None,
+        bitmasks: Mapping[int, torch.Tensor],
     ) -> dict[int, torch.Tensor]:
         """Steps 2 to 5 in place; gives the rows that changed as they were, [1, V] each."""
         original: dict[int, torch.Tensor] = {}
@@ -186,10 +190,17 @@ class Sampler:
             slot = int(slots_S[row])
             logits_1V = logits_SV[row : row + 1]
             original[row] = logits_1V.clone()
-            bitmask_1W = None if bitmask_SW is None else bitmask_SW[row : row + 1]
-            self._edit(logits_1V, slot, bitmask_1W, self._stops[slot] if excluding_S[row] else None)
+            bitmask_1W = bitmasks.get(row)
+            stops = self._stops[slot] if excluding_S[row] else None
+            self._edit(logits_1V, slot, bitmask_1W, stops)
+            if stops is not None and _impossible(logits_1V):
+                logits_1V.copy_(original[row])
+                self._edit(logits_1V, slot, bitmask_1W, None)
             if _impossible(logits_1V):
                 logits_1V.copy_(original[row])
+                if bitmask_1W is not None:
+                    # Whatever the logits are worth, the text stays what it must be.
+                    self._apply_bitmask(logits_1V.zero_(), bitmask_1W)
         return original
 
     def _edit(

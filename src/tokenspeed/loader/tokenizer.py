@@ -88,6 +88,15 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes a token stands for; none for an id that the vocabulary lacks."""
+        return self._bytes[token_id]
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that are no text to a reader."""
+        return self._bytes.special
+
     def decode(self, token_ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         stream = self.incremental_detokenizer(skip_special=skip_special)

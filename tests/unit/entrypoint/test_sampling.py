@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 
+from tokenspeed.core.constraint import CONSTRAINT_SIZE_MAX_BYTES, StructuredOutputs
 from tokenspeed.core.errors import InvalidParameter, RequestError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.entrypoint.sampling import (
@@ -84,10 +85,25 @@ def test_the_number_of_samples_is_bounded() -> None:
         samples_of(with_params(n=SAMPLES_MAX + 1))
 
 
-@pytest.mark.parametrize("field", ["regex", "json_schema", "ebnf_grammar", "structural_tag"])
-def test_a_constraint_is_refused_and_never_ignored(field: str) -> None:
-    with pytest.raises(InvalidParameter, match=field):
-        check_supported(with_params(**{field: "x"}))
+@pytest.mark.parametrize(
+    ("field", "ours"),
+    [
+        ("regex", StructuredOutputs(regex="x")),
+        ("json_schema", StructuredOutputs(json="x")),
+        ("ebnf_grammar", StructuredOutputs(grammar="x")),
+        ("structural_tag", StructuredOutputs(structural_tag="x")),
+    ],
+)
+def test_a_constraint_is_handed_on(field: str, ours: StructuredOutputs) -> None:
+    assert translated(with_params(**{field: "x"})).structured_outputs == ours
+    assert translated(pb.GenerateRequest()).structured_outputs is None
+    # An empty one is one all the same; what is wrong with it the engine says.
+    assert translated(with_params(**{field: ""})).structured_outputs is not None
+
+
+def test_a_constraint_that_is_too_large_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="bytes"):
+        translated(with_params(regex="x" * (CONSTRAINT_SIZE_MAX_BYTES + 1)))
 
 
 @pytest.mark.parametrize(

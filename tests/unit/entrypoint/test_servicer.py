@@ -16,7 +16,8 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as pb_grpc
 
-from tokenspeed.core.errors import EngineDead, Overloaded
+from tokenspeed.core.constraint import StructuredOutputs
+from tokenspeed.core.errors import EngineDead, InvalidParameter, Overloaded
 from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.stream import TokenLogprob
 from tokenspeed.engine.wire import CacheEventBatch
@@ -265,14 +266,19 @@ def test_health_follows_the_engine() -> None:
     served(case)
 
 
-def test_a_constraint_is_an_invalid_argument() -> None:
+def test_a_constraint_reaches_the_engine_and_its_refusal_the_client() -> None:
     async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
-        request = generate_request()
-        request.sampling_params.json_schema = "{}"
-        code, details = await refused(stub.Generate(request))
+        request = generate_request(n=2, stream=True)
+        request.sampling_params.json_schema = '{"uniqueItems":true}'
+        call = stub.Generate(request)
+        await engine.wait_for_requests(2)
+        for params in engine.params:
+            assert params.structured_outputs == StructuredOutputs(json='{"uniqueItems":true}')
+        engine.streams[1].fail(InvalidParameter("uniqueItems cannot be enforced"))
+        code, details = await refused(call)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert "json_schema" in details
-        assert engine.streams == []
+        assert "uniqueItems" in details
+        assert engine.aborted == [0]
 
     served(case)
 

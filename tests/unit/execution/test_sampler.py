@@ -226,41 +226,63 @@ def test_bias_comes_before_penalties():
     assert sample_one(subject, logits) == 4
 
 
-def bitmask(*rows: set[int]) -> torch.Tensor:
-    words = np.zeros((len(rows), -(-V // 32)), dtype=np.uint32)
-    for row, allowed in enumerate(rows):
-        for token in allowed:
-            words[row, token // 32] |= np.uint32(1 << token % 32)
+def bitmask(allowed: set[int]) -> torch.Tensor:
+    words = np.zeros((1, -(-V // 32)), dtype=np.uint32)
+    for token in allowed:
+        words[0, token // 32] |= np.uint32(1 << token % 32)
     return torch.from_numpy(words.view(np.int32))
 
 
-def test_a_bitmask_confines_greedy_and_drawn_rows():
-    rows = random_logits(2, V, seed=3)
+def test_a_bitmask_confines_greedy_and_drawn_rows_and_leaves_the_others_alone():
+    rows = random_logits(3, V, seed=3)
     subject = sampler()
     bind(subject, 0, SamplingParams(temperature=0.0))
     bind(subject, 1, SamplingParams(temperature=5.0, logit_bias={0: 100.0}))
+    bind(subject, 2, SamplingParams(temperature=0.0))
     allowed = {33, 5, 39}
+    rows[2, 7] = 50.0
     for position in range(50):
         tokens, _ = subject.sample(
-            rows.clone(), ints(0, 1), ints(position, position), bitmask(allowed, allowed)
+            rows.clone(),
+            ints(0, 1, 2),
+            ints(position, position, position),
+            {row: bitmask(allowed) for row in (0, 1)},
         )
         assert int(tokens[0]) == max(allowed, key=lambda token: rows[0, token])
         assert int(tokens[1]) in allowed
+        assert int(tokens[2]) == 7
+
+
+def test_a_bitmask_goes_before_the_minimum_length():
+    rows = random_logits(2, V, seed=6)
+    subject = sampler()
+    params = SamplingParams(temperature=0.0, min_new_tokens=4)
+    for slot in range(2):
+        bind(subject, slot, params, stops=(3, 4))
+    # Of the first row only a stop token may come, of the second something else too.
+    bitmasks = {0: bitmask({3}), 1: bitmask({3, 9})}
+    tokens, _ = subject.sample(rows, ints(0, 1), ints(0, 0), bitmasks)
+    assert tokens.tolist() == [3, 9]
+
+
+def test_log_probabilities_are_those_without_a_bitmask():
+    row = random_logits(1, V, seed=7)
+    subject = sampler()
+    bind(subject, 0, SamplingParams(temperature=0.0, logprobs=2))
+    tokens, logprobs = subject.sample(row.clone(), ints(0), ints(0), {0: bitmask({5})})
+    assert tokens.tolist() == [5]
+    assert logprobs.chosen[0] == pytest.approx(float(row.log_softmax(-1)[0, 5]), abs=1e-5)
+    assert logprobs.top_token_ids[0, 0] == int(row.argmax())
 
 
 def test_a_row_with_nothing_left_gets_its_likeliest_token():
-    rows = random_logits(3, V, seed=4)
-    rows[0, 8] = math.nan
-    rows[0, 7] = 50.0
+    rows = random_logits(2, V, seed=4)
+    rows[0] = -INF
     subject = sampler()
     bind(subject, 0, SamplingParams(temperature=0.0))
-    bind(subject, 1, SamplingParams(temperature=0.0))
-    bind(subject, 2, SamplingParams(temperature=1e-4, min_new_tokens=1), stops=tuple(range(V)))
-    everything = set(range(V))
-    tokens, _ = subject.sample(
-        rows.clone(), ints(0, 1, 2), ints(0, 0, 0), bitmask({8}, set(), everything)
-    )
-    assert tokens.tolist() == [7, int(rows[1].argmax()), int(rows[2].argmax())]
+    bind(subject, 1, SamplingParams(temperature=1e-4, min_new_tokens=1), stops=tuple(range(V)))
+    tokens, _ = subject.sample(rows.clone(), ints(0, 1), ints(0, 0), {0: bitmask({8, 9})})
+    assert tokens.tolist() == [8, int(rows[1].argmax())]
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])

@@ -1,15 +1,20 @@
 """The real control plane over the real runner: what a request gets does not depend on its way."""
 
+import re
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from tests.support.grammars import grammar
 from tests.unit.execution.tiny import config_of, ints, runner_of
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.constraint import StructuredOutputs
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.execution import Runner
+from tokenspeed.grammar import TokenTable
 
 PARAMS = (
     SamplingParams(temperature=0.0, max_new_tokens=18),
@@ -19,14 +24,26 @@ PARAMS = (
     SamplingParams(top_k=9, min_p=0.05, max_new_tokens=18),
 )
 
+# The tiny model's 61 tokens: letters, digits, some pairs, and an end.
+TEXTS = [*"abcdefghijklmnopqrstuvwxyz0123456789", *(f"{a}{b}" for a in "abcd" for b in "efghij")]
+TABLE = TokenTable(texts=[text.encode() for text in [*TEXTS, "</s>"]], special=[60], ends=[60])
+CONFINED = (
+    (SamplingParams(temperature=0.0, max_new_tokens=18), "[a-d]+7[x-z]{3,}9[0-4]*"),
+    (SamplingParams(temperature=1.2, max_new_tokens=18), "([a-j]{2}[0-9])*"),
+    (SamplingParams(repetition_penalty=1.3, max_new_tokens=18), "(ae|bf|cg)+[k-z]*"),
+    (SamplingParams(temperature=0.9, max_new_tokens=18, ignore_eos=True), "[a-z]{4}"),
+)
+
 
 def generate(
-    requests: list[tuple[list[int], SamplingParams]], **sizes: int
+    requests: list[tuple[list[int], SamplingParams]],
+    patterns: Sequence[str | None] = (),
+    **sizes: int,
 ) -> tuple[list[list[int]], int]:
     """Tokens of each request, all submitted at once, and how often one was retracted."""
     config = config_of(**sizes)
     runner, control = runner_of(config), Scheduler(config)
-    outputs = generate_with(runner, control, config, requests)
+    outputs = generate_with(runner, control, config, requests, patterns)
     runner.close()
     return outputs, control.stats().retractions
 
@@ -36,14 +53,21 @@ def generate_with(
     control: Scheduler,
     config: SchedulerConfig,
     requests: list[tuple[list[int], SamplingParams]],
+    patterns: Sequence[str | None] = (),
 ) -> list[list[int]]:
-    """Tokens of each request, all submitted at once."""
+    """Tokens of each request, all submitted at once; texts of those with a pattern follow it."""
+    grammars = {
+        request: grammar(StructuredOutputs(regex=pattern), TABLE)
+        for request, pattern in enumerate(patterns)
+        if pattern is not None
+    }
+    ends = {request: ints(TABLE.ends if request in grammars else []) for request in range(99)}
     for request, (prompt, params) in enumerate(requests):
         control.submit(
             request,
             ints(prompt),
             max_new_tokens=params.max_new_tokens,
-            stop_token_ids=ints([]),
+            stop_token_ids=ends[request],
         )
     outputs: list[list[int]] = [[] for _ in requests]
     in_flight: deque = deque()
@@ -59,8 +83,9 @@ def generate_with(
                     params,
                     seed=len(prompt),
                     prompt_count=len(prompt),
-                    tokens=control.tokens(request) if params.needs_history else None,
-                    stop_token_ids=ints([]),
+                    tokens=control.tokens(request),
+                    stop_token_ids=ends[request],
+                    grammar=grammars.get(request),
                 )
             in_flight.append((plan, runner.launch(plan)))
         if in_flight and (plan is None or len(in_flight) > config.overlap_depth):
@@ -109,3 +134,63 @@ def test_tokens_are_the_same_alone_together_and_after_retraction(overlap_depth):
     )
     assert retractions > 0
     assert crowded == alone
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+def test_a_constraint_holds_alone_together_and_after_retraction_and_touches_no_other_row(
+    overlap_depth: int,
+) -> None:
+    random = np.random.default_rng(9)
+    confined = [
+        (random.integers(0, 60, size=7 + 3 * index).tolist(), params)
+        for index, (params, _) in enumerate(CONFINED)
+    ]
+    free = [
+        (random.integers(0, 60, size=9 + 2 * index).tolist(), params)
+        for index, params in enumerate(PARAMS[:3])
+    ]
+    patterns = [pattern for _, pattern in CONFINED]
+    alone = [
+        generate([request], [pattern])[0][0]
+        for request, pattern in zip(confined, patterns, strict=True)
+    ] + [generate([request])[0][0] for request in free]
+    together, _ = generate(confined + free, patterns, overlap_depth=overlap_depth)
+    assert together == alone
+    crowded, retractions = generate(
+        confined + free, patterns, overlap_depth=overlap_depth, pages=18, step_tokens_max=9
+    )
+    assert retractions > 0
+    assert crowded == alone
+    for tokens, pattern in zip(alone, patterns, strict=False):
+        text = b"".join(TABLE.texts[token] for token in tokens if token != 60).decode()
+        if tokens[-1] == 60:
+            assert re.fullmatch(pattern, text), text
+        else:
+            assert len(tokens) == 18
+    # One of them can only end, though it was asked not to.
+    assert alone[3][-1] == 60
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_request_and_no_other() -> None:
+    config = config_of()
+    runner, control = runner_of(config), Scheduler(config)
+    wrong = grammar(StructuredOutputs(regex="[a-z]{9}"), TABLE)
+    for request in (0, 1):
+        control.submit(request, ints([1, 2, 3]), max_new_tokens=4, stop_token_ids=ints([]))
+    plan = control.plan(0)
+    assert plan is not None
+    for slot, request in zip(plan.bound_slots.tolist(), (0, 1), strict=True):
+        runner.bind(
+            slot,
+            SamplingParams(temperature=0.0),
+            seed=0,
+            prompt_count=3,
+            # As if a text had been written that the grammar does not take.
+            tokens=ints([1, 2, 3, *([30] if request == 1 else [])]),
+            stop_token_ids=ints([60]),
+            grammar=wrong,
+        )
+    result = runner.launch(plan).result()
+    assert list(result.failures) == [int(plan.bound_slots[1])]
+    assert result.failures[int(plan.bound_slots[1])]
+    runner.close()

@@ -1,0 +1,78 @@
+"""Compiled grammars, and places in texts under them."""
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from tokenspeed.core.errors import InvalidParameter
+
+__all__ = ["LIMITS", "Grammar", "Matcher"]
+
+# The library counts its work, so that what is too much is so on any machine and at any load. The
+# greatest mask of an everyday schema takes a fiftieth of these.
+LIMITS = llguidance.LLParserLimits(
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=50_000,
+    verbose_errors=False,
+)
+
+
+class Matcher:
+    """A place in a text under a grammar. Not thread-safe; made by `Grammar.matcher`."""
+
+    def __init__(self, native: llguidance.LLMatcher) -> None:
+        self._native = native
+
+    def take(self, tokens: list[int]) -> None:
+        """Go on by tokens.
+
+        Raises:
+            InvalidParameter: the grammar does not take one of them, or following it became too
+                much work.
+        """
+        if tokens and not self._native.consume_tokens(tokens):
+            raise InvalidParameter(self._native.get_error())
+
+    def fill(self, bitmask_W: npt.NDArray[np.int32]) -> None:
+        """Write which tokens may come next: bit v % 32 of word v // 32 for token v. Other threads
+        run meanwhile.
+
+        Raises:
+            InvalidParameter: no token may come, or the mask would be too much work.
+        """
+        self._native.unsafe_compute_mask_ptr(bitmask_W.ctypes.data, bitmask_W.nbytes)
+        if self._native.is_error():
+            raise InvalidParameter(self._native.get_error())
+        if not bitmask_W.any():
+            raise InvalidParameter("no token continues a text that satisfies it")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text satisfies the grammar as it stands."""
+        return bool(self._native.is_accepting())
+
+
+class Grammar:
+    """A compiled grammar.
+
+    Args:
+        tokens: of the model.
+        text: as the library reads grammars.
+
+    Attributes:
+        ends: tokens that end a text, allowed where it may end.
+
+    Raises:
+        InvalidParameter: names what the library does not take.
+    """
+
+    def __init__(self, tokens: llguidance.LLTokenizer, text: str) -> None:
+        self._native = llguidance.LLMatcher(tokens, text, log_level=0, limits=LIMITS)
+        if self._native.is_error():
+            raise InvalidParameter(self._native.get_error())
+        self.ends: tuple[int, ...] = tuple(tokens.eos_tokens)
+
+    def matcher(self) -> Matcher:
+        """The beginning of a text. What is learned along one text speeds up all."""
+        return Matcher(self._native.deep_copy())
