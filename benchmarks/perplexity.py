@@ -28,7 +28,7 @@ import torch
 from tokenspeed import __version__, loader
 from tokenspeed.bench.peers import llama_tool
 from tokenspeed.cache import KVPools
-from tokenspeed.kernels import PACKED, KernelSelector
+from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling import ForwardBatch, Model, ModelConfig, build_model
@@ -56,6 +56,7 @@ def load(checkpoint: loader.Checkpoint, *, exact: bool, dtype: torch.dtype, thre
         device=CPU,
         dtype=dtype,
         weight_formats=(name,) if exact else (PACKED, name),
+        activation_formats=None if exact else (QUANTISED_ROWS,),
         kv_formats=(name,) if exact else (f"interleaved_{name}",),
         overrides={"gemm.linear": "reference", "gemm.logits": "reference"} if exact else None,
         runtime=start_runtime(threads=threads),

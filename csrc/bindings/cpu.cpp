@@ -14,6 +14,7 @@
 #include "memory.h"
 #include "packed.h"
 #include "probes.h"
+#include "quantise.h"
 #include "rowwise.h"
 #include "runtime.h"
 #include "sampling.h"
@@ -42,6 +43,33 @@ void translate(const std::exception_ptr& pointer, void* errors) {
 using HostInts = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 using Ints = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Room for so many quantised rows, in a tensor of bytes.
+cpu::QuantisedRows quantised(const cpu::Runtime& runtime,
+                             const tokenspeed::bindings::TensorReader& tensors, nb::handle bytes,
+                             const char* name, std::int64_t rows, std::int64_t columns) {
+    const auto memory = tensors.memory(bytes, name);
+    const auto wanted = cpu::quantised_size_bytes(runtime.kernels(), rows, columns);
+    if (columns % cpu::step_inputs != 0) {
+        throw cpu::KernelError("rows of " + std::to_string(columns) +
+                               " elements cannot be quantised; they must be multiples of 32");
+    }
+    if (static_cast<std::int64_t>(memory.size()) < wanted) {
+        throw cpu::KernelError(std::string(name) + " has " + std::to_string(memory.size()) +
+                               " bytes, but " + std::to_string(rows) + " quantised rows of " +
+                               std::to_string(columns) + " elements take " +
+                               std::to_string(wanted));
+    }
+    return {memory.data(), 0};
+}
+
+// A matrix, or room for so many quantised rows.
+cpu::Result result(const cpu::Runtime& runtime, const tokenspeed::bindings::TensorReader& tensors,
+                   nb::handle y, std::int64_t rows, std::int64_t columns) {
+    if (!tensors.is_memory(y, "y")) return {tensors.rows<void*>(y, "y"), {}};
+    return {{nullptr, cpu::Element::f32, rows, columns, columns},
+            quantised(runtime, tensors, y, "y", rows, columns)};
+}
 
 std::vector<std::string_view> supported_isas() {
     std::vector<std::string_view> names;
@@ -91,6 +119,13 @@ NB_MODULE(_cpu, module) {
         },
         "tensor"_a);
 
+    module.def(
+        "quantised_size_bytes",
+        [](const cpu::Runtime& runtime, std::int64_t rows, std::int64_t columns) {
+            return cpu::quantised_size_bytes(runtime.kernels(), rows, columns);
+        },
+        "runtime"_a, "rows"_a, "columns"_a);
+
     nb::class_<cpu::PackedMatrix>(module, "PackedMatrix")
         .def_static(
             "pack",
@@ -118,13 +153,20 @@ NB_MODULE(_cpu, module) {
         "linear",
         [](cpu::Runtime& runtime, nb::handle x, const std::vector<const cpu::PackedMatrix*>& weight,
            nb::handle bias, nb::handle y) {
-            const auto x_rows = tensors.rows<const void*>(x, "x");
             const auto y_rows = tensors.rows<void*>(y, "y");
+            cpu::Operand from{};
+            if (!tensors.is_memory(x, "x")) {
+                from.rows = tensors.rows<const void*>(x, "x");
+            } else if (!weight.empty()) {
+                const std::int64_t inputs = weight.front()->inputs();
+                from = {{nullptr, cpu::Element::f32, y_rows.rows, inputs, inputs},
+                        quantised(runtime, tensors, x, "x", y_rows.rows, inputs)};
+            }
             const void* added = bias.is_none()
                                     ? nullptr
                                     : tensors.vector(bias, "bias", y_rows.columns, y_rows.type);
             const nb::gil_scoped_release release;
-            cpu::linear(runtime, x_rows, weight, added, y_rows);
+            cpu::linear(runtime, from, weight, added, y_rows);
         },
         "runtime"_a, "x"_a, "weight"_a, "bias"_a.none(), "y"_a);
     module.def(
@@ -148,8 +190,9 @@ NB_MODULE(_cpu, module) {
             if (!stream.is_none()) {
                 call.stream = tensors.rows<void*>(stream, "stream", cpu::Element::f32);
             }
-            call.y = tensors.rows<void*>(y, "y");
-            call.weight = tensors.vector(weight, "weight", call.y.columns, call.y.type);
+            call.y = result(runtime, tensors, y, call.x.rows, call.x.columns);
+            call.weight_type = tensors.type_of(weight, "weight");
+            call.weight = tensors.vector(weight, "weight", call.x.columns, call.weight_type);
             call.epsilon = epsilon;
             const nb::gil_scoped_release release;
             cpu::add_rms_norm(runtime, call);
@@ -158,9 +201,10 @@ NB_MODULE(_cpu, module) {
     module.def(
         "gate",
         [](cpu::Runtime& runtime, std::string_view activation, nb::handle x, nb::handle y) {
+            const auto gates = tensors.rows<const void*>(x, "x");
             const cpu::Gated call{
-                activation == "silu" ? cpu::Activation::silu : cpu::Activation::gelu_tanh,
-                tensors.rows<const void*>(x, "x"), tensors.rows<void*>(y, "y")};
+                activation == "silu" ? cpu::Activation::silu : cpu::Activation::gelu_tanh, gates,
+                result(runtime, tensors, y, gates.rows, gates.columns / 2)};
             const nb::gil_scoped_release release;
             cpu::gate(runtime, call);
         },

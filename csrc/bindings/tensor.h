@@ -82,6 +82,17 @@ class TensorReader {
         return found;
     }
 
+    // Room for quantised rows: contiguous bytes.
+    std::span<std::byte> memory(nanobind::handle object, const char* name) const {
+        const auto bytes = integers<std::uint8_t>(object, name);
+        return {reinterpret_cast<std::byte*>(const_cast<std::uint8_t*>(bytes.data())),
+                bytes.size()};
+    }
+    bool is_memory(nanobind::handle object, const char* name) const {
+        const DLTensor tensor = borrow(object, name);
+        return tensor.element.code == 1 && tensor.element.bits == 8;
+    }
+
     // A contiguous tensor of float32, of `size` elements where that is given.
     std::span<float> floats(nanobind::handle object, const char* name,
                             std::optional<std::size_t> size = std::nullopt) const {
@@ -153,9 +164,13 @@ class TensorReader {
         if (tensor.dims != 1 || tensor.shape[0] != size || (tensor.strides[0] != 1 && size > 1) ||
             element(tensor, name) != type) {
             throw cpu::KernelError(std::string(name) + " must be a contiguous vector of " +
-                                   std::to_string(size) + " elements of the result's type");
+                                   std::to_string(size) + " elements of the right type");
         }
         return tensor.data;
+    }
+
+    cpu::Element type_of(nanobind::handle object, const char* name) const {
+        return element(borrow(object, name), name);
     }
 
     // A contiguous tensor of integers of so many bytes each.

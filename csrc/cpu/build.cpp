@@ -13,6 +13,7 @@
 #include "dense.inl"
 #include "gemm.inl"
 #include "probes.inl"
+#include "quantise.inl"
 #include "rowwise.inl"
 #include "sampling.inl"
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "quantise.h"
 
 namespace tokenspeed::cpu {
 
@@ -23,42 +24,6 @@ constexpr std::int64_t weights_per_chunk_size_bytes = 64 << 10;
 constexpr std::int64_t part_rows_min = 64;
 // Parts for each thread, so that one which is held up can leave most of its share to others.
 constexpr std::int64_t parts_per_thread = 8;
-
-// Quantises the rows [first, end), and with the last row zeros to fill its group up.
-void quantise_rows(const Kernels& kernels, const Rows<const void*>& x, std::int64_t first,
-                   std::int64_t end, const QuantisedRows& to) {
-    const std::int64_t group_size = to.group_size_bytes(x.columns);
-    const std::int64_t step_size = to.step_size_bytes();
-    const auto values_at = [&](std::int64_t row) {
-        return to.groups + row / to.group_rows * group_size + row % to.group_rows * step_inputs;
-    };
-    const auto steps_at = [&](std::int64_t row) {
-        return to.groups + row / to.group_rows * group_size + to.group_rows * step_inputs +
-               row % to.group_rows * static_cast<std::int64_t>(sizeof(RowStep));
-    };
-    for (std::int64_t row = first; row < end; ++row) {
-        kernels.quantise(x.at(row), x.type, x.columns, values_at(row), steps_at(row), step_size);
-    }
-    for (std::int64_t row = end; end == x.rows && row % to.group_rows != 0; ++row) {
-        for (std::int64_t step = 0; step < x.columns / step_inputs; ++step) {
-            std::memset(values_at(row) + step * step_size, 0, step_inputs);
-            std::memset(steps_at(row) + step * step_size, 0, sizeof(RowStep));
-        }
-    }
-}
-
-// How many rows lie together: as many as a tile has. More than one tile of few rows are cut so that
-// the fewest rows are zeros.
-std::int64_t group_rows(const Kernels& kernels, std::int64_t rows) {
-    if (rows > kernels.streamed_rows_max) return kernels.tile_rows;
-    if (rows <= kernels.few_rows) return rows;
-    std::int64_t best = kernels.few_rows;
-    const auto filled = [rows](std::int64_t height) { return ceil_div(rows, height) * height; };
-    for (std::int64_t height = best - 1; height >= kernels.few_rows - 2; --height) {
-        if (filled(height) < filled(best)) best = height;
-    }
-    return best;
-}
 
 // One part of the weight in a job: its product, cut into a grid of chunks so many panels wide and
 // rows high.
@@ -106,24 +71,30 @@ struct Piece {
     }
 };
 
+// Dense weights are as wide as whole steps, and read rows as they lie if these are too; others are
+// copied to the lease's memory.
+In whole_steps(const Runtime::Lease& lease, const In& x) {
+    if (x.columns % step_inputs == 0) return x;
+    const std::int64_t columns = step_count(x.columns) * step_inputs;
+    const auto size = static_cast<std::size_t>(x.rows * columns * x.element_size_bytes());
+    std::byte* const memory = lease.memory(size);
+    std::memset(memory, 0, size);
+    const In whole{memory, x.type, x.rows, columns, columns};
+    for (std::int64_t row = 0; row < x.rows; ++row) {
+        std::memcpy(const_cast<void*>(whole.at(row)), x.at(row),
+                    static_cast<std::size_t>(x.columns * x.element_size_bytes()));
+    }
+    return whole;
+}
+
 // y = x W^T + bias, of operands that fit.
-void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedMatrix*>& weight,
-                  const void* bias, const Out& y) {
-    if (x.rows == 0) return;
+void multiply_all(Runtime& runtime, const Operand& x,
+                  const std::vector<const PackedMatrix*>& weight, const void* bias, const Out& y) {
+    if (y.rows == 0) return;
     const auto lease = runtime.lease();
     const int threads = runtime.pool().threads();
-    // Dense weights are as wide as whole steps, and read rows as they lie if these are too.
-    In whole = x;
-    if (weight.front()->format().dense() && x.columns % step_inputs != 0) {
-        const std::int64_t columns = step_count(x.columns) * step_inputs;
-        const auto size = static_cast<std::size_t>(x.rows * columns * x.element_size_bytes());
-        whole = {lease.memory(size), x.type, x.rows, columns, columns};
-        std::memset(const_cast<void*>(whole.data), 0, size);
-        for (std::int64_t row = 0; row < x.rows; ++row) {
-            std::memcpy(const_cast<void*>(whole.at(row)), x.at(row),
-                        static_cast<std::size_t>(x.columns * x.element_size_bytes()));
-        }
-    }
+    const bool dense = weight.front()->format().dense();
+    const In whole = dense ? whole_steps(lease, x.rows) : In{};
     std::vector<Piece> pieces;
     pieces.reserve(weight.size());
     std::int64_t first = 0;
@@ -141,7 +112,7 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
                                     .y = static_cast<std::byte*>(y.data) + first * element,
                                     .y_stride = y.stride,
                                     .y_type = y.type,
-                                    .rows = x.rows},
+                                    .rows = y.rows},
                             pieces.empty() ? 0 : pieces.back().chunk_end);
         first += part->outputs();
     }
@@ -160,15 +131,15 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
             begin = piece.chunk_end;
         }
     };
-    QuantisedRows rows{nullptr, group_rows(kernels, x.rows)};
-    if (weight.front()->format().dense()) {
+    QuantisedRows rows = quantised_rows(kernels, x.quantised.groups, y.rows);
+    if (dense || x.quantised.groups != nullptr) {
         runtime.pool().run(chunks,
                            [&](int chunk, int thread) noexcept { multiply(rows, chunk, thread); });
         return;
     }
-    const auto rows_size = static_cast<std::int64_t>(rows.group_size_bytes(x.columns) *
-                                                     ceil_div(x.rows, rows.group_rows));
-    if (x.rows * x.columns <= elements_per_chunk) {
+    const std::int64_t columns = x.rows.columns;
+    const std::int64_t rows_size = quantised_size_bytes(kernels, y.rows, columns);
+    if (y.rows * columns <= elements_per_chunk) {
         // Each thread quantises all rows for itself, with the first chunk it gets: one job, and
         // nobody waits for what another thread writes.
         constexpr std::int64_t line = 64;
@@ -179,7 +150,8 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
             std::byte* const done = memory + own_size * thread;
             const QuantisedRows own{done + line, rows.group_rows};
             if (*done == std::byte{0}) {
-                quantise_rows(kernels, x, 0, x.rows, own);
+                quantise_rows(kernels, x.rows, 0, y.rows, own);
+                fill_up(own, y.rows, columns);
                 *done = std::byte{1};
             }
             multiply(own, chunk, thread);
@@ -187,13 +159,13 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
         return;
     }
     rows.groups = lease.memory(static_cast<std::size_t>(rows_size));
+    fill_up(rows, y.rows, columns);
     const std::int64_t rows_per_chunk =
-        std::max<std::int64_t>(1, elements_per_chunk / x.columns / rows.group_rows) *
-        rows.group_rows;
-    runtime.pool().run(static_cast<int>(ceil_div(x.rows, rows_per_chunk)),
+        std::max<std::int64_t>(1, elements_per_chunk / columns / rows.group_rows) * rows.group_rows;
+    runtime.pool().run(static_cast<int>(ceil_div(y.rows, rows_per_chunk)),
                        [&](int chunk, int) noexcept {
-                           quantise_rows(kernels, x, chunk * rows_per_chunk,
-                                         std::min(x.rows, (chunk + 1) * rows_per_chunk), rows);
+                           quantise_rows(kernels, x.rows, chunk * rows_per_chunk,
+                                         std::min(y.rows, (chunk + 1) * rows_per_chunk), rows);
                        });
     runtime.pool().run(chunks,
                        [&](int chunk, int thread) noexcept { multiply(rows, chunk, thread); });
@@ -201,33 +173,37 @@ void multiply_all(Runtime& runtime, const In& x, const std::vector<const PackedM
 
 }  // namespace
 
-void linear(Runtime& runtime, const Rows<const void*>& x,
-            std::span<const PackedMatrix* const> weight, const void* bias, const Rows<void*>& y) {
+void linear(Runtime& runtime, const Operand& x, std::span<const PackedMatrix* const> weight,
+            const void* bias, const Out& y) {
     std::int64_t outputs = 0;
     for (const PackedMatrix* part : weight) {
         outputs += part->outputs();
-        if (part->inputs() != x.columns) {
-            throw KernelError("x has rows of " + std::to_string(x.columns) +
+        if (part->inputs() != x.rows.columns) {
+            throw KernelError("x has rows of " + std::to_string(x.rows.columns) +
                               " elements, but the weight takes " + std::to_string(part->inputs()));
         }
     }
-    if (y.columns != outputs || y.rows != x.rows) {
+    if (y.columns != outputs || y.rows != x.rows.rows) {
         throw KernelError("y is " + std::to_string(y.rows) + " x " + std::to_string(y.columns) +
-                          ", but x W^T is " + std::to_string(x.rows) + " x " +
+                          ", but x W^T is " + std::to_string(x.rows.rows) + " x " +
                           std::to_string(outputs));
     }
+    const bool quantised = x.quantised.groups != nullptr;
     const bool dense = !weight.empty() && weight.front()->format().dense();
+    const std::int64_t bits = 8 * x.rows.element_size_bytes();
     for (const PackedMatrix* part : weight) {
         const Format& format = part->format();
-        if (format.dense() != dense || (dense && format.bits != 8 * x.element_size_bytes())) {
-            throw KernelError("a product of x in " + std::to_string(8 * x.element_size_bytes()) +
-                              " bits cannot have weights in " + std::string(format.name) +
-                              (dense ? "" : " beside quantised ones"));
+        if (format.dense() != dense || (dense && (quantised || format.bits != bits))) {
+            throw KernelError(
+                "a product of " +
+                (quantised ? "quantised x" : "x in " + std::to_string(bits) + " bits") +
+                " cannot have weights in " + std::string(format.name) +
+                (dense ? "" : " beside quantised ones"));
         }
     }
     const std::vector<const PackedMatrix*> parts(weight.begin(), weight.end());
-    runtime.perform(x.rows, [&runtime, x, parts, bias, y](std::int64_t rows) {
-        multiply_all(runtime, x.first(rows), parts, bias, y.first(rows));
+    runtime.perform(y.rows, [&runtime, x, parts, bias, y](std::int64_t rows) {
+        multiply_all(runtime, {x.rows.first(rows), x.quantised}, parts, bias, y.first(rows));
     });
 }
 

@@ -12,8 +12,8 @@ namespace tokenspeed::cpu {
 // y = x W^T + bias; bias, of y's type, may be null. W's outputs are cut into parts that hold
 // consecutive columns of y.
 // Throws KernelError: shapes that do not fit each other.
-void linear(Runtime& runtime, const Rows<const void*>& x,
-            std::span<const PackedMatrix* const> weight, const void* bias, const Rows<void*>& y);
+void linear(Runtime& runtime, const Operand& x, std::span<const PackedMatrix* const> weight,
+            const void* bias, const Out& y);
 
 // y[t] = W[ids[t]].
 // Throws KernelError: an id outside the table, or shapes that do not fit.

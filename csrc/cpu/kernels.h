@@ -39,35 +39,6 @@ struct Rows {
 using In = Rows<const void*>;
 using Out = Rows<void*>;
 
-// stream = x + residual, y = stream / sqrt(mean(stream^2) + epsilon) * weight.
-struct AddRmsNorm {
-    In x;
-    In residual;         // float32; data is null for none
-    Out stream;          // float32; data is null where it is not wanted
-    const void* weight;  // of the type of y
-    float epsilon;
-    Out y;
-};
-
-enum class Activation : std::uint8_t { silu, gelu_tanh };
-
-// y = activation(first half of x) * second half of x.
-struct Gated {
-    Activation activation;
-    In x;
-    Out y;
-};
-
-// Elements i and i + head_dim / 2 of each head turned by the token's angle i.
-struct Rotation {
-    In x;  // rows of heads
-    Out y;
-    std::int64_t heads;
-    std::int64_t head_dim;
-    const float* cosines;  // [tokens, head_dim / 2]
-    const float* sines;
-};
-
 // What the product needs to know of 32 consecutive inputs of a row beside their integers: their
 // scale, scale times sum, and negative sums of all and of the first half.
 struct RowStep {
@@ -83,7 +54,9 @@ struct RowStep {
 // one filled up with zeros. A group has, for each step, the bytes of its rows and then their
 // RowSteps, so that it is read from front to back.
 struct QuantisedRows {
-    std::byte* groups;
+    std::byte* groups;  // null for rows that are not quantised
+    // How many rows lie together follows from how many a call has, which changes from step to step:
+    // 0 until that is known.
     std::int64_t group_rows;
 
     static constexpr std::int64_t row_step_size_bytes = step_inputs + sizeof(RowStep);
@@ -93,6 +66,61 @@ struct QuantisedRows {
     TOKENSPEED_INLINE std::int64_t group_size_bytes(std::int64_t inputs) const {
         return inputs / step_inputs * step_size_bytes();
     }
+    // Where a row has its bytes and its RowStep of the first step; those of each further step lie
+    // `step_size_bytes()` on.
+    TOKENSPEED_INLINE std::byte* values_at(std::int64_t row, std::int64_t inputs) const {
+        return groups + row / group_rows * group_size_bytes(inputs) +
+               row % group_rows * step_inputs;
+    }
+    TOKENSPEED_INLINE std::byte* steps_at(std::int64_t row, std::int64_t inputs) const {
+        return groups + row / group_rows * group_size_bytes(inputs) + group_rows * step_inputs +
+               row % group_rows * static_cast<std::int64_t>(sizeof(RowStep));
+    }
+};
+
+// Where an operation writes the rows that it computes in float32: as elements of a type, or, for a
+// product with packed weights, quantised.
+struct Result {
+    Out rows;  // data is null for quantised rows
+    QuantisedRows quantised;
+};
+// What a product reads: the one or the other.
+struct Operand {
+    In rows;
+    QuantisedRows quantised;
+};
+
+// stream = x + residual, y = stream / sqrt(mean(stream^2) + epsilon) * weight.
+struct AddRmsNorm {
+    In x;
+    In residual;  // float32; data is null for none
+    Out stream;   // float32; data is null where it is not wanted
+    const void* weight;
+    Element weight_type;
+    float epsilon;
+    Result y;
+};
+
+enum class Activation : std::uint8_t { silu, gelu_tanh };
+
+// y = activation(first half of x) * second half of x.
+struct Gated {
+    Activation activation;
+    In x;
+    Result y;
+};
+
+// Features that are quantised at once.
+constexpr std::int64_t gate_features = lanes * step_inputs;
+
+// Elements i and i + head_dim / 2 of each head turned by the token's angle i.
+struct Rotation {
+    In x;  // rows of heads
+    Out y;
+    std::int64_t heads;
+    std::int64_t head_dim;
+    const float* cosines;  // [tokens, head_dim / 2]
+    const float* sines;
 };
 
 // y = x W^T + bias.
@@ -200,15 +228,13 @@ struct Kernels {
 
     Probes probes;
 
-    // Quantises one row of a group: its bytes and its RowSteps of the first step go to `values` and
-    // to `steps`, those of each further step lie `step_size_bytes` on. `inputs` is a multiple
-    // of 32.
-    void (*quantise)(const void* x, Element type, std::int64_t inputs, std::byte* values,
-                     std::byte* steps, std::int64_t step_size_bytes);
+    // Quantises one row, of a multiple of 32 elements.
+    void (*quantise)(const In& x, std::int64_t row, const QuantisedRows& to);
     // By index in `formats`. `scratch` is the thread's own, of `scratch_size_bytes`.
     void (*multiply[formats.size()])(const Product& product, const Part& part, std::byte* scratch);
     void (*add_rms_norm)(const AddRmsNorm& call, std::int64_t row);
-    void (*gate)(const Gated& call, std::int64_t row);
+    // Features [from, to) of a row; both multiples of `gate_features`, but for the row's end.
+    void (*gate)(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t to);
     void (*rotate)(const Rotation& call, std::int64_t token);
     std::int64_t (*argmax)(const float* logits, std::int64_t count);
     void (*weigh_logits)(const float* logits, std::int64_t count, float peak, float temperature,

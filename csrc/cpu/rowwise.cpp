@@ -6,6 +6,7 @@
 #include <string>
 
 #include "errors.h"
+#include "quantise.h"
 
 namespace tokenspeed::cpu {
 
@@ -14,12 +15,22 @@ namespace {
 // Rows that a thread is done with in some microseconds are too little work to wake another for.
 constexpr std::int64_t elements_per_chunk = 1 << 14;
 
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// Rows of a chunk, of which `together` belong together.
+std::int64_t rows_at_once(std::int64_t columns, std::int64_t together) {
+    const std::int64_t elements = std::max<std::int64_t>(1, columns * together);
+    return std::max<std::int64_t>(1, elements_per_chunk / elements) * together;
+}
+
 // Does work(row) for each row.
 template <class Work>
-void each_row(Runtime& runtime, std::int64_t rows, std::int64_t columns, const Work& work) {
-    const std::int64_t at_once =
-        std::max<std::int64_t>(1, elements_per_chunk / std::max<std::int64_t>(1, columns));
-    const std::int64_t chunks = (rows + at_once - 1) / at_once;
+void each_row(Runtime& runtime, std::int64_t rows, std::int64_t columns, const Work& work,
+              std::int64_t together = 1) {
+    const std::int64_t at_once = rows_at_once(columns, together);
+    const std::int64_t chunks = ceil_div(rows, at_once);
     runtime.pool().run(static_cast<int>(chunks), [&](int chunk, int) noexcept {
         const std::int64_t end = std::min(rows, (chunk + 1) * at_once);
         for (std::int64_t row = chunk * at_once; row < end; ++row) work(row);
@@ -37,25 +48,60 @@ void expect_same(const auto& a, const auto& b, const char* names) {
     }
 }
 
+// A result's place in a call with so many rows; the last group of quantised ones is filled up.
+Result result_of(const Runtime& runtime, const Result& y, std::int64_t rows) {
+    if (y.quantised.groups == nullptr) return y;
+    const QuantisedRows quantised = quantised_rows(runtime.kernels(), y.quantised.groups, rows);
+    fill_up(quantised, rows, y.rows.columns);
+    return {y.rows, quantised};
+}
+
+// Rows that only one thread may write to: they lie in the same lines.
+std::int64_t rows_together(const Result& y) {
+    return y.quantised.groups == nullptr ? 1 : y.quantised.group_rows;
+}
+
 }  // namespace
 
 void add_rms_norm(Runtime& runtime, const AddRmsNorm& call) {
-    expect_same(call.x, call.y, "x and its norm");
+    expect_same(call.x, call.y.rows, "x and its norm");
     if (call.residual.data != nullptr) expect_same(call.x, call.residual, "x and the residual");
     if (call.stream.data != nullptr) expect_same(call.x, call.stream, "x and the sum");
     runtime.perform(call.x.rows, [&runtime, call](std::int64_t rows) {
-        each_row(runtime, rows, call.x.columns,
-                 [&](std::int64_t row) { runtime.kernels().add_rms_norm(call, row); });
+        AddRmsNorm now = call;
+        now.y = result_of(runtime, call.y, rows);
+        each_row(
+            runtime, rows, call.x.columns,
+            [&](std::int64_t row) { runtime.kernels().add_rms_norm(now, row); },
+            rows_together(now.y));
     });
 }
 
 void gate(Runtime& runtime, const Gated& call) {
-    if (call.x.rows != call.y.rows || call.x.columns != 2 * call.y.columns) {
-        throw KernelError("gates and ups of " + shape(call.x) + " do not give " + shape(call.y));
+    const Out& y = call.y.rows;
+    if (call.x.rows != y.rows || call.x.columns != 2 * y.columns) {
+        throw KernelError("gates and ups of " + shape(call.x) + " do not give " + shape(y));
     }
     runtime.perform(call.x.rows, [&runtime, call](std::int64_t rows) {
-        each_row(runtime, rows, call.x.columns,
-                 [&](std::int64_t row) { runtime.kernels().gate(call, row); });
+        Gated now = call;
+        now.y = result_of(runtime, call.y, rows);
+        const std::int64_t together = rows_together(now.y), features = call.y.rows.columns;
+        // Rows that lie together are cut into stretches of features instead.
+        const std::int64_t pieces =
+            ceil_div(2 * features * std::min(rows, together), elements_per_chunk);
+        const std::int64_t wide =
+            ceil_div(ceil_div(features, std::max<std::int64_t>(1, pieces)), gate_features) *
+            gate_features;
+        const std::int64_t across = ceil_div(features, std::max<std::int64_t>(1, wide));
+        const std::int64_t high = across > 1 ? together : rows_at_once(2 * features, together);
+        runtime.pool().run(
+            static_cast<int>(ceil_div(rows, high) * across), [&](int chunk, int) noexcept {
+                const std::int64_t from = chunk % across * wide;
+                const std::int64_t end = std::min(rows, (chunk / across + 1) * high);
+                for (std::int64_t row = chunk / across * high; row < end; ++row) {
+                    runtime.kernels().gate(now, row, from, std::min(features, from + wide));
+                }
+            });
     });
 }
 

@@ -1,6 +1,6 @@
 // Operations that take each row of a batch by itself: norms, activations, rotary positions.
 
-#include "math.inl"
+#include "quantise.inl"
 
 namespace tokenspeed::cpu {
 namespace {
@@ -25,40 +25,43 @@ void add_rms_norm(const AddRmsNorm& call, std::int64_t row) {
     const float squares = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
     const float mean = squares / static_cast<float>(call.x.columns);
     const Floats scale = splat(1.0f / __builtin_sqrtf(mean + call.epsilon));
-    each_vector(call.x.columns, [&](std::int64_t at, std::int64_t count) {
-        const Floats value = stream != nullptr ? load_part(stream, Element::f32, at, count)
-                                               : load_part(x, call.x.type, at, count);
-        const Floats weight = load_part(call.weight, call.y.type, at, count);
-        store_part(mul(mul(value, scale), weight), call.y.at(row), call.y.type, at, count);
-    });
+    write_row(call.y, row, 0, call.x.columns,
+              [&](std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+                  const Floats value = stream != nullptr
+                                           ? load_part(stream, Element::f32, at, count)
+                                           : load_part(x, call.x.type, at, count);
+                  const Floats weight = load_part(call.weight, call.weight_type, at, count);
+                  return mul(mul(value, scale), weight);
+              });
 }
 
 template <Activation activation>
-void gate(const Gated& call, std::int64_t row) {
-    const std::int64_t features = call.y.columns;
+void gate(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t to) {
+    const std::int64_t features = call.y.rows.columns;
     const void* const x = call.x.at(row);
-    each_vector(features, [&](std::int64_t at, std::int64_t count) {
-        const Floats gate = load_part(x, call.x.type, at, count);
-        const Floats up = load_part(x, call.x.type, features + at, count);
-        Floats active;
-        if constexpr (activation == Activation::silu) {
-            active = mul(gate, sigmoid(gate));
-        } else {
-            // Hendrycks and Gimpel 2016, with tanh for the error function.
-            const Floats cube = mul(mul(gate, gate), gate);
-            const Floats inner = fma(cube, splat(0.044715f), gate);
-            const Floats curve = tanh(mul(inner, splat(0.797884561f)));
-            active = mul(mul(splat(0.5f), gate), add(splat(1.0f), curve));
-        }
-        store_part(mul(active, up), call.y.at(row), call.y.type, at, count);
-    });
+    write_row(call.y, row, from, to,
+              [&](std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+                  const Floats gate = load_part(x, call.x.type, at, count);
+                  const Floats up = load_part(x, call.x.type, features + at, count);
+                  Floats active;
+                  if constexpr (activation == Activation::silu) {
+                      active = mul(gate, sigmoid(gate));
+                  } else {
+                      // Hendrycks and Gimpel 2016, with tanh for the error function.
+                      const Floats cube = mul(mul(gate, gate), gate);
+                      const Floats inner = fma(cube, splat(0.044715f), gate);
+                      const Floats curve = tanh(mul(inner, splat(0.797884561f)));
+                      active = mul(mul(splat(0.5f), gate), add(splat(1.0f), curve));
+                  }
+                  return mul(active, up);
+              });
 }
 
-void gate(const Gated& call, std::int64_t row) {
+void gate(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t to) {
     if (call.activation == Activation::silu) {
-        gate<Activation::silu>(call, row);
+        gate<Activation::silu>(call, row, from, to);
     } else {
-        gate<Activation::gelu_tanh>(call, row);
+        gate<Activation::gelu_tanh>(call, row, from, to);
     }
 }
 

@@ -1,7 +1,8 @@
 """The C++ CPU kernels as nanobind exposes them; `tokenspeed.kernels.cpu` is their typed face.
 
 Matrices of tensors have contiguous rows and are float32 or bfloat16. What does not fit is a
-KernelError.
+KernelError. What norms and gates write and products read may be quantised rows instead: uint8
+tensors of `quantised_size_bytes`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 def supported_isas() -> list[str]: ...
+def quantised_size_bytes(runtime: Runtime, rows: int, columns: int) -> int: ...
 def prefer_huge_pages(tensor: torch.Tensor) -> None: ...
 
 class Runtime:

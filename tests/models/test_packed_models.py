@@ -9,7 +9,7 @@ import torch
 from tests.models.test_gguf_models import TEXT, relative_error
 from tests.support.forward import Driver
 from tokenspeed import loader
-from tokenspeed.kernels import PACKED, KernelSelector, PackedWeight
+from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, PackedWeight
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
@@ -18,7 +18,11 @@ REFERENCE = dict.fromkeys(("gemm.linear", "gemm.logits", "embedding.lookup"), "r
 
 
 def load(
-    checkpoint: loader.Checkpoint, *, overrides: dict[str, str] | None = None, threads: int = 1
+    checkpoint: loader.Checkpoint,
+    *,
+    overrides: dict[str, str] | None = None,
+    threads: int = 1,
+    fused: bool = True,
 ) -> Model:
     device, dtype = torch.device("cpu"), torch.float32
     kernels = KernelSelector(
@@ -26,6 +30,8 @@ def load(
         dtype=dtype,
         overrides=overrides,
         weight_formats=(PACKED, "float32"),
+        activation_formats=(QUANTISED_ROWS,) if fused else None,
+        kv_formats=("interleaved_float32", "float32"),
         runtime=start_runtime(threads=threads),
     )
     config = ModelConfig.from_hf(checkpoint.hf_config)
@@ -56,3 +62,13 @@ def test_packed_weights_give_the_logits_of_dequantised_ones(name: str) -> None:
     assert error <= 5e-2
     same = (found_TV.argmax(-1) == expected_TV.argmax(-1)).float().mean()
     assert same >= 0.9, f"only {same:.0%} of the likeliest tokens are the same"
+
+
+def test_rows_quantised_by_their_producer_give_the_logits_of_float32_rows() -> None:
+    checkpoint = loader.open_checkpoint(loader.resolve("smollm2-135m"))
+    tokens = list(range(500, 570))
+    models = [load(checkpoint, threads=2, fused=fused) for fused in (True, False)]
+    assert [model.head.reads for model in models] == [(QUANTISED_ROWS,), ()]  # type: ignore[attr-defined]
+    whole_TV, expected_TV = (Driver(model).prefill(tokens, chunk=70) for model in models)
+    assert torch.equal(whole_TV, expected_TV)
+    assert torch.equal(Driver(models[0]).prefill(tokens, chunk=9), expected_TV)

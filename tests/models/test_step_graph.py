@@ -23,7 +23,7 @@ from tokenspeed.core.errors import KernelError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.execution import Runner
 from tokenspeed.execution.graph import StepGraph, _Keeper, _Memory
-from tokenspeed.kernels import PACKED, KernelSelector
+from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
@@ -37,6 +37,7 @@ def packed_model(overrides: dict[str, str] | None = None) -> Model:
         dtype=torch.bfloat16,
         overrides=overrides,
         weight_formats=(PACKED, "bfloat16"),
+        activation_formats=(QUANTISED_ROWS,),
         kv_formats=("interleaved_bfloat16", "bfloat16"),
         runtime=start_runtime(threads=2),
     )

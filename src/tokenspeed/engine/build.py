@@ -13,7 +13,7 @@ from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
-from tokenspeed.kernels import PACKED, KernelSelector, load_plugins
+from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import ModelConfig, build_model
 
@@ -47,6 +47,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
             dtype_name,
         ),
         kv_formats=_kv_formats(dtype_name, config.page_size),
+        activation_formats=(QUANTISED_ROWS,),
         runtime=start_runtime(threads=config.threads or usable_cpu_count()),
     )
     # On the meta device a model has shapes and no memory: enough to know what it will take.

@@ -1,5 +1,6 @@
 """Owns the op API, the registry and every implementation of an op; never knows a model."""
 
+from tokenspeed.kernels.activations import QUANTISED_ROWS, Activations, QuantisedRows
 from tokenspeed.kernels.capability import Capability, Platform
 from tokenspeed.kernels.plugins import load_plugins
 from tokenspeed.kernels.registry import (
@@ -23,6 +24,8 @@ __all__ = [
     "ANY",
     "PACKED",
     "PANELS",
+    "QUANTISED_ROWS",
+    "Activations",
     "BlockMatrix",
     "Capability",
     "Explanation",
@@ -33,6 +36,7 @@ __all__ = [
     "PackedWeight",
     "Platform",
     "Priority",
+    "QuantisedRows",
     "Registry",
     "Stored",
     "Verdict",

@@ -2,7 +2,7 @@
 
 import enum
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
@@ -111,6 +111,7 @@ class Kernel:
         traits: for each trait it knows, the values it handles, or ANY.
         priority: its band.
         takes_runtime: whether it wants a `CpuRuntime` under the keyword `runtime`.
+        reads: formats that its activations may have beside tensors, best first.
     """
 
     op: str
@@ -122,6 +123,7 @@ class Kernel:
     traits: Mapping[str, Admitted]
     priority: Priority
     takes_runtime: bool = False
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -176,6 +178,7 @@ class Registry:
         formats: Collection[str] | _Any,
         traits: Mapping[str, Admitted] | None = None,
         priority: Priority,
+        reads: Sequence[str] = (),
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register a function as a kernel. It stays an ordinary function.
 
@@ -224,6 +227,7 @@ class Registry:
                     traits=dict(traits or {}),
                     priority=priority,
                     takes_runtime=takes_runtime,
+                    reads=tuple(reads),
                 )
             )
             return call

@@ -1,5 +1,6 @@
 """Choosing a kernel: capability, format, traits, override, priority, in this order."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class KernelSelector:
         weight_formats: formats in which the checkpoint's matrices can be had, best first; the
             dtype alone if None.
         kv_formats: formats that KV pages may have, best first; the dtype alone if None.
+        activation_formats: formats that activations between two ops may have beside tensors of the
+            dtype; none if None.
         runtime: threads and memory of native kernels; None for one that has the calling thread,
             and is started when a kernel first needs it.
         registry: where kernels are looked up; the package's own unless a test brings another.
@@ -89,6 +92,7 @@ class KernelSelector:
         overrides: Mapping[str, str] | None = None,
         weight_formats: Sequence[str] | None = None,
         kv_formats: Sequence[str] | None = None,
+        activation_formats: Sequence[str] | None = None,
         runtime: CpuRuntime | None = None,
         registry: Registry | None = None,
         platform: Platform | None = None,
@@ -100,6 +104,7 @@ class KernelSelector:
         self._overrides = dict(overrides or {})
         self._weight_formats = tuple(weight_formats or (self._dtype_name,))
         self._kv_formats = tuple(kv_formats or (self._dtype_name,))
+        self._activation_formats = tuple(activation_formats or ())
         self._runtime = runtime
         for name in self._overrides:
             self._registry.op(name)
@@ -144,6 +149,43 @@ class KernelSelector:
             if all(found):
                 return name
         return self._dtype_name
+
+    def reads(
+        self,
+        op: Op[..., Any],
+        *,
+        format_name: str | None = None,
+        traits: Mapping[str, TraitValue] | None = None,
+    ) -> tuple[str, ...]:
+        """Formats that the kernel which `select` gives takes its activations in, beside tensors.
+
+        Args:
+            op: a reader of activations.
+            format_name, traits: as for `select`.
+        """
+        winner = self.explain(op.name, format_name=format_name, traits=traits).winner
+        formats = winner.reads if winner else ()
+        return tuple(name for name in formats if name in self._activation_formats)
+
+    def result_format(self, *ops: Op[..., Any], reads: Sequence[str]) -> str:
+        """The first of a reader's formats in which each of some ops gives its result; the dtype if
+        there is none.
+
+        Args:
+            ops: those whose results go to the reader.
+            reads: what `reads` says of the reader.
+        """
+        for name in reads:
+            if all(self.explain(op.name, format_name=name).winner for op in ops):
+                return name
+        return self._dtype_name
+
+    def with_tensors_only(self) -> "KernelSelector":
+        """The same choices where activations must be tensors, as between ranks."""
+        selector = copy.copy(self)
+        selector._runtime = self.runtime
+        selector._activation_formats = ()
+        return selector
 
     def _reads(self, op: str, format_name: str) -> bool:
         return any(

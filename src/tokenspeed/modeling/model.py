@@ -174,6 +174,8 @@ def build_model(
     """
     if kernels.dtype != dtype:
         raise ConfigError(f"kernels were selected for {kernels.dtype}, but the model is {dtype}")
+    if mesh is not None and mesh.world > 1:
+        kernels = kernels.with_tensors_only()
     with device:
         model = model_class(config.architecture)(config, kernels)
     if mesh is not None and mesh.world > 1:

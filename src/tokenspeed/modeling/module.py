@@ -186,10 +186,13 @@ class Module:
         wide_inputs: parameters of `forward` that may come as float32 where they would else be of
             the model's type, because they are added to float32 at once: sums over ranks are then
             not rounded before.
+        reads: formats in which a module takes its first input beside tensors, best first, for
+            whoever computes it.
     """
 
     boundary: ClassVar[Boundary | None] = None
     wide_inputs: ClassVar[frozenset[str]] = frozenset()
+    reads: tuple[str, ...] = ()
     forward: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """Products and lookups with packed weights.
 
-For quantised weights inputs are quantised to bytes with a scale for each 32; sums are exact
+For quantised weights inputs are bytes with a scale for each 32, which the op that computed them
+wrote, or else the product itself makes of them; sums are exact
 integers within 32 inputs, and float32 in the order of inputs beyond. For dense weights inputs are
 taken as they are. A row's result is the same bits in any batch. The formulas of a cell stand in
 `csrc/cpu/gemm.inl` and `csrc/cpu/dense.inl`.
@@ -11,46 +12,87 @@ Legend: T tokens, S sampled tokens, I inputs, O outputs, V vocabulary, M model f
 import torch
 
 from tokenspeed import _cpu
+from tokenspeed.kernels.activations import QUANTISED_ROWS, Activations, QuantisedRows
 from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.weights import PACKED, PANELS, Matrix, PackedWeight
 
-__all__ = ["linear", "logits", "lookup"]
+__all__ = ["linear", "linear_dense", "logits", "logits_dense", "lookup"]
 
 _CPU = Capability(device="cpu")
-_FORMATS = (PACKED, *PANELS)
 
 
 @kernel(
     "gemm.linear",
     solution="cpu",
     requires=_CPU,
-    formats=_FORMATS,
+    formats=(PACKED,),
     traits={"bias": ANY},
     priority=Priority.NATIVE,
+    reads=(QUANTISED_ROWS,),
 )
 def linear(
-    x_TI: torch.Tensor, weight_OI: Matrix, bias_O: torch.Tensor | None, *, runtime: CpuRuntime
+    x_TI: Activations, weight_OI: Matrix, bias_O: torch.Tensor | None, *, runtime: CpuRuntime
 ) -> torch.Tensor:
-    """Rounded once, to the type of x: float32 or bfloat16."""
-    assert isinstance(weight_OI, PackedWeight)
-    y_TO = x_TI.new_empty((len(x_TI), weight_OI.shape[0]))
-    _cpu.linear(runtime, x_TI, weight_OI.matrices, bias_O, y_TO)
-    return y_TO
-
-
-@kernel("gemm.logits", solution="cpu", requires=_CPU, formats=_FORMATS, priority=Priority.NATIVE)
-def logits(x_SI: torch.Tensor, weight_VI: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
-    """float32 whatever the type of x."""
-    assert isinstance(weight_VI, PackedWeight)
-    logits_SV = x_SI.new_empty((len(x_SI), weight_VI.shape[0]), dtype=torch.float32)
-    _cpu.linear(runtime, x_SI, weight_VI.matrices, None, logits_SV)
-    return logits_SV
+    """Rounded once, to the type of x: float32 or bfloat16. Rows that are not quantised will be."""
+    return _product(x_TI, weight_OI, bias_O, x_TI.dtype, runtime)
 
 
 @kernel(
-    "embedding.lookup", solution="cpu", requires=_CPU, formats=_FORMATS, priority=Priority.NATIVE
+    "gemm.linear",
+    solution="cpu",
+    requires=_CPU,
+    formats=PANELS,
+    traits={"bias": ANY},
+    priority=Priority.NATIVE,
+)
+def linear_dense(
+    x_TI: torch.Tensor, weight_OI: Matrix, bias_O: torch.Tensor | None, *, runtime: CpuRuntime
+) -> torch.Tensor:
+    """Rounded once, to the type of x, which is the weight's."""
+    return _product(x_TI, weight_OI, bias_O, x_TI.dtype, runtime)
+
+
+@kernel(
+    "gemm.logits",
+    solution="cpu",
+    requires=_CPU,
+    formats=(PACKED,),
+    priority=Priority.NATIVE,
+    reads=(QUANTISED_ROWS,),
+)
+def logits(x_SI: Activations, weight_VI: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
+    """float32 whatever the type of x. Rows that are not quantised will be."""
+    return _product(x_SI, weight_VI, None, torch.float32, runtime)
+
+
+@kernel("gemm.logits", solution="cpu", requires=_CPU, formats=PANELS, priority=Priority.NATIVE)
+def logits_dense(x_SI: torch.Tensor, weight_VI: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
+    """float32 whatever the type of x, which is the weight's."""
+    return _product(x_SI, weight_VI, None, torch.float32, runtime)
+
+
+def _product(
+    x_TI: Activations,
+    weight_OI: Matrix,
+    bias_O: torch.Tensor | None,
+    dtype: torch.dtype,
+    runtime: CpuRuntime,
+) -> torch.Tensor:
+    assert isinstance(weight_OI, PackedWeight)
+    y_TO = torch.empty((len(x_TI), weight_OI.shape[0]), dtype=dtype)
+    rows_TI = x_TI.memory if isinstance(x_TI, QuantisedRows) else x_TI
+    _cpu.linear(runtime, rows_TI, weight_OI.matrices, bias_O, y_TO)
+    return y_TO
+
+
+@kernel(
+    "embedding.lookup",
+    solution="cpu",
+    requires=_CPU,
+    formats=(PACKED, *PANELS),
+    priority=Priority.NATIVE,
 )
 def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
     """The rows of the table, dequantised."""

@@ -6,11 +6,12 @@ Legend: T tokens, M model features.
 import torch
 
 from tokenspeed import _cpu
+from tokenspeed.kernels.activations import QUANTISED_ROWS, QuantisedRows
 from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import Priority, kernel
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "add_rms_norm_quantised", "rms_norm", "rms_norm_quantised"]
 
 _CPU = Capability(device="cpu")
 _FORMATS = ("float32", "bfloat16")
@@ -46,4 +47,42 @@ def add_rms_norm(
     sum_TM = torch.empty(x_TM.shape)
     y_TM = torch.empty(x_TM.shape, dtype=weight_M.dtype)
     _cpu.add_rms_norm(runtime, x_TM, residual_TM, weight_M, epsilon, sum_TM, y_TM)
+    return y_TM, sum_TM
+
+
+@kernel(
+    "norm.rms_norm",
+    solution="cpu",
+    requires=_CPU,
+    formats=(QUANTISED_ROWS,),
+    priority=Priority.NATIVE,
+)
+def rms_norm_quantised(
+    x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float, *, runtime: CpuRuntime
+) -> QuantisedRows:
+    """As `rms_norm`, rounded to bytes and nothing between."""
+    y_TM = QuantisedRows.empty(*x_TM.shape, dtype=weight_M.dtype, runtime=runtime)
+    _cpu.add_rms_norm(runtime, x_TM, None, weight_M, epsilon, None, y_TM.memory)
+    return y_TM
+
+
+@kernel(
+    "norm.add_rms_norm",
+    solution="cpu",
+    requires=_CPU,
+    formats=(QUANTISED_ROWS,),
+    priority=Priority.NATIVE,
+)
+def add_rms_norm_quantised(
+    x_TM: torch.Tensor,
+    residual_TM: torch.Tensor,
+    weight_M: torch.Tensor,
+    epsilon: float,
+    *,
+    runtime: CpuRuntime,
+) -> tuple[QuantisedRows, torch.Tensor]:
+    """As `add_rms_norm`, the norm rounded to bytes and nothing between."""
+    sum_TM = torch.empty(x_TM.shape)
+    y_TM = QuantisedRows.empty(*x_TM.shape, dtype=weight_M.dtype, runtime=runtime)
+    _cpu.add_rms_norm(runtime, x_TM, residual_TM, weight_M, epsilon, sum_TM, y_TM.memory)
     return y_TM, sum_TM

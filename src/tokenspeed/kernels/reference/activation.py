@@ -6,12 +6,13 @@ Legend: T tokens, F features of the MLP.
 import torch
 import torch.nn.functional as F
 
-from tokenspeed.kernels.registry import ANY, Priority, kernel
+from tokenspeed.kernels.reference.gemm import DENSE
+from tokenspeed.kernels.registry import Priority, kernel
 
 __all__ = ["silu_and_mul"]
 
 
-@kernel("activation.silu_and_mul", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+@kernel("activation.silu_and_mul", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
 def silu_and_mul(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     """The formula, in float32."""
     gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)

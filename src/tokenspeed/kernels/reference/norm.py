@@ -5,12 +5,13 @@ Legend: T tokens, M model features.
 
 import torch
 
-from tokenspeed.kernels.registry import ANY, Priority, kernel
+from tokenspeed.kernels.reference.gemm import DENSE
+from tokenspeed.kernels.registry import Priority, kernel
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
 
-@kernel("norm.rms_norm", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+@kernel("norm.rms_norm", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
 def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torch.Tensor:
     """The formula, in float32."""
     wide_TM = x_TM.float()
@@ -18,7 +19,7 @@ def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float) -> torc
     return (wide_TM * scale_T1 * weight_M.float()).to(weight_M.dtype)
 
 
-@kernel("norm.add_rms_norm", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+@kernel("norm.add_rms_norm", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
 def add_rms_norm(
     x_TM: torch.Tensor, residual_TM: torch.Tensor, weight_M: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

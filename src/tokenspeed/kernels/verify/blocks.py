@@ -13,7 +13,14 @@ from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.dequantise import dequantise_blocks
 from tokenspeed.kernels.weights import PackedWeight
 
-__all__ = ["BLOCK_TYPES", "BlockType", "dequantised", "packed_weight", "random_blocks"]
+__all__ = [
+    "BLOCK_TYPES",
+    "BlockType",
+    "dequantised",
+    "identity_weight",
+    "packed_weight",
+    "random_blocks",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,3 +88,14 @@ def packed_weight(
         weight.pack(index, quant_name, raw)
         values.append(dequantised(raw, quant_name))
     return weight, torch.cat(values)
+
+
+def identity_weight(inputs: int, *, runtime: CpuRuntime) -> PackedWeight:
+    """The identity [I, I]: a product with it gives the very rows that it reads, in float32."""
+    blocks = torch.zeros(inputs, inputs // 32, BLOCK_TYPES["Q8_0"].size_bytes, dtype=torch.uint8)
+    blocks[..., :2] = torch.ones(1, dtype=torch.float16).view(torch.uint8)
+    rows = torch.arange(inputs)
+    blocks[rows, rows // 32, 2 + rows % 32] = 1
+    weight = PackedWeight((inputs, inputs), parts=(inputs,), dtype=torch.float32, runtime=runtime)
+    weight.pack(0, "Q8_0", blocks)
+    return weight

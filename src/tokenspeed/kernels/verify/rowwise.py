@@ -9,7 +9,10 @@ from functools import partial
 
 import torch
 
+from tokenspeed import _cpu
+from tokenspeed.kernels.activations import QUANTISED_ROWS, QuantisedRows
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.verify.blocks import identity_weight
 from tokenspeed.kernels.verify.case import (
     HALF_TYPES,
     TYPES,
@@ -33,6 +36,10 @@ __all__ = [
 
 _EPSILON = 1e-5
 _FEATURES = ((1, 1), (3, 576), (5, 77), (9, 1000))
+# Of quantised rows: one step, steps beyond those quantised at once, and rows beyond a tile.
+_QUANTISED = ((1, 32), (3, 576), (7, 1536), (37, 96))
+# Types that native products give.
+_PRODUCTS = (torch.float32, torch.bfloat16)
 # Behind the first slot for a rotated head lie others, as in one product of queries, keys, values.
 _HEADS_BEHIND = 3
 
@@ -61,6 +68,14 @@ def _norm_cases(op: str, check: Callable[..., Iterator[Compared]]) -> Iterator[C
             yield Case(
                 op=op,
                 format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {features}, {named(x_type)}",
+                check=partial(check, (tokens, features), x_type, dtype),
+            )
+        for tokens, features in _QUANTISED if dtype in _PRODUCTS else ():
+            yield Case(
+                op=op,
+                format_name=QUANTISED_ROWS,
                 dtype=dtype,
                 name=f"{tokens} x {features}, {named(x_type)}",
                 check=partial(check, (tokens, features), x_type, dtype),
@@ -117,6 +132,14 @@ def silu_and_mul_cases() -> Iterator[Case]:
                 name=f"{tokens} x {features}",
                 check=partial(_silu_and_mul, dtype, tokens, features),
             )
+        for tokens, features in _QUANTISED if dtype in _PRODUCTS else ():
+            yield Case(
+                op="activation.silu_and_mul",
+                format_name=QUANTISED_ROWS,
+                dtype=dtype,
+                name=f"{tokens} x {features}",
+                check=partial(_silu_and_mul, dtype, tokens, features),
+            )
 
 
 def _norm_types() -> Iterator[tuple[torch.dtype, torch.dtype]]:
@@ -139,7 +162,8 @@ def _rms_norm(
     runtime: CpuRuntime,
 ) -> Iterator[Compared]:
     x_TM, weight_M = noise(*shape, dtype=x_type), noise(shape[1], dtype=dtype, seed=2)
-    yield compare("y", kernel(x_TM, weight_M, _EPSILON), _exact_norm(x_TM, weight_M), dtype)
+    y_TM = kernel(x_TM, weight_M, _EPSILON)
+    yield _compare("y", y_TM, _exact_norm(x_TM, weight_M), dtype, runtime)
 
 
 def _head_norm(dtype: torch.dtype, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
@@ -160,7 +184,7 @@ def _add_rms_norm(
     y_TM, sum_TM = kernel(x_TM, residual_TM, weight_M, _EPSILON)
     exact_sum_TM = (x_TM.double() + residual_TM.double()).float()
     yield equal("the sum", sum_TM, exact_sum_TM)
-    yield compare("y", y_TM, _exact_norm(exact_sum_TM, weight_M), dtype)
+    yield _compare("y", y_TM, _exact_norm(exact_sum_TM, weight_M), dtype, runtime)
 
 
 def _take(
@@ -204,4 +228,19 @@ def _silu_and_mul(
         gate_up_T2F[0, 0], gate_up_T2F[1, 0] = 200.0, -200.0
     gate_TF, up_TF = gate_up_T2F.double().chunk(2, -1)
     exact_TF = gate_TF / (1 + torch.exp(-gate_TF)) * up_TF
-    yield compare("x", kernel(gate_up_T2F), exact_TF, dtype)
+    yield _compare("x", kernel(gate_up_T2F), exact_TF, dtype, runtime)
+
+
+def _compare(
+    what: str, ours: object, exact: torch.Tensor, dtype: torch.dtype, runtime: CpuRuntime
+) -> Compared:
+    """As `compare`; of quantised rows, what a product reads."""
+    if not isinstance(ours, QuantisedRows):
+        return compare(what, ours, exact, dtype)
+    if ours.dtype != dtype or ours.shape != exact.shape:
+        found = f"rows of {named(ours.dtype)} {list(ours.shape)}"
+        return Compared(what=what, error=torch.inf, mismatch=f"are quantised {found}")
+    read = torch.empty(exact.shape)
+    weight = identity_weight(exact.shape[1], runtime=runtime)
+    _cpu.linear(runtime, ours.memory, weight.matrices, None, read)
+    return compare(what, read, exact, torch.float32)

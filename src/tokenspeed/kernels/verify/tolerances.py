@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from tokenspeed.kernels.activations import QUANTISED_ROWS
 from tokenspeed.kernels.verify.case import Case, named
 from tokenspeed.kernels.weights import PACKED
 
@@ -23,6 +24,7 @@ class Tolerance:
         float32, bfloat16, float16: by element type of the activations.
         reason: why no less can be asked.
         packed: with packed weights, whatever the type; None where an op has no such weights.
+        quantised: of quantised rows, whatever the type; None where an op does not give them.
     """
 
     float32: float
@@ -30,12 +32,16 @@ class Tolerance:
     float16: float
     reason: str
     packed: float | None = None
+    quantised: float | None = None
 
     def of(self, case: Case) -> float:
         """The error allowed in a case."""
         if case.format_name == PACKED:
             assert self.packed is not None
             return self.packed
+        if case.format_name == QUANTISED_ROWS:
+            assert self.quantised is not None
+            return self.quantised
         return float(getattr(self, named(case.dtype)))
 
 
@@ -43,7 +49,9 @@ _ROUNDED: Final = Tolerance(
     float32=1e-6,
     bfloat16=4e-3,
     float16=5e-4,
-    reason="float32 arithmetic, one rounding of the result (2^-9 or 2^-12)",
+    quantised=1e-2,
+    reason="float32 arithmetic, one rounding of the result (2^-9 or 2^-12, or to 127ths of the "
+    "largest of 32, which is off by half a percent of a normal one)",
 )
 _COPY: Final = Tolerance(float32=0.0, bfloat16=0.0, float16=0.0, packed=0.0, reason="a copy")
 _CHOICE: Final = Tolerance(

@@ -6,7 +6,7 @@ C positions of a page.
 
 import torch
 
-from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
@@ -57,6 +57,7 @@ class Attention(Module):
             parts={"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim},
             cut=cut,
         )
+        self.reads = self.qkv.reads
         self.output = RowLinear(
             heads * head_dim, hidden_size, kernels=kernels, bias=output_bias, cut=cut
         )
@@ -80,7 +81,7 @@ class Attention(Module):
 
     def forward(
         self,
-        x_TM: torch.Tensor,
+        x_TM: Activations,
         angles: Angles,
         rows: PagedRows,
         kv: tuple[torch.Tensor, torch.Tensor],

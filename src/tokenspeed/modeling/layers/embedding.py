@@ -5,7 +5,7 @@ Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 
 import torch
 
-from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, Replicate, Shard, boundary
 
@@ -62,7 +62,8 @@ class LMHead(Module):
     ) -> None:
         self.table = _table(vocab_size, features, kernels) if tied is None else tied.table
         self._logits = kernels.select(ops.gemm.logits, format_name=self.table.format_name)
+        self.reads = kernels.reads(ops.gemm.logits, format_name=self.table.format_name)
 
-    def forward(self, x_SM: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_SM: Activations) -> torch.Tensor:
         """logits_SV, float32."""
         return self._logits(x_SM, self.table.data)

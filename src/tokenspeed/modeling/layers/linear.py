@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tokenspeed.kernels import PACKED, KernelSelector, ops
+from tokenspeed.kernels import PACKED, Activations, KernelSelector, ops
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, PerToken, Replicate, Shard, boundary
@@ -64,8 +64,9 @@ class Linear(Module):
         self._linear = kernels.select(
             ops.gemm.linear, format_name=format_name, traits={"bias": bias}
         )
+        self.reads = kernels.reads(ops.gemm.linear, format_name=format_name, traits={"bias": bias})
 
-    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TI: Activations) -> torch.Tensor:
         """y_TO."""
         return self._linear(x_TI, self.weight.data, self.bias.tensor if self.bias else None)
 

@@ -5,7 +5,7 @@ Legend: T tokens, M model features, F features of the network.
 
 import torch
 
-from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear, features_cut
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Partial, Replicate, boundary
@@ -36,10 +36,12 @@ class GatedMLP(Module):
             parts={"gate": intermediate_size, "up": intermediate_size},
             cut=cut,
         )
+        self.reads = self.gate_up.reads
         self.down = RowLinear(intermediate_size, hidden_size, kernels=kernels, bias=bias, cut=cut)
-        self._silu_and_mul = kernels.select(ops.activation.silu_and_mul)
+        activated = kernels.result_format(ops.activation.silu_and_mul, reads=self.down.reads)
+        self._silu_and_mul = kernels.select(ops.activation.silu_and_mul, format_name=activated)
 
-    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TM: Activations) -> torch.Tensor:
         """out_TM."""
         out_TM: torch.Tensor = self.down(self._silu_and_mul(self.gate_up(x_TM)))
         return out_TM

@@ -3,9 +3,11 @@
 Legend: T tokens, M model features, H heads, D elements of a head.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from tokenspeed.kernels import KernelSelector, ops
+from tokenspeed.kernels import Activations, KernelSelector, QuantisedRows, ops
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import PerToken, Shard, boundary
 
@@ -27,19 +29,28 @@ class RMSNorm(Module):
         features: M.
         epsilon: added to the mean square.
         kernels: chooses the norm.
+        reads: formats in which whoever reads the norm takes it beside tensors.
     """
 
     wide_inputs = frozenset({"x_TM"})
 
-    def __init__(self, features: int, *, epsilon: float, kernels: KernelSelector) -> None:
+    def __init__(
+        self,
+        features: int,
+        *,
+        epsilon: float,
+        kernels: KernelSelector,
+        reads: Sequence[str] = (),
+    ) -> None:
         self.weight = Weight((features,), dims=("features",), kernels=kernels)
         self._epsilon = epsilon
-        self._rms_norm = kernels.select(ops.norm.rms_norm)
-        self._add_rms_norm = kernels.select(ops.norm.add_rms_norm)
+        normed = kernels.result_format(ops.norm.rms_norm, ops.norm.add_rms_norm, reads=reads)
+        self._rms_norm = kernels.select(ops.norm.rms_norm, format_name=normed)
+        self._add_rms_norm = kernels.select(ops.norm.add_rms_norm, format_name=normed)
 
     def forward(
         self, x_TM: torch.Tensor, residual_TM: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Activations, torch.Tensor]:
         """(norm(x + residual), x + residual). Without a residual x, float32, begins the stream."""
         if residual_TM is None:
             return self._rms_norm(x_TM, self.weight.tensor, self._epsilon), x_TM
@@ -63,4 +74,6 @@ class HeadNorm(Module):
 
     def forward(self, x_THD: torch.Tensor) -> torch.Tensor:
         """norm(x)."""
-        return self._rms_norm(x_THD, self.weight.tensor, self._epsilon)
+        normed_THD = self._rms_norm(x_THD, self.weight.tensor, self._epsilon)
+        assert not isinstance(normed_THD, QuantisedRows)
+        return normed_THD

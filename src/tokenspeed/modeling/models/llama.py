@@ -46,11 +46,13 @@ class LlamaBlock(Module):
     def __init__(
         self, config: ModelConfig, kernels: KernelSelector, *, attention: Attention, mlp: Module
     ) -> None:
-        self.attention_norm = RMSNorm(
-            config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels
+        self.attention_norm, self.mlp_norm = (
+            RMSNorm(
+                config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels, reads=reader.reads
+            )
+            for reader in (attention, mlp)
         )
         self.attention = attention
-        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
         self.mlp = mlp
 
     def forward(
@@ -62,10 +64,10 @@ class LlamaBlock(Module):
         kv: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the block adds, and the stream it is to be added to."""
-        x_TM, residual_TM = self.attention_norm(x_TM, residual_TM)
-        x_TM = self.attention(x_TM, angles, rows, kv)
-        x_TM, residual_TM = self.mlp_norm(x_TM, residual_TM)
-        return self.mlp(x_TM), residual_TM
+        normed_TM, residual_TM = self.attention_norm(x_TM, residual_TM)
+        x_TM = self.attention(normed_TM, angles, rows, kv)
+        normed_TM, residual_TM = self.mlp_norm(x_TM, residual_TM)
+        return self.mlp(normed_TM), residual_TM
 
 
 @boundary(out=Shard("tp", "vocabulary"))
@@ -101,12 +103,17 @@ class Llama(Model):
         self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim, kernels=kernels)
         self.blocks = tuple(self.block(config, kernels, layer) for layer in range(config.layers))
         self._take = kernels.select(ops.embedding.take)
-        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, kernels=kernels)
         self.head = LMHead(
             config.vocab_size,
             config.hidden_size,
             kernels=kernels,
             tied=self.embedding if config.tie_embeddings else None,
+        )
+        self.norm = RMSNorm(
+            config.hidden_size,
+            epsilon=config.norm_epsilon,
+            kernels=kernels,
+            reads=self.head.reads,
         )
 
     def block(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> LlamaBlock:

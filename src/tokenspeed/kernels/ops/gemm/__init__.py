@@ -5,6 +5,7 @@ Legend: T tokens, S sampled tokens, I inputs, O outputs, V vocabulary.
 
 import torch
 
+from tokenspeed.kernels.activations import Activations
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.weights import Matrix
 
@@ -12,7 +13,7 @@ __all__ = ["linear", "logits"]
 
 
 @declare_op("gemm.linear", traits=("bias",))
-def linear(x_TI: torch.Tensor, weight_OI: Matrix, bias_O: torch.Tensor | None) -> torch.Tensor:
+def linear(x_TI: Activations, weight_OI: Matrix, bias_O: torch.Tensor | None) -> torch.Tensor:
     """y_TO = x_TI @ weight_OI.T + bias_O.
 
     Sums are at least float32; the result has x's element type and is rounded once.
@@ -20,14 +21,16 @@ def linear(x_TI: torch.Tensor, weight_OI: Matrix, bias_O: torch.Tensor | None) -
     Traits:
         bias: whether there is one.
     """
-    return linear.best(x_TI, weight=weight_OI, bias=bias_O is not None)(x_TI, weight_OI, bias_O)
+    operand = x_TI if isinstance(x_TI, torch.Tensor) else x_TI.memory
+    return linear.best(operand, weight=weight_OI, bias=bias_O is not None)(x_TI, weight_OI, bias_O)
 
 
 @declare_op("gemm.logits")
-def logits(x_SI: torch.Tensor, weight_VI: Matrix) -> torch.Tensor:
+def logits(x_SI: Activations, weight_VI: Matrix) -> torch.Tensor:
     """y_SV = x_SI @ weight_VI.T, in float32 whatever the element type of x.
 
     Logits of a wide model lie close together, so rounding them to bfloat16 would make ties:
     the result must be as exact as its float32 sums.
     """
-    return logits.best(x_SI, weight=weight_VI)(x_SI, weight_VI)
+    operand = x_SI if isinstance(x_SI, torch.Tensor) else x_SI.memory
+    return logits.best(operand, weight=weight_VI)(x_SI, weight_VI)
