@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tokenspeed.cli.bench_offline import offline_command
 from tokenspeed.cli.bench_peers import peers_command
 from tokenspeed.cli.bench_replay import compare_command, replay_command
 from tokenspeed.cli.bench_tables import floor_table, oversubscription_table, report_table
@@ -58,6 +59,7 @@ def _bench() -> None:
 bench_app.command("replay")(replay_command)
 bench_app.command("compare")(compare_command)
 bench_app.command("peers")(peers_command)
+bench_app.command("offline")(offline_command)
 
 
 @bench_app.command("simulate")
