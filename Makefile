@@ -50,8 +50,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# The standard set: under ten minutes, wants a quiet machine; redraws the README's picture and table.
 bench: setup
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/standard.py
 
 # Engine against engine: installs the others (10 GB) below ~/.cache/tokenspeed/peers, takes hours, wants a quiet machine.
 bench-peers: setup

@@ -112,7 +112,8 @@ def replay_command(
         str | None,
         typer.Option(
             help="Text at the head of each session; the same one twice finds the cache of the "
-            "first time [default: something new for each run]."
+            "first time, and so does an empty one, which adds none [default: something new for "
+            "each run]."
         ),
     ] = None,
     label: Annotated[str | None, typer.Option(help="Name in reports [default: the URL].")] = None,
@@ -166,7 +167,7 @@ def replay_command(
             "speed": f"{speed:g}",
             "floor": f"{tps_floor:g} TPS" if tps_floor else "none",
             "TTFT limit": "none" if ttft_limit is None else f"{ttft_limit:g} s",
-            "salt": salt or "new",
+            "salt": "new" if salt is None else salt,
         }
         summarised = {"floor_tps": tps_floor or None, "ttft_max_s": ttft_limit}
         report = asyncio.run(

@@ -312,6 +312,44 @@ def test_cached_tokens_show_in_usage_and_in_first_tokens() -> None:
     assert summary.computed_prompt_tpm == pytest.approx(summary.prompt_tpm * 0.75)
 
 
+def test_a_run_that_is_interrupted_keeps_what_was_measured() -> None:
+    async def go() -> live.Run:
+        ended: list[live.AnswerRecord] = []
+
+        def watch(answer: live.AnswerRecord) -> None:
+            ended.append(answer)
+            if len(ended) == 4:
+                task.cancel()
+
+        async with live.ChatClient(server.url) as client:
+            await client.find_model()
+            asked = live.Pass(users=2, duration_s=3600)
+            task = asyncio.create_task(live.replay(client, TALK, asked, watch=watch))
+            return await task
+
+    with PacedServer(Pace(token_s=0.002)) as server:
+        found = asyncio.run(go())
+    assert found.stopped == "interrupted"
+    assert len(found.answers) >= 4 and found.window_us < 3600e6
+
+
+def test_a_server_behind_a_supervisor_is_found_by_its_port() -> None:
+    program = (
+        "import subprocess, sys\n"
+        "command = [sys.executable, '-m', 'tests.support.paced_server']\n"
+        "with subprocess.Popen(command, start_new_session=True) as child:\n"
+        "    sys.stdin.read()\n"
+        "    child.kill()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as supervisor:
+        assert supervisor.stdin is not None and supervisor.stdout is not None
+        port = int(supervisor.stdout.readline())
+        assert live.find_server(f"http://127.0.0.1:{port}") == supervisor.pid
+        supervisor.stdin.close()
+
+
 def test_a_servers_cpu_time_and_memory_are_measured() -> None:
     program = "import sys\nfor line in sys.stdin:\n sum(range(10**7))\n print(flush=True)"
     with subprocess.Popen(

@@ -82,7 +82,10 @@ class ChatClient:
                 headers=headers,
                 timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
                 # As many users as there are; the system's proxies are not between us and a server.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                # A connection left idle is let go: servers close theirs, perhaps just as we write.
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=None, keepalive_expiry=1.0
+                ),
                 trust_env=False,
             )
         except (httpx.InvalidURL, ValueError) as error:

@@ -22,8 +22,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def find_server(url: str) -> int | None:
     """The process at the head of the server that listens at a loopback URL; None if unknown.
 
-    It is the one that listens, or the first above it in the same process group, as a supervisor is
-    of its gateway.
+    It is the one that listens, or whatever started it, as a supervisor starts its gateway: in its
+    own process group, or in a session made for the child.
     """
     if importlib.util.find_spec("psutil") is None:
         return None
@@ -48,9 +48,11 @@ def find_server(url: str) -> int | None:
     # A script may have started both the server and us: it is no part of the server.
     ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     with contextlib.suppress(psutil.Error, OSError):
-        group = os.getpgid(found.pid)
         for parent in found.parents():
-            if parent.pid in ours or os.getpgid(parent.pid) != group:
+            joined = os.getpgid(parent.pid) == os.getpgid(found.pid)
+            set_apart = os.getsid(found.pid) == found.pid
+            same_user = parent.uids().real == found.uids().real
+            if parent.pid in (1, *ours) or not same_user or not (joined or set_apart):
                 break
             found = parent
     pid: int = found.pid

@@ -42,7 +42,7 @@ class Pass:
             begin anew, under another salt; None to play each session once.
         speed: how many times faster than recorded an open loop's requests come.
         errors_max: the run stops after so many failed answers in a row.
-        salt: what to put at the head of each session; None for something new.
+        salt: what to put at the head of each session; empty for nothing, None for something new.
     """
 
     users: int | None
@@ -313,7 +313,7 @@ class _Replay:
 
 
 def _sent(message: Message, salt: str | None) -> dict[str, str]:
-    content = message.content if salt is None else f"[{salt}] {message.content}"
+    content = f"[{salt}] {message.content}" if salt else message.content
     return {"role": message.role, "content": content}
 
 

