@@ -8,7 +8,7 @@ import torch
 
 from tokenspeed._cpu import PackedMatrix, linear, lookup
 from tokenspeed.core.errors import KernelError
-from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
+from tokenspeed.kernels.cpu import CpuRuntime, PackedWeight, supported_isas
 from tokenspeed.kernels.verify.blocks import BLOCK_TYPES, dequantised, random_blocks
 
 ISAS = supported_isas()
@@ -139,6 +139,23 @@ def test_parts_of_different_formats_lie_side_by_side() -> None:
         product(on, x, [part], bias[40 * i : 40 * i + 40].clone()) for i, part in enumerate(parts)
     ]
     assert torch.equal(product(on, x, parts, bias), torch.cat(alone, dim=1))
+
+
+def test_a_weight_of_parts_is_whole_once_all_are_loaded_in_any_order() -> None:
+    on = runtime()
+    weight = PackedWeight((40, 64), parts=(24, 16), dtype=torch.float32, runtime=on)
+    first, second = random_blocks("Q8_0", 24, 64), random_blocks("Q4_1", 16, 64)
+    weight.pack(1, "Q4_1", second)
+    with pytest.raises(KernelError, match="used before all of its parts were loaded"):
+        _ = weight.matrices
+    weight.pack(0, "Q4_0", random_blocks("Q4_0", 24, 64))
+    # A part that is loaded again takes the place of what was there.
+    weight.pack(0, "Q8_0", first)
+    assert [matrix.outputs for matrix in weight.matrices] == [24, 16]
+    assert weight.nbytes == sum(matrix.size_bytes for matrix in weight.matrices)
+    x = noise(3, 64)
+    parts = [packed(on, "Q8_0", first, 64), packed(on, "Q4_1", second, 64)]
+    assert torch.equal(product(on, x, weight.matrices), product(on, x, parts))
 
 
 @pytest.mark.parametrize("isa", ISAS)
