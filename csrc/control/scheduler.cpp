@@ -164,6 +164,12 @@ void Scheduler::report_end(RequestId request, FinishReason reason, std::int32_t 
     outcome_.finished.push_back(request.value);
     outcome_.reasons.push_back(static_cast<std::int32_t>(reason));
     outcome_.retries_ms.push_back(retry_ms);
+    // A plan that failed may have given it a slot: nobody is told of that any more.
+    for (std::size_t i = bound_requests_.size(); i-- > 0;) {
+        if (bound_requests_[i] != request.value) continue;
+        bound_requests_.erase(bound_requests_.begin() + static_cast<std::ptrdiff_t>(i));
+        bound_slots_.erase(bound_slots_.begin() + static_cast<std::ptrdiff_t>(i));
+    }
 }
 
 void Scheduler::conclude(const Finished& finished) noexcept {

@@ -107,3 +107,25 @@ def test_a_kernel_on_another_number_of_rows_is_not_recorded() -> None:
     # Kernels run again.
     _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
     assert inputs.chosen_S.tolist() == [0] * SAMPLES_MAX
+
+
+def test_a_new_recording_takes_the_place_of_an_earlier_one() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    recording = inputs.recording(runtime)
+    for _ in range(2):
+        recording.begin()
+        _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
+        assert recording.end(inputs.chosen_S)
+    assert len(recording) == 1
+
+
+def test_more_samples_than_recorded_are_refused() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    recording = inputs.recording(runtime)
+    recording.begin()
+    assert recording.end(inputs.chosen_S)
+    sampled = ints(*[0] * (SAMPLES_MAX + 1))
+    tokens = np.zeros_like(sampled)
+    with pytest.raises(KernelError, match="a step of 1 tokens and 1 rows"):
+        recording.run(0, ints(1), ints(0, 1), ints(0), ints(5), sampled, [], tokens)
+    assert inputs.token_ids_T.tolist() == [-7] * TOKENS_MAX

@@ -64,6 +64,11 @@ void run(const Configuration& configuration, std::uint64_t seed) {
             case 0:
             case 1:
             case 2:
+                // The id of one that ended is free for another, once nothing carries its pages.
+                if (world.accepted(request) && !world.live(request) && !world.in_flight() &&
+                    world.scheduler().stats().transferring == 0) {
+                    world.forget(request);
+                }
                 if (!world.accepted(request)) {
                     world.submit(request, configuration.scripts[static_cast<std::size_t>(request)]);
                 }

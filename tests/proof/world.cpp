@@ -139,6 +139,7 @@ bool World::launch() {
     if (plan) {
         for (const std::int64_t request : plan->bound_requests) {
             Client& bound = client(request);
+            expect(!bound.ended, "client: a request takes a slot after its end");
             if (++bound.stays > 2 && bound.outputs == bound.outputs_at_stay && !bound.failed &&
                 scheduler_.stats().parkings == 0) {
                 wrong("client: request " + text(request) + " was retracted again without progress");
