@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tokenspeed.cli.bench_replay import SyntheticName, parse_counts, sessions_of
 from tokenspeed.cli.options import LogLevel, LogLevelOption
-from tokenspeed.cli.reporting import fail, reported
+from tokenspeed.cli.reporting import ended_like_interrupted, fail, reported
 from tokenspeed.core.errors import WorkloadError
 
 __all__ = ["peers_command"]
@@ -72,7 +72,7 @@ def peers_command(
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Compare engines, each from PyPI in its own environment, with a new server for every run."""
-    with reported(log_level):
+    with reported(log_level), ended_like_interrupted():
         from tokenspeed.bench import check_plotting, live, peers  # noqa: PLC0415
         from tokenspeed.bench.sessions import cut  # noqa: PLC0415
         from tokenspeed.cli.bench_live import (  # noqa: PLC0415

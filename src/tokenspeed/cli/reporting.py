@@ -2,15 +2,17 @@
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
 import typer
 
 from tokenspeed.cli.options import LogLevel
 from tokenspeed.core.errors import TokenSpeedError
 
-__all__ = ["fail", "reported"]
+__all__ = ["ended_like_interrupted", "fail", "reported"]
 
 INTERRUPTED = 130
 
@@ -37,6 +39,20 @@ def reported(log_level: LogLevel = LogLevel.INFO) -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def ended_like_interrupted() -> Iterator[None]:
+    """Have SIGTERM do what Ctrl-C does, so that servers we started are stopped first."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str) -> None:

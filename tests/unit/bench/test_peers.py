@@ -1,10 +1,12 @@
 """Engines take turns, each with a server of its own for every run."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.unit.bench.live_support import session, workload
@@ -91,6 +93,27 @@ def test_an_engine_that_does_not_start_is_left_out_and_the_rest_goes_on(
     assert ours.incomplete is None and len(ours.runs) == 2
     assert theirs.incomplete is not None and "ended with 3" in theirs.incomplete
     assert "server.log" in theirs.incomplete
+
+
+def test_an_interrupt_ends_the_whole_comparison_and_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[tuple[str, int]] = []
+    recipes = {name: paced(name, starts) for name in ("ours", "theirs")}
+    monkeypatch.setattr(servers, "ENGINES", recipes)
+    monkeypatch.setattr("tokenspeed.bench.peers.compare.ENGINES", recipes)
+
+    class Interrupt(live.Watcher):
+        def answered(self, answer: live.AnswerRecord) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        peers.measure_peers(
+            TALK, comparison("ours", "theirs"), tmp_path, settings={}, watcher=Interrupt()
+        )
+    assert starts == [("ours", 1)]
+    assert (tmp_path / "ours" / "runs" / "users-1-repeat-0.json").exists()
+    assert not psutil.Process().children(recursive=True)
 
 
 def test_a_server_is_gone_when_its_block_is_left(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from tokenspeed.bench.live.frontier import draw_frontier, write_page
 from tokenspeed.bench.live.metrics import Goodput, Spread, Summary, TurnWait, summarise_run
 from tokenspeed.bench.live.processes import ProcessMeter, find_server
 from tokenspeed.bench.live.records import AnswerRecord, Calibration, ProcessUsage, Run
-from tokenspeed.bench.live.replay import Pass, calibrate, replay, warm_up
+from tokenspeed.bench.live.replay import INTERRUPTED, Pass, calibrate, replay, warm_up
 from tokenspeed.bench.live.report import (
     FIGURES,
     Figure,
@@ -23,6 +23,7 @@ from tokenspeed.bench.live.sweep import Sweep, Watcher, digest, missing, sweep
 
 __all__ = [
     "FIGURES",
+    "INTERRUPTED",
     "Answer",
     "AnswerRecord",
     "Calibration",

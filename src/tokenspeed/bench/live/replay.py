@@ -22,7 +22,10 @@ from tokenspeed.bench.sessions import Message, Session, Workload
 from tokenspeed.bench.sessions.words import words
 from tokenspeed.core.errors import ConfigError, MeasurementError
 
-__all__ = ["Pass", "calibrate", "replay", "warm_up"]
+__all__ = ["INTERRUPTED", "Pass", "calibrate", "replay", "warm_up"]
+
+# Why a run ended that Ctrl-C ended.
+INTERRUPTED = "interrupted"
 
 _SAMPLE_S = 1.0
 _PROMPT_TOKENS = (128, 1024)
@@ -179,7 +182,7 @@ class _Replay:
                     metering.cancel()
             except asyncio.CancelledError:
                 # Ctrl-C: what was measured until now is kept.
-                self._stopped = "interrupted"
+                self._stopped = INTERRUPTED
             end_us = self._now_us()
             duration_s = self._asked.duration_s
             if duration_s is not None and self._stopped is None:

@@ -132,6 +132,9 @@ class _Engine:
                 _log.warning("%s is measured no further: %s", self._name, error)
                 return
             self.store.save(found)
+            if found.stopped == live.INTERRUPTED:
+                # Of everything, not of this engine alone.
+                raise KeyboardInterrupt
         self._runs.append(found)
         self._failed = found.stopped
         watcher.ended(found)
