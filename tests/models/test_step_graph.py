@@ -23,9 +23,9 @@ from tokenspeed.core.errors import KernelError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.execution import Runner
 from tokenspeed.execution.graph import StepGraph, _Keeper, _Memory
-from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector
+from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, ops
 from tokenspeed.kernels.cpu import start_runtime
-from tokenspeed.modeling import Model, ModelConfig, build_model
+from tokenspeed.modeling import ForwardBatch, Model, ModelConfig, build_model
 
 PROMPTS = ([400, 30, 5000, 77, 6], [9000, 12, 13], [*range(500, 545)])
 
@@ -199,7 +199,25 @@ def test_memory_does_not_grow_with_layers(model: Model) -> None:
 def test_a_forward_with_any_other_kernel_is_not_recorded(model: Model) -> None:
     config = config_of(page_size=16, context_max=128)
     assert record(model, config) is not None
-    assert record(packed_model({"rope.rotate": "reference"}), config) is None
     assert record(tiny_model(), config_of()) is None
+    other = packed_model({"rope.rotate": "reference"})
+    before = Driver(other).greedy([1, 2, 3], 4)
+    assert record(other, config) is None
     # What failed leaves nothing behind: kernels run again.
-    assert Driver(model).greedy([1, 2, 3], 2)
+    assert Driver(other).greedy([1, 2, 3], 4) == before
+
+
+def test_a_forward_with_a_kernel_on_other_rows_is_not_recorded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(page_size=16, context_max=128)
+    logits_SV = torch.zeros(2, 8)
+    argmax = model.kernels.select(ops.sampling.argmax, format_name="float32")
+    forward = model.forward
+
+    def with_more(batch: ForwardBatch, pools: KVPools) -> torch.Tensor:
+        argmax(logits_SV)
+        return forward(batch, pools)
+
+    monkeypatch.setattr(model, "forward", with_more)
+    assert record(model, config) is None
