@@ -31,6 +31,8 @@ _JSON_OPTIONS: "JsonCompileOptions" = {
 # A schema may hold options of the library, and these would change what it means.
 _OPTIONS_KEY = "x-guidance"
 
+_ESCAPED_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_POSSESSIVE = re.compile(r"[*+?}]\+")
 _NAMEABLE = re.compile(r"<[^<>\s]+>\Z")
 _TAG_KEYS = {"type", "structures", "triggers"}
 _STRUCTURE_KEYS = {"begin", "schema", "end"}
@@ -53,7 +55,7 @@ def grammar_of(kind: ConstraintKind, text: str, *, special: frozenset[str]) -> s
             case ConstraintKind.JSON_SCHEMA | ConstraintKind.JSON_OBJECT:
                 return _json(text)
             case ConstraintKind.REGEX:
-                return llguidance.LLMatcher.grammar_from_regex(text)
+                return _regex(text)
             case ConstraintKind.CHOICE:
                 return _choice(text)
             case ConstraintKind.EBNF:
@@ -91,6 +93,13 @@ def _check_schema(schema: Any) -> None:
         raise InvalidParameter("the schema false takes nothing")
     if isinstance(schema, dict) and _OPTIONS_KEY in schema:
         raise InvalidParameter(f"{_OPTIONS_KEY} is not taken; leave it out")
+
+
+def _regex(text: str) -> str:
+    # The library reads `a*+` as `(a*)+`; who writes it means that `a*` gives nothing back.
+    if _POSSESSIVE.search(_ESCAPED_OR_CLASS.sub("x", text)):
+        raise InvalidParameter("possessive quantifiers are not supported")
+    return llguidance.LLMatcher.grammar_from_regex(text)
 
 
 def _choice(text: str) -> str:

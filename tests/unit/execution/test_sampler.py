@@ -259,10 +259,11 @@ def test_a_bitmask_goes_before_the_minimum_length():
     params = SamplingParams(temperature=0.0, min_new_tokens=4)
     for slot in range(2):
         bind(subject, slot, params, stops=(3, 4))
-    # Of the first row only a stop token may come, of the second something else too.
-    bitmasks = {0: bitmask({3}), 1: bitmask({3, 9})}
+    rows[0, 4] = rows[0, 3] + 1
+    # Of the first row only stop tokens may come, of the second something else too.
+    bitmasks = {0: bitmask({3, 4}), 1: bitmask({3, 9})}
     tokens, _ = subject.sample(rows, ints(0, 1), ints(0, 0), bitmasks)
-    assert tokens.tolist() == [3, 9]
+    assert tokens.tolist() == [4, 9]
 
 
 def test_log_probabilities_are_those_without_a_bitmask():

@@ -32,6 +32,10 @@ CONFINED = (
     (SamplingParams(temperature=1.2, max_new_tokens=18), "([a-j]{2}[0-9])*"),
     (SamplingParams(repetition_penalty=1.3, max_new_tokens=18), "(ae|bf|cg)+[k-z]*"),
     (SamplingParams(temperature=0.9, max_new_tokens=18, ignore_eos=True), "[a-z]{4}"),
+    (
+        SamplingParams(temperature=0.0, max_new_tokens=18, ignore_eos=True, logit_bias={60: 100.0}),
+        "[a-z]*",
+    ),
 )
 
 
@@ -167,8 +171,9 @@ def test_a_constraint_holds_alone_together_and_after_retraction_and_touches_no_o
             assert re.fullmatch(pattern, text), text
         else:
             assert len(tokens) == 18
-    # One of them can only end, though it was asked not to.
+    # Asked not to end, one can do nothing else, and the other goes on.
     assert alone[3][-1] == 60
+    assert len(alone[4]) == 18
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_request_and_no_other() -> None:

@@ -101,9 +101,8 @@ def test_others_pass_a_slow_trial(subject: ConstraintCompiler) -> None:
     assert second.request == 1
 
 
-def test_a_request_that_is_cancelled_ends_its_trial_unless_another_waits(
-    subject: ConstraintCompiler,
-) -> None:
+def test_a_request_that_is_cancelled_ends_its_trial_unless_another_waits() -> None:
+    subject = compiler(time_max_s=300)
     subject.submit(1, FOO)
     wait(subject)
     worker = worker_of()
@@ -120,6 +119,7 @@ def test_a_request_that_is_cancelled_ends_its_trial_unless_another_waits(
     assert len(subject) == 0
     subject.submit(4, StructuredOutputs(regex="bar"))
     assert [item.request for item in wait(subject)] == [4]
+    subject.close()
 
 
 def test_a_worker_that_dies_is_replaced(subject: ConstraintCompiler) -> None:

@@ -1,9 +1,13 @@
 """What a constraint takes is what it says, token by token."""
 
 import json
+import re
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.grammars import ENDS, SPECIAL, TABLE, V, grammar, next_of, takes
 from tokenspeed.core.constraint import ConstraintKind, StructuredOutputs
@@ -66,6 +70,7 @@ LANGUAGES = [
     ({"json_object": True}, ["{}", '{"foo":[true]}'], ["[]", "true"]),
     ({"regex": "(foo|bar)+[0-9]{2}"}, ["foobar12"], ["foo1", "12", "foo123"]),
     ({"regex": "^ab$"}, ["ab"], ["aab"]),
+    ({"regex": r"\++[*+]+"}, ["++*+"], ["+", "a"]),
     ({"regex": "[日é]+"}, ["日é"], ["ab", "日🙂"]),
     ({"regex": ".{2}"}, ["🙂é"], ["é", "\n\n"]),
     ({"choice": ("foo", 'say "ab"')}, ["foo", 'say "ab"'], ["fo", "bar", "foofoo"]),
@@ -171,6 +176,8 @@ def test_a_matcher_begins_where_its_grammar_does_whatever_others_did() -> None:
         ({"regex": "(?=a)b"}, "look"),
         ({"regex": "(a)\\1"}, "backreference"),
         ({"regex": "["}, "regex"),
+        ({"regex": "a*+a"}, "possessive"),
+        ({"regex": "[+]{2}+a"}, "possessive"),
         ({"json": "false"}, "nothing"),
         ({"grammar": "root ::= missing"}, "missing"),
         ({"grammar": "root ::= " + "(" * 9000}, "deep"),
@@ -210,3 +217,52 @@ def test_a_schema_given_as_an_object_is_its_text() -> None:
     constraint = StructuredOutputs(json={"type": "null"})
     assert constraint == StructuredOutputs(json='{"type":"null"}')
     assert (constraint.kind, constraint.text) == (ConstraintKind.JSON_SCHEMA, '{"type":"null"}')
+
+
+FRAGMENTS = [
+    "a",
+    "b",
+    ".",
+    "[a-c]",
+    "[^a]",
+    "[0-9]",
+    "(",
+    ")",
+    "|",
+    "*",
+    "+",
+    "?",
+    "{2}",
+    "{1,3}",
+    "é",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=10).map("".join), st.integers(0, 2**32))
+def test_what_a_pattern_lets_through_matches_it(pattern: str, seed: int) -> None:
+    try:
+        compiled = grammar(StructuredOutputs(regex=pattern))
+        expected = re.compile(pattern)
+    except (InvalidParameter, re.error):
+        return
+    choose = np.random.default_rng(seed)
+    matcher = compiled.matcher()
+    text = b""
+    for _ in range(60):
+        allowed = next_of(matcher)
+        ended = allowed & set(ENDS)
+        going_on = sorted(allowed - ended)
+        assert bool(ended) == _matches(expected, text), (pattern, text)
+        if not going_on or (ended and choose.random() < 0.2):
+            return
+        token = going_on[choose.integers(len(going_on))]
+        matcher.take([token])
+        text += TABLE.texts[token]
+
+
+def _matches(pattern: re.Pattern[str], text: bytes) -> bool:
+    try:
+        return pattern.fullmatch(text.decode()) is not None
+    except UnicodeDecodeError:
+        return False
