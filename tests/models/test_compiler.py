@@ -23,9 +23,9 @@ from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, connect
 from tokenspeed.modeling import ModelConfig, compile_model
 from tokenspeed.modeling.compiler import Program, Tracer
+from tokenspeed.modeling.compiler.events import Event
 from tokenspeed.modeling.compiler.rules import RULES
 from tokenspeed.modeling.compiler.solve import _outcomes, cost_of
-from tokenspeed.modeling.compiler.trace import Event
 
 MESHES = [Mesh(tp=2), Mesh(tp=4), Mesh(tp=4, ep=2)]
 

@@ -125,8 +125,11 @@ def _engine_flags(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse KV of shared prefixes.")
     ] = True,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks, each a process, that share a layer.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="How many of them share the experts.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the model [default: all there are].")
+        int | None,
+        typer.Option(min=1, help="CPU threads of each rank [default: all there are, shared out]."),
     ] = None,
     kernel: Annotated[
         list[str] | None,
@@ -153,6 +156,8 @@ def _engine_flags(
         "host_cache_size_bytes": 0 if host_cache_memory is None else parse_size(host_cache_memory),
         "overlap_depth": overlap_depth,
         "prefix_cache": prefix_cache,
+        "tp": tp,
+        "ep": ep,
         "threads": threads,
         "kernels": parse_kernels(kernel or []),
         "seed": seed,

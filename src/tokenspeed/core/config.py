@@ -155,7 +155,10 @@ class EngineConfig:
         host_cache_size_bytes: bytes of the tier on the host, to which pages go that leave a device.
         overlap_depth: 0 or 1; None to choose by device.
         prefix_cache: reuse KV of shared prefixes.
-        threads: CPU threads of the forward; None for all the process may use.
+        tp: ranks, each a process, that share every layer.
+        ep: of these, how many share the experts of a mixture; the rest divide each expert.
+        threads: CPU threads of the forward, on each rank; None for all the process may use,
+            shared out.
         kernels: forced kernel solutions, op name to solution name.
         seed: base of the seeds of requests that bring none; None for a fresh one.
         tps_floor: tokens a second that each admitted user is to get, or 90% of what one user alone
@@ -176,6 +179,8 @@ class EngineConfig:
     host_cache_size_bytes: int = 0
     overlap_depth: int | None = None
     prefix_cache: bool = True
+    tp: int = 1
+    ep: int = 1
     threads: int | None = None
     kernels: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
@@ -191,11 +196,20 @@ class EngineConfig:
         _at_least("page_size", self.page_size, 1)
         _at_least("kv_cache_size_bytes", self.kv_cache_size_bytes, 1)
         _at_least("host_cache_size_bytes", self.host_cache_size_bytes, 0)
+        _at_least("tp", self.tp, 1)
+        _at_least("ep", self.ep, 1)
         _at_least("threads", self.threads, 1)
         _positive("tps_floor", self.tps_floor)
         _positive("queue_timeout_s", self.queue_timeout_s)
         if self.overlap_depth not in (None, 0, 1):
             raise ConfigError(f"overlap_depth must be 0 or 1, but is {self.overlap_depth}")
+        if self.overlap_depth == 1 and self.tp > 1:
+            raise ConfigError(
+                "--overlap-depth 1 needs one rank: with --tp, a step's tokens go to the other "
+                "ranks with the next plan"
+            )
+        if self.device != "cpu" and self.tp > 1:
+            raise ConfigError(f"--tp {self.tp} runs on CPUs only, not on --device {self.device}")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

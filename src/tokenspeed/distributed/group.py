@@ -11,16 +11,17 @@ whole to every member, a round instead of two.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed import ProcessGroupGloo
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from tokenspeed.core.errors import EngineError
 from tokenspeed.distributed.mesh import Mesh, share
 
-__all__ = ["Group", "connect"]
+__all__ = ["Group", "Store", "connect", "file_store"]
 
 # Of a sum: below it a round costs more than the bytes saved by a second one.
 SHORT_SIZE_BYTES = 1 << 16
@@ -120,6 +121,11 @@ class Group:
             piece.view(list(shape))
             for piece, shape in zip(_split(received, sizes), shapes, strict=True)
         ]
+
+
+def file_store(path: Path, ranks: int) -> Store:
+    """Where ranks of one host find each other; the file need not exist yet."""
+    return FileStore(str(path), ranks)
 
 
 def connect(

@@ -3,18 +3,18 @@
 import torch
 
 from tokenspeed import loader
-from tokenspeed.cache import KVPools
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
+from tokenspeed.distributed import Mesh, file_store
+from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.pace import learn_pace, tps_alone
+from tokenspeed.engine.ranks import GroupRunner, RankGroup
 from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
 from tokenspeed.engine.wire import EngineInfo
-from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
+from tokenspeed.execution import Runner
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
-from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
-from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import ModelConfig, build_model
 
 __all__ = ["build_engine"]
@@ -27,52 +27,48 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         ModelError: the model cannot be had, read or run.
         ConfigError: the configuration does not suit the model or the machine.
         KernelError: a forced kernel cannot run.
+        EngineError: a rank died as it started.
     """
-    files = loader.resolve(config.model, progress=progress)
-    checkpoint = loader.open_checkpoint(files)
-    model_config = ModelConfig.from_hf(checkpoint.hf_config)
-    context_max = _context_max(config, model_config)
-    device = torch.device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    mesh = mesh_of(config)
+    # The other ranks start while this one looks for the model.
+    group = RankGroup(config, mesh) if mesh.world > 1 else None
+    try:
+        return _build(config, mesh, group, progress)
+    except BaseException:
+        if group is not None:
+            group.end()
+        raise
 
-    load_plugins()
-    dtype_name = str(dtype).removeprefix("torch.")
-    kernels = KernelSelector(
-        device=device,
-        dtype=dtype,
-        overrides=config.kernels,
-        weight_formats=(
-            *((PACKED,) if checkpoint.packable else ()),
-            f"{dtype_name}_panels",
-            dtype_name,
-        ),
-        kv_formats=_kv_formats(dtype_name, config.page_size),
-        activation_formats=(QUANTISED_ROWS,),
-        runtime=start_runtime(threads=config.threads or usable_cpu_count()),
+
+def _build(
+    config: EngineConfig, mesh: Mesh, group: RankGroup | None, progress: loader.Progress | None
+) -> Engine:
+    opened = open_model(config, mesh=mesh, rank=0, progress=progress)
+    files, checkpoint, model_config = opened.files, opened.checkpoint, opened.config
+    context_max = _context_max(config, model_config)
+    # On the meta device a model has shapes and no memory: enough to know what it will take. The
+    # first rank's shares are the largest.
+    shape = build_model(
+        model_config,
+        dtype=opened.dtype,
+        device=torch.device("meta"),
+        kernels=opened.kernels,
+        mesh=mesh,
     )
-    # On the meta device a model has shapes and no memory: enough to know what it will take.
-    shape = build_model(model_config, dtype=dtype, device=torch.device("meta"), kernels=kernels)
-    weights_size_bytes = shape.planned_size_bytes(checkpoint.size_bytes)
     specs = shape.kv_specs()
     pages = pages_that_fit(
         config,
         specs,
-        weights_size_bytes=weights_size_bytes,
+        weights_size_bytes=shape.planned_size_bytes(checkpoint.size_bytes),
         context_max=context_max,
-        available_size_bytes=available_memory_size_bytes(),
+        available_size_bytes=available_memory_size_bytes() // mesh.world,
     )
-
-    model = build_model(model_config, dtype=dtype, device=device, kernels=kernels)
-    model.load_weights(checkpoint.blocks(progress=progress))
     page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
     host_pages = config.host_cache_size_bytes // page_size_bytes
-    pools = KVPools(
-        specs, pages=pages, page_size=config.page_size, device=device, host_pages=host_pages
-    )
     overlap_depth = config.overlap_depth
     if overlap_depth is None:
         # A CPU runs the forward on the very cores that would plan meanwhile.
-        overlap_depth = 1 if device.type == "cuda" else 0
+        overlap_depth = 1 if opened.device.type == "cuda" else 0
     scheduler_config = SchedulerConfig(
         groups=(CacheGroup(pages=pages, host_pages=host_pages),),
         page_size=config.page_size,
@@ -86,7 +82,17 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
             None if config.queue_timeout_s is None else int(config.queue_timeout_s * 1e6)
         ),
     )
-    runner = Runner(model, pools, scheduler_config, device=device, threads=config.threads)
+    store = None
+    if group is not None:
+        group.set_up(scheduler_config)
+        store = file_store(group.store_path, mesh.world)
+    model, pools, own_runner = make_runner(
+        opened, scheduler_config, mesh=mesh, rank=0, store=store, progress=progress
+    )
+    runner: Runner | GroupRunner = own_runner
+    if group is not None:
+        group.await_loaded()
+        runner = GroupRunner(own_runner, group, slots_max=scheduler_config.slots_max)
     runner.warm_up()
     scheduler = Scheduler(scheduler_config)
     if config.tps_floor is not None or config.queue_timeout_s is not None:
@@ -110,7 +116,7 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         model_path=str(files.path),
         tokenizer_dir=str(files.tokenizer_dir),
         quantisation=checkpoint.quantisation,
-        dtype=dtype_name,
+        dtype=opened.dtype_name,
         vocab_size=model_config.vocab_size,
         context_max=context_max,
         eos_token_ids=list(tokenizer.eos_token_ids),
@@ -149,9 +155,3 @@ def _context_max(config: EngineConfig, model: ModelConfig) -> int:
             f"give {limit} or less"
         )
     return config.max_context
-
-
-def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:
-    """Interleaved pages need whole vectors of positions."""
-    interleaved = (f"interleaved_{dtype_name}",) if page_size % 16 == 0 else ()
-    return (*interleaved, dtype_name)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,13 @@ __all__ = ["LaunchedStep", "Runner"]
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+
+
+class Launched(Protocol):
+    """A forward pass that somebody launched."""
+
+    def result(self) -> StepResult:
+        """Wait for the sampled tokens; raises what the forward raised."""
 
 
 class LaunchedStep:
@@ -168,11 +175,14 @@ class Runner:
             # It surfaces where the result is asked for, as it does with a thread.
             return LaunchedStep(error)
 
-    def warm_up(self) -> None:
+    def warm_up(self, launch: Callable[[StepPlan], Launched] | None = None) -> None:
         """Record the forward where the device is a CPU, then run a tiny prefill and a decode: the
         first request finds everything ready.
 
         To be called before any other plan: it writes to the pools' first page.
+
+        Args:
+            launch: what runs plans, where that is more than this runner; its own if None.
         """
         self.bind(
             0,
@@ -182,7 +192,8 @@ class Runner:
             tokens=np.zeros(1, dtype=np.int32),
             stop_token_ids=np.zeros(0, dtype=np.int32),
         )
-        if self._device.type == "cpu":
+        # What ranks exchange is not recorded.
+        if self._device.type == "cpu" and self._model.ranks == 1:
             self._graph = StepGraph.record(
                 self._model,
                 self._pools,
@@ -191,7 +202,7 @@ class Runner:
                 last_token_X=self._last_token_X,
             )
         for plan in warm_up_plans(self._config, groups=len(self._tables)):
-            self.launch(plan).result()
+            (launch or self.launch)(plan).result()
 
     def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
         """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
@@ -239,12 +250,7 @@ class Runner:
                 stop_token_ids=binding.stop_token_ids,
             )
             self._confine(binding)
-        # What leaves the device is copied before anything is written to where it was.
-        for pool, group in zip(self._pools.pools, plan.groups, strict=True):
-            if len(group.stores.sources):
-                pool.store(group.stores.sources, group.stores.targets)
-            if len(group.loads.pages):
-                pool.load(group.loads.elsewhere, group.loads.pages)
+        self._move(plan)
         if not len(plan.row_slots):
             for table, group in zip(self._tables, plan.groups, strict=True):
                 table.apply(group)
@@ -257,6 +263,30 @@ class Runner:
             if self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S):
                 return StepResult(tokens=tokens, logprobs=None)
             return self._sample(plan, logits_SV)
+
+    def _move(self, plan: StepPlan) -> None:
+        # What leaves the device is copied before anything is written to where it was.
+        for pool, group in zip(self._pools.pools, plan.groups, strict=True):
+            if len(group.stores.sources):
+                pool.store(group.stores.sources, group.stores.targets)
+            if len(group.loads.pages):
+                pool.load(group.loads.elsewhere, group.loads.pages)
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan) -> None:
+        """Compute this rank's part of a plan that rank 0 samples.
+
+        Args:
+            plan: one in which the tokens of decode rows stand in `token_ids`.
+        """
+        self._move(plan)
+        decode_slots = plan.row_slots[: plan.decode_count]
+        self._last_token_X[self._decode_slots.fill(decode_slots)] = torch.from_numpy(
+            plan.token_ids[: plan.decode_count].astype(np.int64)
+        ).to(self._device)
+        batch = self._batch(plan)
+        if len(plan.row_slots):
+            self._model.forward(batch, self._pools)
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> StepResult:

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.distributed import Mesh, connect
+from tokenspeed.distributed import Mesh, Store, connect
 from tokenspeed.kernels import PACKED, PANELS, KernelSelector, Stored
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.compiler import (
@@ -46,6 +45,7 @@ class Model(Module):
             both sides; `name:part` is a part of a stacked weight.
         ignored_names: tensors some checkpoints carry that the equations do not use.
         config: its sizes.
+        ranks: how many run it together.
     """
 
     weight_names: ClassVar[Mapping[str, str]]
@@ -54,6 +54,7 @@ class Model(Module):
     def __init__(self, config: ModelConfig, kernels: KernelSelector) -> None:
         self.config = config
         self.kernels = kernels
+        self.ranks = 1
 
     @abstractmethod
     def forward(self, batch: ForwardBatch, kv: KVStorage) -> torch.Tensor:
@@ -181,6 +182,7 @@ def build_model(
     if mesh is not None and mesh.world > 1:
         program = compile_model(config, kernels=kernels, mesh=mesh, rank=rank)
         program.place_weights(model, rank)
+        model.ranks = mesh.world
         if store is not None:
             wanted = {*program.groups, *(groups_to_check(program) if check else ())}
             groups = connect(mesh, rank, sorted(wanted), store=store)

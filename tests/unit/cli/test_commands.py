@@ -28,6 +28,8 @@ ENGINE_FLAGS = {
     "--prefix-cache",
     "--no-prefix-cache",
     "--threads",
+    "--tp",
+    "--ep",
     "--kernel",
     "--seed",
 }

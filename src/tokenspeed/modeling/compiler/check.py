@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokenspeed.core.errors import PlacementError
-from tokenspeed.modeling.compiler.install import Groups, TokenCounts, modules_of
+from tokenspeed.modeling.compiler.install import Groups, TokenCounts, inner_forward, modules_of
 from tokenspeed.modeling.compiler.program import Lying, Program
 from tokenspeed.modeling.module import Module
 
@@ -90,8 +90,8 @@ class _Checker:
 
 
 def _watch(module: Module, crossings: Sequence[Lying], checker: _Checker) -> None:
-    forward = module.forward
-    names = list(inspect.signature(forward).parameters)
+    forward = inner_forward(module)
+    _, *names = inspect.signature(type(module).forward).parameters
     inward = [lying for lying in crossings if lying.inward]
     outward = [lying for lying in crossings if not lying.inward]
 

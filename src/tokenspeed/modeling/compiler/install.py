@@ -4,6 +4,7 @@ A module without transitions is left as it is, so a model of one rank pays nothi
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from tokenspeed.modeling.compiler.program import Program
 from tokenspeed.modeling.compiler.transition import Transition
 from tokenspeed.modeling.module import Module
 
-__all__ = ["Groups", "TokenCounts", "apply_transition", "install", "modules_of"]
+__all__ = ["Groups", "TokenCounts", "apply_transition", "inner_forward", "install", "modules_of"]
 
 Groups = Mapping[tuple[int, ...], Group]
 
@@ -89,6 +90,23 @@ def apply_transition(
     )
 
 
+def inner_forward(module: Module) -> Callable[..., Any]:
+    """A module's `forward` as it is now, to be called by what takes its place.
+
+    It does not keep the module alive: the module keeps what takes the place, and of a ring of the
+    two nothing would be freed where no collector runs.
+    """
+    if "forward" in vars(module):
+        placed: Callable[..., Any] = vars(module)["forward"]
+        return placed
+    owner, forward = weakref.ref(module), type(module).forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(owner(), *args, **kwargs)
+
+    return call
+
+
 def modules_of(root: Module, path: str = "") -> Iterator[tuple[str, Module]]:
     """All modules by dotted path; the root's is empty."""
     yield path, root
@@ -113,7 +131,7 @@ def _put_before(
     groups: Groups,
     known: TokenCounts,
 ) -> None:
-    forward = module.forward
+    forward = inner_forward(module)
     # What may stand before it already takes any arguments.
     _, *names = inspect.signature(type(module).forward).parameters
     places = [(names.index(name), name, steps) for name, steps in entering.items()]
@@ -137,7 +155,7 @@ def _put_around(
     known: TokenCounts,
     counts: Callable[..., Mapping[str, int]],
 ) -> None:
-    forward = root.forward
+    forward = inner_forward(root)
 
     def around(*args: Any, **kwargs: Any) -> Any:
         known.by_symbol.update(counts(*args, **kwargs))

@@ -165,13 +165,20 @@ def compile_module(
     if mesh.world == 1:
         return Program(mesh=mesh, steps=(), weights={}, lying=())
     tracer = Tracer(mesh, rank, RULES)
-    with torch.device("meta"):
-        twin = build(tracer.kernels(kernels))
-    tracer.adopt(twin, kernels.dtype)
-    tracer.deliver(twin.forward(*arguments(tracer, twin)))
+    try:
+        with torch.device("meta"):
+            twin = build(tracer.kernels(kernels))
+        tracer.adopt(twin, kernels.dtype)
+        tracer.deliver(twin.forward(*arguments(tracer, twin)))
+        return _solved(tracer, mesh)
+    finally:
+        tracer.forget()
+
+
+def _solved(tracer: Tracer, mesh: Mesh) -> Program:
     own = mesh.cells_of("dp")
-    lying = tuple("B" if cell in own else "R" for cell in range(len(mesh.cells)))
-    choices = solve(mesh, tracer.events, dict.fromkeys(tracer.given, lying))
+    start = tuple("B" if cell in own else "R" for cell in range(len(mesh.cells)))
+    choices = solve(mesh, tracer.events, dict.fromkeys(tracer.given, start))
     return Program(
         mesh=mesh,
         steps=_steps(choices),

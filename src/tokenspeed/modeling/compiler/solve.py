@@ -12,8 +12,8 @@ from fractions import Fraction
 
 from tokenspeed.core.errors import PlacementError
 from tokenspeed.distributed import Mesh
+from tokenspeed.modeling.compiler.events import Crossing, Event, OpEvent, Unsaid
 from tokenspeed.modeling.compiler.symbol import Symbol
-from tokenspeed.modeling.compiler.trace import Crossing, Event, OpEvent, Unsaid
 from tokenspeed.modeling.compiler.transition import States, Transition, transitions_between
 from tokenspeed.modeling.placement import Partial, PerToken, Placement, Replicate
 

@@ -9,7 +9,6 @@ read them. How tokens lie, and where sums over ranks are made whole, is left to 
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -17,65 +16,13 @@ import torch
 from tokenspeed.core.errors import ConfigError, PlacementError
 from tokenspeed.distributed import Mesh, share
 from tokenspeed.kernels import KernelSelector, Op
+from tokenspeed.modeling.compiler.events import Crossing, Event, Layout, OpEvent, Unsaid
 from tokenspeed.modeling.compiler.symbol import Dim, Flow, Symbol
 from tokenspeed.modeling.cut import Division
 from tokenspeed.modeling.module import Module, Weight
-from tokenspeed.modeling.placement import Boundary, PerToken, Placement, Replicate, Shard
+from tokenspeed.modeling.placement import Boundary, Placement, Replicate, Shard
 
-__all__ = ["Crossing", "Event", "OpEvent", "Tracer", "Unsaid", "WeightSymbol"]
-
-Layout = tuple[Placement, ...]
-
-
-class Unsaid(PerToken):
-    """On an axis of which boundaries need not speak: as a tensor comes, a sum too."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpEvent:
-    """An op: what goes in, what comes out.
-
-    Attributes:
-        module: path and class of the innermost module that runs it, for people.
-        flow: how placements pass through.
-        inputs, outputs: symbols.
-    """
-
-    module: str
-    flow: Flow
-    inputs: tuple[Symbol, ...]
-    outputs: tuple[Symbol, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
-    """A tensor crosses a module's boundary.
-
-    Attributes:
-        path: the module's path.
-        module: path and class, for people.
-        parameter: of its `forward` on the way in; "out", or "out[i]", on the way out.
-        inward: whether it goes in.
-        before: what comes.
-        after: what the other side sees.
-        wanted: by cell, how it is to lie (on the way in) or is said to (on the way out); None
-            where a cell divides features.
-        layout: the declaration.
-        wide: whether a sum over ranks may be handed on in float32.
-    """
-
-    path: str
-    module: str
-    parameter: str
-    inward: bool
-    before: Symbol
-    after: Symbol
-    wanted: tuple[Placement | None, ...]
-    layout: Layout
-    wide: bool = False
-
-
-Event = OpEvent | Crossing
+__all__ = ["Tracer", "WeightSymbol"]
 
 
 class WeightSymbol:
@@ -119,6 +66,7 @@ class Tracer:
         self.given: list[int] = []
         self._symbols = 0
         self._stack: list[tuple[str, Module]] = []
+        self._adopted: list[Module] = []
 
     def kernels(self, kernels: KernelSelector) -> KernelSelector:
         """A selector whose kernels are rules, and which otherwise answers as the given one."""
@@ -129,6 +77,14 @@ class Tracer:
         made = self.symbol([Dim(size=1, symbol=symbol), *(Dim(size=n) for n in sizes)], dtype)
         self.given.append(made.number)
         return made
+
+    def forget(self) -> None:
+        """Let go of the twin: rings of objects are not freed where no collector runs."""
+        self.events.clear()
+        self.weights.clear()
+        for module in self._adopted:
+            del vars(module)["forward"]
+        self._adopted.clear()
 
     def deliver(self, result: Any) -> None:
         """Take down that all ranks are to have the model's result."""
@@ -169,6 +125,7 @@ class Tracer:
             vars(weight)["data"] = symbol
             self.weights[symbol.name] = symbol
         for path, module in _modules("", root):
+            self._adopted.append(module)
             vars(module)["forward"] = self._seen(path, module, module.forward)
 
     def wanted_output(self, cell: int) -> Placement | None:

@@ -1,0 +1,167 @@
+"""What every rank of an engine does alike: find the model, choose kernels, load, make a runner."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tokenspeed import loader
+from tokenspeed.cache import KVPools
+from tokenspeed.core.config import EngineConfig, SchedulerConfig
+from tokenspeed.distributed import Mesh, Store, share
+from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
+from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
+from tokenspeed.kernels.cpu import start_runtime
+from tokenspeed.modeling import Model, ModelConfig, build_model
+
+__all__ = ["OpenedModel", "make_runner", "mesh_of", "open_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """A model that was found and not loaded.
+
+    Attributes:
+        files, checkpoint, config: its files, and what they say.
+        device, dtype: where it will run, and its element type.
+        kernels: chooses its kernels.
+        threads: CPU threads of this rank.
+    """
+
+    files: loader.ModelFiles
+    checkpoint: "loader.Checkpoint"
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    kernels: KernelSelector
+    threads: int
+
+    @property
+    def dtype_name(self) -> str:
+        """The element type's name."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def mesh_of(config: EngineConfig) -> Mesh:
+    """The ranks of an engine.
+
+    Raises:
+        ConfigError: its degrees do not fit together.
+    """
+    return Mesh(tp=config.tp, ep=config.ep)
+
+
+def open_model(
+    config: EngineConfig, *, mesh: Mesh, rank: int, progress: loader.Progress | None = None
+) -> OpenedModel:
+    """Find and check a model, and choose what computes it on this rank.
+
+    Raises:
+        ModelError: the model cannot be had, read or run.
+        ConfigError: the configuration does not suit the machine.
+    """
+    files = loader.resolve(config.model, progress=progress)
+    checkpoint = loader.open_checkpoint(files)
+    model_config = ModelConfig.from_hf(checkpoint.hf_config)
+    device = torch.device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    load_plugins()
+    dtype_name = str(dtype).removeprefix("torch.")
+    threads = config.threads or max(1, usable_cpu_count() // mesh.world)
+    with _own_cpus(mesh.world, rank):
+        runtime = start_runtime(threads=threads)
+    kernels = KernelSelector(
+        device=device,
+        dtype=dtype,
+        overrides=config.kernels,
+        weight_formats=(
+            *((PACKED,) if checkpoint.packable else ()),
+            f"{dtype_name}_panels",
+            dtype_name,
+        ),
+        kv_formats=_kv_formats(dtype_name, config.page_size),
+        activation_formats=(QUANTISED_ROWS,),
+        runtime=runtime,
+    )
+    return OpenedModel(
+        files=files,
+        checkpoint=checkpoint,
+        config=model_config,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        threads=threads,
+    )
+
+
+def make_runner(
+    opened: OpenedModel,
+    config: SchedulerConfig,
+    *,
+    mesh: Mesh,
+    rank: int,
+    store: Store | None,
+    progress: loader.Progress | None = None,
+) -> tuple[Model, KVPools, Runner]:
+    """Build and load a model, its KV pools and its runner.
+
+    Args:
+        opened: the model.
+        config: sizes of pools and steps, the same on all ranks.
+        mesh: the ranks.
+        rank: which of them this is.
+        store: where ranks find each other; None for one rank.
+        progress: told of the bytes read.
+
+    Raises:
+        ModelError: the weights cannot be read, or do not fit the model.
+        ConfigError: the model cannot be divided over so many ranks.
+        EngineError: other ranks did not come.
+    """
+    model = build_model(
+        opened.config,
+        dtype=opened.dtype,
+        device=opened.device,
+        kernels=opened.kernels,
+        mesh=mesh,
+        rank=rank,
+        store=store,
+    )
+    model.load_weights(opened.checkpoint.blocks(progress=progress))
+    (group,) = config.groups
+    pools = KVPools(
+        model.kv_specs(),
+        pages=group.pages,
+        page_size=config.page_size,
+        device=opened.device,
+        host_pages=group.host_pages,
+    )
+    threads = opened.threads
+    return model, pools, Runner(model, pools, config, device=opened.device, threads=threads)
+
+
+def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:
+    """Interleaved pages need whole vectors of positions."""
+    interleaved = (f"interleaved_{dtype_name}",) if page_size % 16 == 0 else ()
+    return (*interleaved, dtype_name)
+
+
+@contextmanager
+def _own_cpus(ranks: int, rank: int) -> Iterator[None]:
+    """Let threads that are started meanwhile run on this rank's share of the CPUs only.
+
+    Native threads are pinned where they start, and those of two ranks must not meet.
+    """
+    if ranks == 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    first, end = share(len(before), ranks, rank)
+    if end > first:
+        os.sched_setaffinity(0, sorted(before)[first:end])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,127 @@
+"""An engine of several ranks: one text, and one clear end when a rank dies or hangs."""
+
+import asyncio
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tokenspeed import LLM, AsyncLLM, SamplingParams
+from tokenspeed.core.errors import ConfigError, EngineError, TokenSpeedError
+from tokenspeed.engine.ranks import GroupRunner
+from tokenspeed.loader import ModelFiles
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
+LONG = SamplingParams(temperature=0.0, max_new_tokens=400, ignore_eos=True)
+PROMPTS = ["def fib(n):", "The capital of France is", "1, 2, 3, 4, 5, 6, 7,"]
+# Weights that are not packed: rounding inputs to bytes would amplify the last bits, in which two
+# ranks' sums differ from one's.
+DENSE = {"gemm.linear": "reference", "gemm.logits": "reference", "embedding.lookup": "reference"}
+
+
+def followers(llm: LLM) -> list[int]:
+    runner = llm._core.runner
+    assert isinstance(runner, GroupRunner)
+    return [follower.process.pid for follower in runner._group._followers]
+
+
+def texts(llm: LLM) -> list[list[int]]:
+    return [output.completions[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_text_of_one(smollm2: ModelFiles) -> None:
+    options = {"dtype": "float32", "max_context": 512, "max_running": 4, "kernels": DENSE}
+    with LLM(str(smollm2.path), **options) as llm:
+        alone = texts(llm)
+    with LLM(str(smollm2.path), tp=2, **options) as llm:
+        assert texts(llm) == alone
+        processes = followers(llm)
+        # The second time prompts come from the cache, whose pages every rank has its part of.
+        assert texts(llm) == alone
+        assert llm.stats().cached_tokens > 0 or llm.info.page_size > 8
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+@pytest.mark.slow
+def test_with_native_kernels_the_text_does_not_depend_on_the_batch(smollm2: ModelFiles) -> None:
+    with LLM(str(smollm2.path), tp=2, max_context=512, max_running=4) as llm:
+        together = texts(llm)
+        apart = [llm.generate([prompt], GREEDY)[0].completions[0].token_ids for prompt in PROMPTS]
+    assert together == apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [(signal.SIGKILL, "ended: killed by SIGKILL"), (signal.SIGSTOP, "does not answer")],
+)
+def test_a_rank_that_is_lost_ends_the_engine_with_its_name(
+    smollm2: ModelFiles, how: signal.Signals, words: str
+) -> None:
+    with LLM(str(smollm2.path), tp=2, max_context=512, max_running=4) as llm:
+        texts(llm)
+        (process,) = followers(llm)
+        os.kill(process, how)
+        began_s = time.monotonic()
+        with pytest.raises(EngineError, match=rf"rank 1 \(process {process}\) {words}"):
+            texts(llm)
+        assert time.monotonic() - began_s < 10
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+@pytest.mark.slow
+def test_the_client_of_an_engine_process_is_told_which_rank_was_lost(smollm2: ModelFiles) -> None:
+    async def run() -> tuple[int, str, list[psutil.Process]]:
+        async with await AsyncLLM.start(
+            str(smollm2.path), tp=2, max_context=512, max_running=4
+        ) as llm:
+            ranks = psutil.Process(llm.pid).children()
+            count = 0
+            try:
+                async for delta in llm.generate(PROMPTS[1], LONG):
+                    count += len(delta.token_ids)
+                    if count == 8:
+                        ranks[0].kill()
+            except EngineError as error:
+                return count, str(error), ranks
+        return count, "", ranks
+
+    count, message, ranks = asyncio.run(run())
+    assert count >= 8
+    assert "rank 1" in message and "killed by SIGKILL" in message
+    psutil.wait_procs(ranks, 5)
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_ranks_end_when_the_engine_is_killed(smollm2: ModelFiles) -> None:
+    async def run() -> list[psutil.Process]:
+        async with await AsyncLLM.start(
+            str(smollm2.path), tp=2, max_context=512, max_running=4
+        ) as llm:
+            engine = psutil.Process(llm.pid)
+            ranks = engine.children()
+            engine.kill()
+            return ranks
+
+    gone, alive = psutil.wait_procs(asyncio.run(run()), 10)
+    assert gone and not alive
+
+
+def test_what_several_ranks_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--overlap-depth 1 needs one rank"):
+        LLM("smollm2-135m", tp=2, overlap_depth=1)
+    with pytest.raises(ConfigError, match="--ep 3 does not divide the 2 ranks"):
+        LLM("smollm2-135m", tp=2, ep=3)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_divided_is_refused_whole(smollm2: ModelFiles) -> None:
+    with pytest.raises(TokenSpeedError, match="4 ranks cannot divide"):
+        LLM(str(smollm2.path), tp=4, max_context=512)
