@@ -106,6 +106,26 @@ def test_requests_of_their_own_bring_their_tokens_together_at_the_experts() -> N
     assert ("blocks.1.attention_norm", "all_reduce", tp) in found
 
 
+def test_shared_experts_are_added_before_sums_of_both_are_made() -> None:
+    config = {
+        **QWEN3_MOE,
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    }
+    program = compile_model(ModelConfig.from_hf(config), kernels=kernels(), mesh=Mesh(tp=4, ep=2))
+    assert [line for line in shown(program) if "mlp." in line] == []
+    assert len(program.collectives) == 6
+    # With requests of their own, what is shared stays at home, and what was added up comes back.
+    mesh = Mesh(dp=2, tp=2, ep=4)
+    dp = mesh.cells_of("dp")
+    steps = compile_model(ModelConfig.from_hf(config), kernels=kernels(), mesh=mesh).steps
+    found = [(step.path, step.parameter, step.transition.kind) for step in steps]
+    assert any(step.transition.cells == dp for step in steps)
+    assert [line for line in found if line[2] == "reduce_scatter"]
+
+
 def test_a_model_of_one_rank_is_left_as_it_is() -> None:
     program = compile_flow([Line("pair", (0,))], Mesh())
     assert program.steps == () and program.weights == {}

@@ -47,7 +47,6 @@ def test_a_configuration_of_transformers_5_is_read() -> None:
         ({"architectures": None}, CorruptCheckpoint, "names no architecture"),
         ({"hidden_act": "gelu"}, UnsupportedModel, "silu is supported"),
         ({"use_sliding_window": True}, UnsupportedModel, "full attention"),
-        ({"partial_rotary_factor": 0.5}, UnsupportedModel, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModel, "awq"),
         ({"rope_scaling": {"rope_type": "yarn"}}, UnsupportedModel, "default, linear, llama3"),
         ({"rope_scaling": "linear"}, CorruptCheckpoint, "rope_scaling"),
@@ -73,7 +72,7 @@ def test_every_architecture_has_its_class() -> None:
     assert {"LlamaForCausalLM": "Llama", "MistralForCausalLM": "Llama"}.items() <= {
         name: model_class(name).__name__ for name in ARCHITECTURES
     }.items()
-    with pytest.raises(UnsupportedModel, match="supported are LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModel, match="supported are .*LlamaForCausalLM"):
         model_class("MambaForCausalLM")
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -71,6 +72,20 @@ CONFIGS: dict[str, Any] = {
         norm_topk_prob=True,
         mlp_only_layers=[1],
     ),
+    "glm4-moe": Glm4MoeConfig(
+        **{**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2},
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        moe_intermediate_size=24,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        first_k_dense_replace=1,
+        attention_bias=True,
+        use_qk_norm=True,
+        partial_rotary_factor=0.5,
+    ),
     "qwen3-moe-unnormed": Qwen3MoeConfig(
         **_SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24
     ),
@@ -94,6 +109,9 @@ def write_tiny(name: str, path: Path, *, seed: int = 0) -> Tiny:
         for key, value in theirs.named_parameters():
             if value.dim() == 1:
                 value.copy_(torch.randn_like(value) * 0.2 + (0.0 if "bias" in key else 1.0))
+        for key, value in theirs.named_buffers():
+            if "correction_bias" in key:
+                value.copy_(torch.randn_like(value) * 0.2)
     theirs.save_pretrained(path)
     return Tiny(path=path, theirs=theirs)
 

@@ -40,6 +40,9 @@ class BlockMatrix(Protocol):
     def to_float(self) -> torch.Tensor:
         """float32 [O, I], dequantised."""
 
+    def with_rows(self, blocks: torch.Tensor) -> "BlockMatrix":
+        """As many rows of the same type, of other blocks."""
+
     def __getitem__(self, index: tuple[slice, ...], /) -> "BlockMatrix":
         """Rows and inputs first:end of it; no block may be cut.
 

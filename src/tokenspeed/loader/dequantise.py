@@ -59,6 +59,11 @@ class Blocks:
         shape = (len(chosen), end - first)
         return replace(self, shape=shape, blocks=chosen.contiguous())
 
+    def with_rows(self, blocks: Tensor) -> "Blocks":
+        """As many rows of the same type, of other blocks."""
+        assert blocks.shape == self.blocks.shape
+        return replace(self, blocks=blocks)
+
     def to_float(self) -> Tensor:
         """The elements: `shape`, float32."""
         raw_NB = self.blocks.view(-1, self.quant.block_size_bytes)

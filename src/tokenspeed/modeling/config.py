@@ -10,6 +10,7 @@ from tokenspeed.modeling.models.registry import require_architecture
 
 __all__ = ["ExpertsConfig", "ModelConfig", "RopeConfig"]
 
+SIGMOID_ROUTED = ("glm4_moe",)
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -19,6 +20,7 @@ class RopeConfig:
 
     Attributes:
         theta: base of the geometric row of wavelengths.
+        fraction: of a head's elements, how many are rotated, the first ones.
         type: "default"; "linear" divides every position by `factor`; "llama3" slows long
             wavelengths by `factor` and leaves short ones (Llama 3.1).
         factor: see type.
@@ -33,6 +35,11 @@ class RopeConfig:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 8192
+    fraction: float = 1.0
+
+    def rotated(self, head_dim: int) -> int:
+        """How many elements of a head are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,8 @@ class ExpertsConfig:
         per_token: how many each token goes to.
         intermediate_size: features of an expert.
         dense_layers: layers that have one network for all tokens instead.
+        shared: experts that every token goes to, which are one network of their features.
+        bias: whether experts are chosen with a bias that they are not weighed with.
         scoring, normalise, scale, groups, groups_kept: as `kernels.ops.moe.route` takes them.
     """
 
@@ -51,6 +60,8 @@ class ExpertsConfig:
     per_token: int
     intermediate_size: int
     dense_layers: frozenset[int] = frozenset()
+    shared: int = 0
+    bias: bool = False
     scoring: str = "softmax"
     normalise: bool = False
     scale: float = 1.0
@@ -72,6 +83,7 @@ class ModelConfig:
         tie_embeddings: whether the head reads the embedding's table.
         attention_bias, mlp_bias: whether those projections add one.
         experts: of a mixture; None for a dense model.
+        head_norm: whether query and key heads are normed, where a family has both kinds.
     """
 
     architecture: str
@@ -89,6 +101,7 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     experts: ExpertsConfig | None = None
+    head_norm: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -130,6 +143,7 @@ class ModelConfig:
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
             experts=_experts(config),
+            head_norm=bool(config.get("use_qk_norm", False)),
         )
 
 
@@ -141,8 +155,6 @@ def _refuse(config: Mapping[str, Any], architecture: str) -> None:
         raise UnsupportedModel(
             f"{architecture} with use_sliding_window; full attention is supported"
         )
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel(f"{architecture} with partial_rotary_factor; 1 is supported")
     quantisation = config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -154,22 +166,32 @@ def _refuse(config: Mapping[str, Any], architecture: str) -> None:
 
 def _experts(config: Mapping[str, Any]) -> ExpertsConfig | None:
     # transformers 5 writes its own name of the count, others the one of before.
-    names = [name for name in ("num_experts", "num_local_experts") if config.get(name)]
+    known = ("num_experts", "num_local_experts", "n_routed_experts")
+    names = [name for name in known if config.get(name)]
     if not names:
         return None
     layers = _count(config, "num_hidden_layers")
     every = _count(config, "decoder_sparse_step", default=1)
     dense = {layer for layer in range(layers) if (layer + 1) % every}
+    dense |= set(range(int(config.get("first_k_dense_replace") or 0)))
     count = _count(config, names[0])
     per_token = _count(config, "num_experts_per_tok")
     if per_token > count:
         raise CorruptCheckpoint(f"config.json sends tokens to {per_token} of {count} experts")
+    # What chooses experts by sigmoid also has a bias for each of them.
+    sigmoid = config.get("model_type") in SIGMOID_ROUTED
     return ExpertsConfig(
         count=count,
         per_token=per_token,
         intermediate_size=_count(config, "moe_intermediate_size"),
         dense_layers=frozenset(dense | set(config.get("mlp_only_layers") or ())),
+        shared=int(config.get("n_shared_experts") or 0),
+        bias=sigmoid,
+        scoring="sigmoid" if sigmoid else "softmax",
         normalise=bool(config.get("norm_topk_prob", False)),
+        scale=_number(config, "routed_scaling_factor", default=1.0),
+        groups=_count(config, "n_group", default=1),
+        groups_kept=_count(config, "topk_group", default=1),
     )
 
 
@@ -180,14 +202,17 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         raise CorruptCheckpoint(f"config.json: rope_scaling must be a table, but is {scaling!r}")
     theta = _number({**config, **scaling}, "rope_theta", default=10000.0)
     type_ = scaling.get("rope_type", scaling.get("type", "default"))
+    fraction = _number({**config, **scaling}, "partial_rotary_factor", default=1.0)
     if type_ == "default":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta, fraction=fraction)
     if type_ == "linear":
-        return RopeConfig(theta=theta, type="linear", factor=_number(scaling, "factor"))
+        factor = _number(scaling, "factor")
+        return RopeConfig(theta=theta, type="linear", factor=factor, fraction=fraction)
     if type_ == "llama3":
         return RopeConfig(
             theta=theta,
             type="llama3",
+            fraction=fraction,
             factor=_number(scaling, "factor"),
             low_frequency_factor=_number(scaling, "low_freq_factor"),
             high_frequency_factor=_number(scaling, "high_freq_factor"),

@@ -4,6 +4,7 @@ Legend: S sampled tokens, V vocabulary.
 """
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from tokenspeed.modeling.weights import fill_weights
 
 __all__ = ["Model", "build_model", "compile_model"]
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # No type of a checkpoint's weights grows by more when it is packed.
 PACKING_GROWTH_MAX = 1.06
 
@@ -44,12 +46,15 @@ class Model(Module):
         weight_names: Hugging Face's tensor names to ours. `*` stands for a number, the same on
             both sides; `name:part` is a part of a stacked weight.
         ignored_names: tensors some checkpoints carry that the equations do not use.
+        later_layers_ignored: whether layers behind the model's own are passed over: networks that
+            predict further tokens, which are kept as one more layer.
         config: its sizes.
         ranks: how many run it together.
     """
 
     weight_names: ClassVar[Mapping[str, str]]
     ignored_names: ClassVar[frozenset[str]] = frozenset()
+    later_layers_ignored: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, kernels: KernelSelector) -> None:
         self.config = config
@@ -111,9 +116,15 @@ class Model(Module):
         Raises:
             CorruptCheckpoint: tensors are missing, unexpected or misshapen; names them.
         """
+        if self.later_layers_ignored:
+            weights = (pair for pair in weights if self._layer_of(pair[0]) < self.config.layers)
         fill_weights(
             dict(self.weights()), weights, names=self.weight_names, ignored=self.ignored_names
         )
+
+    def _layer_of(self, name: str) -> int:
+        found = _LAYER.match(name)
+        return int(found[1]) if found else 0
 
 
 def compile_model(

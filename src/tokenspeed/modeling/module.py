@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 import torch
 
 from tokenspeed.core.errors import KernelError
-from tokenspeed.kernels import PACKED, PANELS, KernelSelector, Matrix, PackedWeight, Stored
+from tokenspeed.kernels import (
+    PACKED,
+    PANELS,
+    BlockMatrix,
+    KernelSelector,
+    Matrix,
+    PackedWeight,
+    Stored,
+)
 from tokenspeed.modeling.cut import Cut, Division
 from tokenspeed.modeling.placement import Boundary
 
@@ -28,6 +36,9 @@ class Weight:
         parts: sizes of named pieces stacked along the first dimension, where a checkpoint
             keeps as several tensors what one product reads at once.
         cuts: where ranks may divide a dimension, each part by itself; anywhere if not said.
+        orders: of parts (None for the whole), in which order each group of rows is kept: entry i
+            is the row of the checkpoint's group that becomes the i-th. Ranks divide whole groups.
+        dtype: element type; None for the selector's.
         format_name: how it lies in memory, as the kernels that read it want it; None for a tensor
             of the selector's element type.
 
@@ -47,6 +58,8 @@ class Weight:
         kernels: KernelSelector,
         parts: Mapping[str, int] | None = None,
         cuts: Mapping[str, Cut] | None = None,
+        orders: Mapping[str | None, Sequence[int]] | None = None,
+        dtype: torch.dtype | None = None,
         format_name: str | None = None,
     ) -> None:
         assert len(dims) == len(shape)
@@ -59,6 +72,8 @@ class Weight:
         self.local_parts = dict(self._parts)
         self.local_first: int | None = None
         self._cuts = dict(cuts or {})
+        self._orders = dict(orders or {})
+        self._dtype = dtype or kernels.dtype
         self._divisions: dict[str, Division] = {}
         self._absent = False
         self._kernels = kernels
@@ -76,7 +91,7 @@ class Weight:
                 runtime=self._kernels.runtime,
             )
         made = torch.zeros if self._absent else torch.empty
-        return made(self.local_shape, dtype=self._kernels.dtype, device=self._device)
+        return made(self.local_shape, dtype=self._dtype, device=self._device)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -141,6 +156,8 @@ class Weight:
             return
         spans = [self._span(dim, name if dim == 0 else None) for dim in range(len(self.shape))]
         value = stored[tuple(slice(*span) for span in spans)]
+        if order := self._orders.get(name):
+            value = _in_order(value, order)
         index = 0 if name is None else list(self._parts).index(name)
         if self.format_name == PACKED:
             assert isinstance(self.data, PackedWeight)
@@ -168,6 +185,19 @@ class Weight:
         cut = self._cuts.get(self.dims[dim], Cut())
         what = f"{self.dims[dim]} of a weight" + (f" ({part})" if part else "")
         return cut.spans(self.part_shape(part)[dim], shards, part=part, what=what)
+
+
+def _in_order(
+    value: torch.Tensor | BlockMatrix, order: Sequence[int]
+) -> torch.Tensor | BlockMatrix:
+    if not isinstance(value, torch.Tensor):
+        return value.with_rows(_in_order_rows(value.blocks, order))
+    return _in_order_rows(value, order)
+
+
+def _in_order_rows(rows: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    groups = rows.reshape(-1, len(order), *rows.shape[1:])
+    return groups[:, list(order)].reshape(rows.shape)
 
 
 def _extent(span: tuple[int, int]) -> int:

@@ -146,6 +146,8 @@ def _route(
     tracer: Tracer, logits_TE: Symbol, bias_E: WeightSymbol | None, count: int, **how: Any
 ) -> tuple[Symbol, Symbol]:
     _whole_features(tracer, "moe.route", logits_TE)
+    if bias_E is not None:
+        tracer.divide(bias_E, {}, frozenset())
     dims = [logits_TE.dims[0], Dim(size=count)]
     experts, weights = tracer.record(
         Flow(name="moe.route"), (logits_TE,), [(dims, torch.int64), (dims, torch.float32)]

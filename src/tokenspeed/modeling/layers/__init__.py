@@ -4,7 +4,7 @@ from tokenspeed.modeling.layers.attention import Attention
 from tokenspeed.modeling.layers.embedding import Embedding, LMHead
 from tokenspeed.modeling.layers.linear import ColumnLinear, Linear, RowLinear
 from tokenspeed.modeling.layers.mlp import GatedMLP
-from tokenspeed.modeling.layers.moe import Experts, Router, SparseMLP
+from tokenspeed.modeling.layers.moe import Experts, Router, SparseMLP, Sum
 from tokenspeed.modeling.layers.norm import HeadNorm, RMSNorm
 from tokenspeed.modeling.layers.rotary import Angles, RotaryEmbedding
 
@@ -23,4 +23,5 @@ __all__ = [
     "Router",
     "RowLinear",
     "SparseMLP",
+    "Sum",
 ]

@@ -11,7 +11,7 @@ from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.modeling.layers.norm import HeadNorm
-from tokenspeed.modeling.layers.rotary import Angles
+from tokenspeed.modeling.layers.rotary import Angles, rotary_order
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Partial, Replicate, boundary
 
@@ -30,6 +30,7 @@ class Attention(Module):
         qkv_bias: whether the query, key and value projections add one.
         output_bias: whether the output projection adds one.
         head_norm_epsilon: of a norm of each query and key head; None where there is none.
+        rotated: how many leading elements of a head are rotated; all if None.
         kernels: chooses the ops.
     """
 
@@ -43,12 +44,14 @@ class Attention(Module):
         qkv_bias: bool,
         output_bias: bool,
         head_norm_epsilon: float | None = None,
+        rotated: int | None = None,
         kernels: KernelSelector,
     ) -> None:
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
         # A KV head stays with its query heads; ranks beyond the KV heads share them.
         cut = Cut(unit=head_dim, groups=kv_heads, shared=frozenset({"k", "v"}))
+        order = None if rotated in (None, head_dim) else rotary_order(head_dim, rotated or 0)
         self.qkv = ColumnLinear(
             hidden_size,
             (heads + 2 * kv_heads) * head_dim,
@@ -56,6 +59,7 @@ class Attention(Module):
             bias=qkv_bias,
             parts={"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim},
             cut=cut,
+            orders={"q": order, "k": order} if order else None,
         )
         self.reads = self.qkv.reads
         self.output = RowLinear(
@@ -64,8 +68,10 @@ class Attention(Module):
         self.q_norm: HeadNorm | None = None
         self.k_norm: HeadNorm | None = None
         if head_norm_epsilon is not None:
-            self.q_norm = HeadNorm(head_dim, epsilon=head_norm_epsilon, kernels=kernels)
-            self.k_norm = HeadNorm(head_dim, epsilon=head_norm_epsilon, kernels=kernels)
+            self.q_norm, self.k_norm = (
+                HeadNorm(head_dim, epsilon=head_norm_epsilon, kernels=kernels, order=order)
+                for _ in range(2)
+            )
         traits = {"head_dim": head_dim}
         self._rotate = kernels.select(ops.rope.rotate, traits=traits)
         kv_format = kernels.kv_format(

@@ -3,7 +3,7 @@
 Legend: T tokens, I inputs, O outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -29,6 +29,7 @@ class Linear(Module):
         bias: whether b exists.
         parts: sizes of named products whose weights are stacked along O.
         cut: where ranks may divide what they divide; anywhere if None.
+        orders: as of `Weight`, for the weight's rows and the bias.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Linear(Module):
         bias: bool = False,
         parts: Mapping[str, int] | None = None,
         cut: Cut | None = None,
+        orders: Mapping[str | None, Sequence[int]] | None = None,
     ) -> None:
         # Whichever of the two the boundary has divided.
         cuts = {"outputs": cut, "inputs": cut} if cut else {}
@@ -51,6 +53,7 @@ class Linear(Module):
             format_name=format_name,
             parts=parts,
             cuts=cuts,
+            orders=orders,
         )
         self.bias: Weight | None = None
         if bias:
@@ -60,6 +63,7 @@ class Linear(Module):
                 kernels=kernels,
                 parts=parts,
                 cuts={"outputs": cut} if cut else {},
+                orders=orders,
             )
         self._linear = kernels.select(
             ops.gemm.linear, format_name=format_name, traits={"bias": bias}

@@ -9,10 +9,11 @@ from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.modeling.config import ExpertsConfig
 from tokenspeed.modeling.expert_weight import ExpertWeight
 from tokenspeed.modeling.layers.linear import Linear, features_cut
-from tokenspeed.modeling.module import Module
+from tokenspeed.modeling.layers.mlp import GatedMLP
+from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, PerToken, Replicate, boundary
 
-__all__ = ["Experts", "Router", "SparseMLP"]
+__all__ = ["Experts", "Router", "SparseMLP", "Sum"]
 
 
 @boundary(x_TM=PerToken("tp"), outs=(PerToken("tp"), PerToken("tp")))
@@ -28,6 +29,12 @@ class Router(Module):
     def __init__(self, hidden_size: int, config: ExpertsConfig, *, kernels: KernelSelector) -> None:
         self._config = config
         self.scores = Linear(hidden_size, config.count, kernels=kernels)
+        self.bias: Weight | None = None
+        if config.bias:
+            # Experts whose scores are close are told apart by it, so it is kept as it comes.
+            self.bias = Weight(
+                (config.count,), dims=("experts",), kernels=kernels, dtype=torch.float32
+            )
         self._route = kernels.select(ops.moe.route)
 
     def forward(self, x_TM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +42,7 @@ class Router(Module):
         config = self._config
         return self._route(
             self.scores(x_TM),
-            None,
+            self.bias.tensor if self.bias else None,
             config.per_token,
             scoring=config.scoring,
             normalise=config.normalise,
@@ -89,9 +96,18 @@ class Experts(Module):
         )
 
 
+@boundary(a_TM=Partial("tp"), b_TM=Partial("tp"), out=Partial("tp"))
+class Sum(Module):
+    """Two results of a layer, added before the ranks' shares of both are."""
+
+    def forward(self, a_TM: torch.Tensor, b_TM: torch.Tensor) -> torch.Tensor:
+        """a + b."""
+        return a_TM + b_TM
+
+
 @boundary(x_TM=Replicate("tp"), out=Partial("tp"))
 class SparseMLP(Module):
-    """Each token's experts, weighed.
+    """Each token's experts, weighed, and those that all tokens share.
 
     Args:
         hidden_size: M.
@@ -102,9 +118,18 @@ class SparseMLP(Module):
     def __init__(self, hidden_size: int, config: ExpertsConfig, *, kernels: KernelSelector) -> None:
         self.router = Router(hidden_size, config, kernels=kernels)
         self.experts = Experts(hidden_size, config, kernels=kernels)
+        self.shared: GatedMLP | None = None
+        if config.shared:
+            self.shared = GatedMLP(
+                hidden_size=hidden_size,
+                intermediate_size=config.shared * config.intermediate_size,
+                bias=False,
+                kernels=kernels,
+            )
+            self.both = Sum()
 
     def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
         """out_TM."""
         experts_TK, weights_TK = self.router(x_TM)
         out_TM: torch.Tensor = self.experts(x_TM, experts_TK, weights_TK)
-        return out_TM
+        return out_TM if self.shared is None else self.both(out_TM, self.shared(x_TM))

@@ -65,10 +65,23 @@ class HeadNorm(Module):
         head_dim: D.
         epsilon: added to the mean square.
         kernels: chooses the norm.
+        order: in which order a head's elements are kept; the checkpoint's if None.
     """
 
-    def __init__(self, head_dim: int, *, epsilon: float, kernels: KernelSelector) -> None:
-        self.weight = Weight((head_dim,), dims=("features",), kernels=kernels)
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        epsilon: float,
+        kernels: KernelSelector,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        self.weight = Weight(
+            (head_dim,),
+            dims=("features",),
+            kernels=kernels,
+            orders={None: order} if order else None,
+        )
         self._epsilon = epsilon
         self._rms_norm = kernels.select(ops.norm.rms_norm)
 

@@ -12,7 +12,7 @@ from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.modeling.config import RopeConfig
 from tokenspeed.modeling.module import Module
 
-__all__ = ["Angles", "RotaryEmbedding"]
+__all__ = ["Angles", "RotaryEmbedding", "rotary_order"]
 
 
 class Angles(NamedTuple):
@@ -25,7 +25,8 @@ class Angles(NamedTuple):
 class RotaryEmbedding(Module):
     """Angle e of position p is p times frequency e (RoFormer, Su et al. 2021, section 3.2).
 
-    Frequencies and products are float32, as where these models were trained.
+    Frequencies and products are float32, as where these models were trained. Elements that a model
+    does not rotate have a frequency of zero, which turns nothing, and stand as `rotary_order` says.
 
     Args:
         rope: base and scaling of the frequencies.
@@ -34,12 +35,35 @@ class RotaryEmbedding(Module):
     """
 
     def __init__(self, rope: RopeConfig, *, head_dim: int, kernels: KernelSelector) -> None:
-        self._frequencies_E = _frequencies(rope, head_dim).to(torch.get_default_device())
+        rotated = rope.rotated(head_dim)
+        frequencies_E = torch.zeros(head_dim // 2, device="cpu")
+        frequencies_E[: rotated // 2] = _frequencies(rope, rotated)
+        self._frequencies_E = frequencies_E.to(torch.get_default_device())
         self._angles = kernels.select(ops.rope.angles, format_name="float32")
 
     def forward(self, positions_T: torch.Tensor) -> Angles:
         """Angles of int64 positions."""
         return Angles(*self._angles(positions_T, self._frequencies_E))
+
+
+def rotary_order(head_dim: int, rotated: int) -> tuple[int, ...]:
+    """How elements of a head are kept so that one rotation of whole heads serves.
+
+    The op pairs element i with element i + D/2. Of the leading elements that are rotated the first
+    half comes first in the head, and the second first in its second half; the others follow each.
+    Products of queries and keys do not change when both are kept so.
+
+    Args:
+        head_dim: D.
+        rotated: leading elements of a head that are rotated.
+    """
+    half, rest = rotated // 2, (head_dim - rotated) // 2
+    return (
+        *range(half),
+        *range(rotated, rotated + rest),
+        *range(half, rotated),
+        *range(rotated + rest, head_dim),
+    )
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
