@@ -209,7 +209,9 @@ def measured(name: str, model: str, steps: int) -> dict[str, Any]:
     alphabet = _bytes_tokens(tokenizer, vocabulary)
     cases = {case.name: _checked(library, case, tokenizer, alphabet) for case in CASES}
     size_bytes = _memory_size_bytes()
-    hostile = {case.name: _survived(library, case, steps) for case in HOSTILE}
+    hostile = {
+        case.name: _survived(library, case, steps, tokenizer.eos_token_ids) for case in HOSTILE
+    }
     return {**start, "size_bytes": size_bytes, "cases": cases, "hostile": hostile}
 
 
@@ -278,7 +280,7 @@ def _bytes_tokens(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
     return [of.get(bytes([byte]), 0) for byte in range(256)]
 
 
-def _survived(library: Library, case: Case, steps: int) -> dict[str, Any]:
+def _survived(library: Library, case: Case, steps: int, ends: Sequence[int]) -> dict[str, Any]:
     """What a hostile constraint did to a process of its own."""
     readable, writable = os.pipe()
     begin_s = time.monotonic()
@@ -290,7 +292,7 @@ def _survived(library: Library, case: Case, steps: int) -> dict[str, Any]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         outcome: dict[str, Any] = {}
         try:
-            outcome = _walked(library, case, steps)
+            outcome = _walked(library, case, steps, ends)
         except MemoryError:
             outcome = {"end": "out of memory"}
         except BaseException as error:
@@ -318,7 +320,7 @@ def _survived(library: Library, case: Case, steps: int) -> dict[str, Any]:
     }
 
 
-def _walked(library: Library, case: Case, steps: int) -> dict[str, Any]:
+def _walked(library: Library, case: Case, steps: int, ends: Sequence[int]) -> dict[str, Any]:
     begin_s = time.process_time()
     try:
         matcher = library.compile(case)()
@@ -337,11 +339,15 @@ def _walked(library: Library, case: Case, steps: int) -> dict[str, Any]:
             begin_s = time.process_time()
             bits = matcher.mask()
             masks_s.append(time.process_time() - begin_s)
-            allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
-            if not len(allowed):
+            flags = np.unpackbits(bits.view(np.uint8), bitorder="little")
+            if not flags.any():
                 end = "stuck"
                 break
-            matcher.take(int(allowed[choose.randrange(len(allowed))]))
+            flags[list(ends)] = 0
+            going_on = np.flatnonzero(flags)
+            if not len(going_on):
+                break
+            matcher.take(int(going_on[choose.randrange(len(going_on))]))
     except Refused:
         end = "gave up on the way" if len(masks_s) < 2 else "walked"
     return {"end": end, "compile_s": compile_s, "mask_max_s": max(masks_s, default=None)}

@@ -1,5 +1,6 @@
 """Answers that must be what was asked for: through the gateway, with OpenAI's client."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as pb_grpc
 
 from tests.support.grammars import SLOW
-from tokenspeed import LLM, SamplingParams, StructuredOutputs
+from tokenspeed import LLM, AsyncLLM, SamplingParams, StructuredOutputs
 from tokenspeed.core.errors import InvalidParameter
 from tokenspeed.core.step import FinishReason
 from tokenspeed.loader import ModelFiles
@@ -235,3 +236,31 @@ def test_offline_what_cannot_be_enforced_is_refused_and_the_rest_ends(llm: LLM) 
         llm.generate(["a", "b"], [SamplingParams(max_new_tokens=400, ignore_eos=True), wrong])
     assert llm.stats().running == llm.stats().waiting == 0
     assert llm.stats().pages_active == 0
+
+
+def test_an_engine_process_streams_confined_text_and_refuses_what_it_cannot_enforce(
+    smollm2: ModelFiles,
+) -> None:
+    async def run() -> None:
+        async with await AsyncLLM.start(str(smollm2.path), max_context=512) as llm:
+            params = SamplingParams(
+                temperature=1.0,
+                max_new_tokens=24,
+                structured_outputs=StructuredOutputs(regex="[a-z]{3}-[0-9]{2}"),
+            )
+            pieces = [delta.text async for delta in llm.generate("Code:", params)]
+            assert re.fullmatch("[a-z]{3}-[0-9]{2}", "".join(pieces))
+            wrong = SamplingParams(structured_outputs=StructuredOutputs(regex="(?=a)b"))
+            with pytest.raises(InvalidParameter, match="look"):
+                async for _ in llm.generate("Code:", wrong):
+                    pass
+            # Whoever leaves while the constraint is compiled leaves nothing behind.
+            slow = SamplingParams(structured_outputs=SLOW)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async for _ in llm.generate("Code:", slow):
+                        pass
+            stats = await llm.stats()
+            assert (stats.running, stats.waiting, stats.pages_active) == (0, 0, 0)
+
+    asyncio.run(run())

@@ -196,8 +196,9 @@ class EngineCore:
 
     def step(self) -> StepOutputs | None:
         """Plan, launch, commit once. None when nothing came of it."""
-        if self._compiling:
-            self._admit_compiled()
+        # An engine with nothing else to do was woken, and must take what woke it.
+        if self._constraints is not None and (self._compiling or not self.busy):
+            self._admit_compiled(self._constraints)
         plan = self.control.plan(_now_us())
         if plan is not None:
             self._bind(plan)
@@ -224,10 +225,9 @@ class EngineCore:
         if self._constraints is not None:
             self._constraints.close()
 
-    def _admit_compiled(self) -> None:
+    def _admit_compiled(self, constraints: ConstraintCompiler) -> None:
         """Queue requests whose grammars have come; refuse those that get none."""
-        assert self._constraints is not None
-        for compiled in self._constraints.take():
+        for compiled in constraints.take():
             message = self._compiling.pop(compiled.request)
             if isinstance(compiled.outcome, Refusal):
                 self._refuse(compiled.request, compiled.outcome.error())

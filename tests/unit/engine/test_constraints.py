@@ -1,5 +1,6 @@
 """The engine and requests whose answers are confined: before they begin, and when they fail."""
 
+import select
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -154,3 +155,16 @@ def test_ready_grammars_wake_an_engine_that_waits(core: EngineCore) -> None:
     core.wait(30)
     core.step()
     assert core.busy
+
+
+def test_a_grammar_that_comes_after_its_request_left_wakes_the_engine_once(
+    core: EngineCore,
+) -> None:
+    submit(core, 1, StructuredOutputs(regex="a"))
+    core.wait(30)
+    core.abort(1)
+    core.take_refused()
+    assert core.idle
+    core.step()
+    assert core.wake_descriptor is not None
+    assert select.select([core.wake_descriptor], [], [], 0) == ([], [], [])
