@@ -39,7 +39,7 @@ class LiveFigures(live.Watcher):
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )
-        self._task = self._bar.add_task("", total=turns)
+        self._task = self._bar.add_task("warming up", total=None)
         self._live: Live | None = None
         if sys.stderr.isatty():
             self._live = Live(
@@ -85,13 +85,13 @@ class LiveFigures(live.Watcher):
     def ended(self, run: live.Run) -> None:
         """One line a run."""
         self._done += 1
-        found = live.summarise_run(run)
-        _log.info(
-            "%s, repeat %d: %s",
-            "open loop" if run.users is None else f"{run.users} users",
-            run.repeat,
-            ", ".join(_parts(found)) or "nothing was measured",
-        )
+        users = "open loop" if run.users is None else f"{run.users} users"
+        line = f"{users}, repeat {run.repeat}: {', '.join(_parts(live.summarise_run(run)))}"
+        if self._live is None:
+            _log.info("%s", line)
+        else:
+            # Above the bars, which a line of log would tear.
+            self._live.console.print(line, highlight=False)
 
     def _render(self) -> Group:
         passed_min = max(time.monotonic() - self._began_s, 1e-3) / 60

@@ -1,6 +1,9 @@
 """`tokenspeed bench replay` and `compare` against real HTTP servers."""
 
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 from tests.support.paced_server import Pace, PacedServer
 from tokenspeed.cli.main import app
 
+TERMINAL = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
 LINES = [
     {
         "session_id": name,
@@ -180,3 +184,26 @@ def test_what_cannot_be_measured_is_said_before_anything_is_sent(
             assert not [served for served in server.served if served.body["max_tokens"] == 4]
     code, _, error = invoke("replay", "http://127.0.0.1:9", "--sessions", str(sessions))
     assert code == 1 and "no server answers" in error
+
+
+def test_a_terminal_shows_bars_and_live_figures(sessions: Path) -> None:
+    """On a terminal of its own, wide enough for everything."""
+    with PacedServer(Pace(token_s=0.002)) as server:
+        command = [sys.executable, "-m", "tokenspeed.cli", "bench", "replay", server.url]
+        command += ["--sessions", str(sessions), "--concurrency", "1,2"]
+        master, slave = pty.openpty()
+        with subprocess.Popen(
+            command, stdin=slave, stdout=subprocess.DEVNULL, stderr=slave, env=TERMINAL
+        ) as process:
+            os.close(slave)
+            shown = b""
+            # Linux ends a terminal nobody writes to any more with an error.
+            with contextlib.suppress(OSError):
+                while piece := os.read(master, 65536):
+                    shown += piece
+            os.close(master)
+            assert process.wait() == 0
+    text = shown.decode()
+    for words in ("run 1 of 2: 1 users", "run 2 of 2: 2 users", "output tokens a minute"):
+        assert words in text
+    assert "1 users, repeat 0: 9 answers" in text
