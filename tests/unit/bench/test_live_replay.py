@@ -1,6 +1,7 @@
 """What the client measures is what the server did."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -136,6 +137,16 @@ def test_a_new_pass_over_the_sessions_has_another_salt() -> None:
     assert {"[s]", "[s-1]"} <= set(heads)
     assert {answer.session for answer in found.answers} >= {"a", "b", "a#1"}
     assert all(answer.sent_us <= 2_000_000 for answer in found.answers)
+
+
+def test_no_tool_outlasts_the_run() -> None:
+    (first,) = workload(session("a", ("x", 2), ("y", 2))).sessions
+    slow = dataclasses.replace(first.turns[1], gap_s=3600.0)
+    work = workload(dataclasses.replace(first, turns=(first.turns[0], slow)))
+    with PacedServer() as server:
+        found = run(server, live.Pass(users=1, duration_s=0.5), work)
+    assert [answer.turn for answer in found.answers] == [0]
+    assert found.stopped is None
 
 
 def test_runs_have_salts_of_their_own() -> None:

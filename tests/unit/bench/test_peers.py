@@ -116,11 +116,15 @@ def test_an_interrupt_ends_the_whole_comparison_and_its_server(
     assert not psutil.Process().children(recursive=True)
 
 
-def test_a_server_is_gone_when_its_block_is_left(tmp_path: Path) -> None:
+def test_a_server_gets_its_variables_and_is_gone_when_its_block_is_left(tmp_path: Path) -> None:
     port = peers.unused_port()
+    program = (
+        "import os, runpy, sys\n"
+        "sys.argv[1:] = [os.environ['PACED_PORT']]\n"
+        "runpy.run_module('tests.support.paced_server', run_name='__main__')"
+    )
     launch = peers.Launch(
-        command=(sys.executable, "-m", "tests.support.paced_server", str(port)),
-        variables={"PYTHONPATH": str(ROOT)},
+        command=(sys.executable, "-c", program), variables={"PACED_PORT": str(port)}
     )
     with peers.Server(launch, port=port, log=tmp_path / "log") as server:
         assert live.find_server(server.url) == server.pid
