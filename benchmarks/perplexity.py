@@ -6,6 +6,10 @@ half of each is scored. Ours runs as users run it, in bfloat16 with native kerne
 the dequantised weights in float32 and reference kernels. Targets: within 0.5% of the oracle, and no
 worse than llama.cpp.
 
+A perplexity differs from the oracle's by chance, too: beside each difference stands its standard
+error, and how far distributions are from the oracle's on average (Kullback and Leibler 1951), which
+tells kernels apart on far fewer tokens.
+
     python benchmarks/perplexity.py [--model smollm2-135m] [--tokens 20480] [--peer]
 
 Appends one line a model to benchmarks/history/perplexity.jsonl.
@@ -13,13 +17,13 @@ Appends one line a model to benchmarks/history/perplexity.jsonl.
 
 import argparse
 import json
-import math
 import os
 import pydoc_data.topics
 import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +72,8 @@ def load(checkpoint: loader.Checkpoint, *, exact: bool, dtype: torch.dtype, thre
 
 
 @torch.inference_mode()
-def perplexity(model: Model, tokens: list[int]) -> float:
-    """exp of the mean negative log-likelihood of the second half of each piece."""
+def likelihoods(model: Model, tokens: list[int]) -> Iterator[torch.Tensor]:
+    """Log-probabilities of what follows the tokens of each piece's second half, [256, V]."""
     pages = PIECE // PAGE
     kv = KVPools(model.kv_specs(), pages=pages, page_size=PAGE, device=CPU)
     table = torch.arange(pages, dtype=torch.int32)[None]
@@ -81,7 +85,6 @@ def perplexity(model: Model, tokens: list[int]) -> float:
         kv_slots_T=torch.arange(PIECE),
         page_size=PAGE,
     )
-    losses = []
     scored = torch.arange(PIECE // 2 - 1, PIECE - 1)
     for start in range(0, len(tokens) - PIECE + 1, PIECE):
         piece = torch.tensor(tokens[start : start + PIECE])
@@ -91,9 +94,24 @@ def perplexity(model: Model, tokens: list[int]) -> float:
             groups=(rows,),
             sample_token_indices_S=scored,
         )
-        logits = model.forward(batch, kv).log_softmax(-1)
-        losses.append(-logits.gather(1, piece[scored + 1][:, None]).double().mean().item())
-    return math.exp(sum(losses) / len(losses))
+        yield model.forward(batch, kv).log_softmax(-1)
+
+
+def measure(models: Sequence[Model], tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each model, the last being the oracle: every scored token's loss [models, tokens], and
+    the mean divergence from the oracle [models]."""
+    losses: list[torch.Tensor] = []
+    divergences: list[torch.Tensor] = []
+    for index, found in enumerate(
+        zip(*(likelihoods(model, tokens) for model in models), strict=True)
+    ):
+        wanted = torch.tensor(tokens[index * PIECE + PIECE // 2 : (index + 1) * PIECE])[:, None]
+        losses.append(torch.stack([-each.gather(1, wanted)[:, 0] for each in found]))
+        exact = found[-1]
+        shares = exact.exp()
+        apart = [(shares * (exact - each)).sum(-1).mean() for each in found]
+        divergences.append(torch.stack(apart))
+    return torch.cat(losses, 1).double(), torch.stack(divergences).double().mean(0)
 
 
 def of_llama(path: Path, words: str, pieces: int, threads: int) -> float:
@@ -130,22 +148,26 @@ def main() -> None:
         tokens = tokenizer.encode(words)
         assert len(tokens) >= options.tokens, "the text is shorter than that"
         tokens = tokens[: options.tokens]
-        ours, wide, oracle = (
-            perplexity(load(checkpoint, exact=exact, dtype=dtype, threads=options.threads), tokens)
+        models = [
+            load(checkpoint, exact=exact, dtype=dtype, threads=options.threads)
             for exact, dtype in (
                 (False, torch.bfloat16),
                 (False, torch.float32),
                 (True, torch.float32),
             )
-        )
+        ]
+        losses, divergences = measure(models, tokens)
+        ours, wide, oracle = losses.mean(1).exp().tolist()
+        chance = ((losses[0] - losses[2]).std() / losses.shape[1] ** 0.5).item()
         peer = None
         if options.peer:
             pieces = len(tokens) // PIECE
             peer = of_llama(files.path, words, pieces, options.threads)
         off = ours / oracle - 1
         print(
-            f"{name}: {ours:.4f} ({off:+.3%}); native in float32 {wide:.4f} "
-            f"({wide / oracle - 1:+.3%}); oracle {oracle:.4f}; "
+            f"{name}: {ours:.4f} ({off:+.3%} +- {chance:.3%}, divergence {divergences[0]:.6f}); "
+            f"native in float32 {wide:.4f} ({wide / oracle - 1:+.3%}, divergence "
+            f"{divergences[1]:.6f}); oracle {oracle:.4f}; "
             f"llama.cpp {'not run' if peer is None else f'{peer:.4f}'}",
             flush=True,
         )
@@ -157,6 +179,9 @@ def main() -> None:
             "ours": ours,
             "native_float32": wide,
             "float32": oracle,
+            "standard_error": chance,
+            "divergence": divergences[0].item(),
+            "native_float32_divergence": divergences[1].item(),
             "llama.cpp": peer,
         }
         with HISTORY.open("a") as history:

@@ -85,13 +85,20 @@ TOKENSPEED_INLINE void store_tile(const Floats (&acc)[rows][panels], float* sums
 template <int rows, int panels>
 TOKENSPEED_INLINE void write_tile(const Product& product, const Part& part, std::int64_t row,
                                   std::int64_t panel, const Floats (&acc)[rows][panels]) {
-    const bool whole = product.bias == nullptr && product.y_type == Element::f32 &&
-                       (panel + panels) * lanes <= product.outputs &&
+    const bool whole = product.bias == nullptr && (panel + panels) * lanes <= product.outputs &&
                        panel + panels <= part.panel_end && row + rows <= part.row_end;
-    if (whole) {
-        float* y = static_cast<float*>(product.y) + row * product.y_stride + panel * lanes;
+    const std::int64_t first = row * product.y_stride + panel * lanes;
+    if (whole && product.y_type == Element::f32) {
+        float* y = static_cast<float*>(product.y) + first;
         for (int m = 0; m < rows; ++m, y += product.y_stride) {
             for (int p = 0; p < panels; ++p) store(acc[m][p], y + p * lanes);
+        }
+        return;
+    }
+    if (whole) {
+        auto* y = static_cast<std::uint16_t*>(product.y) + first;
+        for (int m = 0; m < rows; ++m, y += product.y_stride) {
+            for (int p = 0; p < panels; ++p) store_bf16(acc[m][p], y + p * lanes);
         }
         return;
     }

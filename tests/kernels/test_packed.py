@@ -121,12 +121,15 @@ def test_bfloat16_rows_are_rounded_once(isa: str) -> None:
     on = runtime(isa)
     weight = packed(on, "Q4_K", raw, 768)
     bias = torch.randn(53, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for tokens in (1, 6):
+    # Streamed, and in tiles of which some are whole and some are not.
+    for tokens in (1, 6, 37):
         x = noise(tokens, 768).bfloat16()
-        wide = product(on, x.float(), [weight], bias.float())
-        ours = product(on, x, [weight], bias, torch.bfloat16)
-        assert torch.equal(ours, wide.bfloat16())
-        assert torch.equal(product(on, x, [weight], bias.float()), wide)
+        for added in (bias, None):
+            wide_bias = None if added is None else added.float()
+            wide = product(on, x.float(), [weight], wide_bias)
+            ours = product(on, x, [weight], added, torch.bfloat16)
+            assert torch.equal(ours, wide.bfloat16())
+            assert torch.equal(product(on, x, [weight], wide_bias), wide)
 
 
 def test_parts_of_different_formats_lie_side_by_side() -> None:
