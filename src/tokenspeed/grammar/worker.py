@@ -166,8 +166,11 @@ def _limit(begin: Begin) -> None:
     size_bytes = pages * resource.getpagesize() + begin.memory_max_bytes
     resource.setrlimit(resource.RLIMIT_AS, (size_bytes, size_bytes))
     resource.setrlimit(resource.RLIMIT_STACK, (TRIAL_STACK_SIZE_BYTES,) * 2)
-    # What a dying library says is for nobody.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    # What a dying library says is for nobody, and that the worker has died shows at the ends of its
+    # pipes, which must not stay open here.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        os.dup2(nothing, stream.fileno())
 
 
 def _verdict(trial: Trial, begin: Begin, tokens: llguidance.LLTokenizer) -> Verdict:

@@ -122,21 +122,27 @@ def test_a_request_that_is_cancelled_ends_its_trial_unless_another_waits() -> No
     subject.close()
 
 
-def test_a_worker_that_dies_is_replaced(subject: ConstraintCompiler) -> None:
+def test_a_worker_that_dies_is_replaced() -> None:
+    subject = compiler(time_max_s=300)
     subject.submit(1, FOO)
     wait(subject)
     worker = worker_of()
     subject.submit(2, SLOW)
     while not worker.children():
         pass
+    (trial,) = worker.children()
     os.kill(worker.pid, signal.SIGKILL)
+    # That its trial goes on until its limits keeps nobody waiting.
     (lost,) = wait(subject)
+    assert trial.is_running()
+    trial.kill()
     assert isinstance(lost.outcome, Refusal)
     assert type(lost.outcome.error()) is RequestError
     subject.submit(3, StructuredOutputs(regex="bar"))
     (found,) = wait(subject)
     assert isinstance(found.outcome, Grammar)
     assert worker_of() != worker
+    subject.close()
 
 
 def test_the_worker_ends_with_its_engine() -> None:
