@@ -72,7 +72,7 @@ def test_every_architecture_has_its_class() -> None:
     assert {"LlamaForCausalLM": "Llama", "MistralForCausalLM": "Llama"}.items() <= {
         name: model_class(name).__name__ for name in ARCHITECTURES
     }.items()
-    with pytest.raises(UnsupportedModel, match="supported are .*LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModel, match=r"supported are .*LlamaForCausalLM"):
         model_class("MambaForCausalLM")
 
 

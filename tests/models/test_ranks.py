@@ -79,6 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         ("qwen3-moe", Mesh(tp=4, ep=2)),
         ("qwen3-moe", Mesh(tp=4, ep=4)),
         ("glm4-moe", Mesh(tp=2, ep=2)),
+        ("gemma3", Mesh(tp=2)),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
@@ -72,6 +73,22 @@ CONFIGS: dict[str, Any] = {
         norm_topk_prob=True,
         mlp_only_layers=[1],
     ),
+    "gemma3": Gemma3TextConfig(
+        **{**_SIZES, "num_hidden_layers": 4},
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
+        sliding_window=9,
+        query_pre_attn_scalar=20,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+        },
+    ),
+    "mistral-window": MistralConfig(**_SIZES, sliding_window=7),
     "glm4-moe": Glm4MoeConfig(
         **{**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2},
         n_routed_experts=8,

@@ -49,7 +49,7 @@ def build_rows(
 
 
 class Driver:
-    """Runs steps of a one-group model over a pool of its own."""
+    """Runs steps of a model over pools of its own, all of whose groups keep all pages."""
 
     def __init__(
         self, model: Model, *, pages: int = 64, page_size: int = 16, slots: int = 16, seed: int = 0
@@ -58,10 +58,11 @@ class Driver:
         self.model = model
         self.page_size = page_size
         self.kv = KVPools(model.kv_specs(), pages=pages, page_size=page_size, device=device)
-        for layer in range(model.config.layers):
-            for pool in self.kv.layer(0, layer):
-                # What is read without having been written shows.
-                pool.fill_(float("nan"))
+        for group, spec in enumerate(model.kv_specs()):
+            for layer in range(spec.layers):
+                for pool in self.kv.layer(group, layer):
+                    # What is read without having been written shows.
+                    pool.fill_(float("nan"))
         self._free = list(range(pages))
         random.Random(seed).shuffle(self._free)
         self._table = torch.full((slots, pages), -1, dtype=torch.int32)
@@ -99,7 +100,7 @@ class Driver:
         batch = ForwardBatch(
             token_ids_T=torch.tensor(token_ids),
             positions_T=torch.tensor(positions),
-            groups=(paged,),
+            groups=(paged,) * len(self.kv.pools),
             sample_token_indices_S=torch.tensor(
                 list(range(len(token_ids))) if all_logits else lasts
             ),

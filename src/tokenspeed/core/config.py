@@ -25,12 +25,14 @@ class KVSpec:
         kv_heads: KV heads a rank holds.
         head_dim: elements of a head.
         dtype: name of the element type, "float32" or "bfloat16".
+        window: tokens that a query sees, itself included; None for all.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: str
+    window: int | None = None
 
     @property
     def token_size_bytes(self) -> int:

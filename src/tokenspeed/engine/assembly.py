@@ -130,7 +130,7 @@ def make_runner(
         store=store,
     )
     model.load_weights(opened.checkpoint.blocks(progress=progress))
-    (group,) = config.groups
+    group = config.groups[0]
     pools = KVPools(
         model.kv_specs(),
         pages=group.pages,

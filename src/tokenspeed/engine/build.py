@@ -4,7 +4,7 @@ import torch
 
 from tokenspeed import loader
 from tokenspeed.control import Scheduler
-from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
+from tokenspeed.core.config import CacheGroup, CacheGroupKind, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, file_store
 from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
@@ -70,7 +70,15 @@ def _build(
         # A CPU runs the forward on the very cores that would plan meanwhile.
         overlap_depth = 1 if opened.device.type == "cuda" else 0
     scheduler_config = SchedulerConfig(
-        groups=(CacheGroup(pages=pages, host_pages=host_pages),),
+        groups=tuple(
+            CacheGroup(
+                kind=CacheGroupKind.FULL if spec.window is None else CacheGroupKind.WINDOW,
+                pages=pages,
+                host_pages=host_pages,
+                window=spec.window,
+            )
+            for spec in specs
+        ),
         page_size=config.page_size,
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,

@@ -83,6 +83,12 @@ class ModelConfig:
         tie_embeddings: whether the head reads the embedding's table.
         attention_bias, mlp_bias: whether those projections add one.
         experts: of a mixture; None for a dense model.
+        window: tokens that a query sees, itself included, in layers that see no more; None where
+            all layers see everything.
+        windowed_layers: those layers.
+        window_rope: rotary embedding of those layers, where it is their own.
+        attention_scale: what products of queries and keys are multiplied by; None for the inverse
+            root of head_dim.
         head_norm: whether query and key heads are normed, where a family has both kinds.
     """
 
@@ -102,6 +108,10 @@ class ModelConfig:
     mlp_bias: bool
     experts: ExpertsConfig | None = None
     head_norm: bool = False
+    window: int | None = None
+    windowed_layers: frozenset[int] = frozenset()
+    window_rope: RopeConfig | None = None
+    attention_scale: float | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -125,6 +135,7 @@ class ModelConfig:
                 f"config.json has {heads} attention heads, which is no multiple of its "
                 f"{kv_heads} key-value heads"
             )
+        windowed = _windowed_layers(config)
         if head_dim % 2:
             raise CorruptCheckpoint(f"config.json has an odd head_dim, {head_dim}")
         return cls(
@@ -144,17 +155,35 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             experts=_experts(config),
             head_norm=bool(config.get("use_qk_norm", False)),
+            window=_count(config, "sliding_window") if windowed else None,
+            windowed_layers=windowed,
+            window_rope=_window_rope(config),
+            attention_scale=(
+                _number(config, "query_pre_attn_scalar") ** -0.5
+                if "query_pre_attn_scalar" in config
+                else None
+            ),
         )
 
 
 def _refuse(config: Mapping[str, Any], architecture: str) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModel(f"{architecture} with hidden_act {activation!r}; silu is supported")
+    gemma = architecture == "Gemma3ForCausalLM"
+    name = "hidden_activation" if gemma else "hidden_act"
+    computed = ("gelu_pytorch_tanh",) if gemma else ("silu", "swish")
+    activation = config.get(name, computed[0])
+    if activation not in computed:
+        raise UnsupportedModel(
+            f"{architecture} with {name} {activation!r}; {computed[0]} is supported"
+        )
     if config.get("use_sliding_window"):
         raise UnsupportedModel(
             f"{architecture} with use_sliding_window; full attention is supported"
         )
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if config.get(name) is not None:
+            raise UnsupportedModel(f"{architecture} with {name}; logits are not capped here")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel(f"{architecture} with use_bidirectional_attention")
     quantisation = config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -195,9 +224,35 @@ def _experts(config: Mapping[str, Any]) -> ExpertsConfig | None:
     )
 
 
+def _windowed_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    """Layers whose queries see a window; of Gemma, and of a Mistral that has one."""
+    layers = range(_count(config, "num_hidden_layers"))
+    model_type = config.get("model_type")
+    if model_type == "mistral":
+        return frozenset(layers if config.get("sliding_window") else ())
+    if model_type not in ("gemma3_text", "gemma3"):
+        return frozenset()
+    types = config.get("layer_types")
+    if isinstance(types, list) and len(types) == len(layers):
+        return frozenset(layer for layer in layers if types[layer] == "sliding_attention")
+    every = _count(config, "sliding_window_pattern", default=6)
+    return frozenset(layer for layer in layers if (layer + 1) % every)
+
+
+def _window_rope(config: Mapping[str, Any]) -> RopeConfig | None:
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("sliding_attention"), dict):
+        return _rope({"rope_parameters": rope["sliding_attention"]})
+    if "rope_local_base_freq" in config:
+        return RopeConfig(theta=_number(config, "rope_local_base_freq"))
+    return None
+
+
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 keeps theta and scaling together in rope_parameters.
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(scaling, dict) and isinstance(scaling.get("full_attention"), dict):
+        scaling = scaling["full_attention"]
     if not isinstance(scaling, dict):
         raise CorruptCheckpoint(f"config.json: rope_scaling must be a table, but is {scaling!r}")
     theta = _number({**config, **scaling}, "rope_theta", default=10000.0)

@@ -7,6 +7,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -66,16 +67,34 @@ class Model(Module):
         """One pass over a mixed batch: writes its KV, gives logits_SV in float32."""
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        """The KV each cache group keeps of a token on this rank; full attention is one group."""
-        first = next(module for _, module in modules_of(self) if isinstance(module, Attention))
-        return (
+        """The KV each cache group keeps of a token on this rank.
+
+        Layers that see everything are one group, the first; layers with a window another.
+        """
+        found = [module for _, module in modules_of(self) if isinstance(module, Attention)]
+        windows = sorted({module.window for module in found}, key=lambda window: window or 0)
+        return tuple(
             KVSpec(
-                layers=self.config.layers,
-                kv_heads=first.local_kv_heads,
+                layers=sum(module.window == window for module in found),
+                kv_heads=found[0].local_kv_heads,
                 head_dim=self.config.head_dim,
                 dtype=str(self.kernels.dtype).removeprefix("torch."),
-            ),
+                window=window,
+            )
+            for window in windows
         )
+
+    @cached_property
+    def kv_places(self) -> tuple[tuple[int, int], ...]:
+        """The cache group of each layer of attention, and its number within the group."""
+        found = [module for _, module in modules_of(self) if isinstance(module, Attention)]
+        windows = sorted({module.window for module in found}, key=lambda window: window or 0)
+        counts = dict.fromkeys(windows, 0)
+        places = []
+        for module in found:
+            places.append((windows.index(module.window), counts[module.window]))
+            counts[module.window] += 1
+        return tuple(places)
 
     @property
     def weights_size_bytes(self) -> int:

@@ -39,6 +39,7 @@ class Weight:
         orders: of parts (None for the whole), in which order each group of rows is kept: entry i
             is the row of the checkpoint's group that becomes the i-th. Ranks divide whole groups.
         dtype: element type; None for the selector's.
+        offset: added to what a checkpoint brings, of a vector.
         format_name: how it lies in memory, as the kernels that read it want it; None for a tensor
             of the selector's element type.
 
@@ -60,6 +61,7 @@ class Weight:
         cuts: Mapping[str, Cut] | None = None,
         orders: Mapping[str | None, Sequence[int]] | None = None,
         dtype: torch.dtype | None = None,
+        offset: float = 0.0,
         format_name: str | None = None,
     ) -> None:
         assert len(dims) == len(shape)
@@ -74,6 +76,7 @@ class Weight:
         self._cuts = dict(cuts or {})
         self._orders = dict(orders or {})
         self._dtype = dtype or kernels.dtype
+        self._offset = offset
         self._divisions: dict[str, Division] = {}
         self._absent = False
         self._kernels = kernels
@@ -172,6 +175,8 @@ class Weight:
         if isinstance(self.data, PackedWeight):
             self.data.pack_dense(index, values)
             return
+        if self._offset:
+            values = values.float() + self._offset
         start = sum(list(self.local_parts.values())[:index])
         self.data.narrow(0, start, len(values)).copy_(values)
 

@@ -39,6 +39,7 @@ def paged_mha(
     rows: PagedRows,
     scale: float,
     *,
+    window: int | None = None,
     runtime: CpuRuntime,
 ) -> torch.Tensor:
     """Blocks of 256 positions, softmax over each, merged from the first to the last."""
@@ -53,7 +54,7 @@ def paged_mha(
         rows.row_slots,
         rows.page_table_XP,
         scale,
-        0,
+        window or 0,
         0.0,
         out_TQD,
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenspeed.kernels.registry import ANY, Priority, kernel
-from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.rows import PagedRow, PagedRows
 
 __all__ = ["paged_mha"]
 
@@ -26,6 +26,8 @@ def paged_mha(
     v_PCHD: torch.Tensor,
     rows: PagedRows,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Gather each row's pages, then attend in float32 with a mask that says who sees what.
 
@@ -37,10 +39,15 @@ def paged_mha(
     out_TQD = torch.empty_like(q_TQD, memory_format=torch.contiguous_format)
     for row in rows.by_row:
         length = row.context_len + row.end - row.start
-        k_HND = _gather(k_PCHD, row.pages_P, length)
-        v_HND = _gather(v_PCHD, row.pages_P, length)
+        # Pages behind the window of the row's first token may be anybody's by now.
+        hidden = 0 if window is None else max(0, row.context_len + 1 - window)
+        pages = hidden // rows.page_size
+        first = pages * rows.page_size
+        k_HND = _gather(k_PCHD, row.pages_P[pages:], length - first)
+        v_HND = _gather(v_PCHD, row.pages_P[pages:], length - first)
+        allowed_LN = _within(row, first, window)
         q_LQD = q_TQD[row.start : row.end].float()
-        if row.allowed_LN is None:
+        if allowed_LN is None:
             # The query heads of a KV head stand where tokens would: K and V are read once.
             q_HGD = q_LQD.reshape(heads, group, head_dim)
             out_HGD = F.scaled_dot_product_attention(q_HGD[None], k_HND, v_HND, scale=scale)
@@ -50,12 +57,24 @@ def paged_mha(
                 q_LQD.transpose(0, 1)[None],
                 k_HND,
                 v_HND,
-                attn_mask=row.allowed_LN,
+                attn_mask=allowed_LN,
                 scale=scale,
                 enable_gqa=True,
             )
             out_TQD[row.start : row.end] = out_1QLD[0].transpose(0, 1)
     return out_TQD
+
+
+def _within(row: PagedRow, first: int, window: int | None) -> torch.Tensor | None:
+    """Which of the positions from `first` on each of a row's tokens sees; None for all."""
+    if window is None:
+        return row.allowed_LN
+    length = row.context_len + row.end - row.start
+    device = row.pages_P.device
+    queries_L1 = torch.arange(row.context_len, length, device=device)[:, None]
+    keys_1N = torch.arange(first, length, device=device)[None, :]
+    allowed_LN = (keys_1N <= queries_L1) & (keys_1N > queries_L1 - window)
+    return None if bool(allowed_LN.all()) and len(allowed_LN) == 1 else allowed_LN
 
 
 def _gather(pool_PCHD: torch.Tensor, pages_P: torch.Tensor, length: int) -> torch.Tensor:

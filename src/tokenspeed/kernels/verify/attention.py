@@ -66,6 +66,8 @@ _ROWS = {
     "a later chunk": ((29, 5),),
     "mixed": ((700, 3), (0, 9), (520, 30), (1, 1)),
 }
+# One token, less than a page, more than a block of the native kernel.
+_WINDOWS = (1, 11, 300)
 # What is written at once: a token, decoding, and a chunk beside both.
 _APPENDED = (((0, 1),), ((255, 1), (256, 1), (16, 1)), ((29, 37), (0, 4), (7, 1)))
 
@@ -76,6 +78,7 @@ class _Operands:
     dtype: torch.dtype
     heads: _Heads
     lengths: _Lengths
+    window: int | None = None
 
 
 def paged_mha_cases() -> Iterator[Case]:
@@ -89,6 +92,17 @@ def paged_mha_cases() -> Iterator[Case]:
                 name=f"{name}, {heads}",
                 traits={"head_dim": heads.dim},
                 check=partial(_paged_mha, _Operands(format_name, dtype, heads, lengths)),
+            )
+        for window in _WINDOWS:
+            yield Case(
+                op="attention.paged_mha",
+                format_name=format_name,
+                dtype=dtype,
+                name=f"mixed, windows of {window}, {heads}",
+                traits={"head_dim": heads.dim},
+                check=partial(
+                    _paged_mha, _Operands(format_name, dtype, heads, _ROWS["mixed"], window)
+                ),
             )
 
 
@@ -164,6 +178,8 @@ def exact_attention(
     v_PCHD: torch.Tensor,
     rows: PagedRows,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> torch.Tensor:
     """The definition in float64, a row at a time, over plain pools."""
     group = q_TQD.shape[1] // k_PCHD.shape[2]
@@ -178,8 +194,12 @@ def exact_attention(
             for pool in (k_PCHD, v_PCHD)
         )
         scores_QLN = torch.einsum("lqd,nqd->qln", q_TQD[start:end].double(), k_NQD) * scale
-        later_LN = at_N > at_N[context:, None]
-        weights_QLN = scores_QLN.masked_fill(later_LN, -torch.inf).softmax(-1)
+        unseen_LN = at_N > at_N[context:, None]
+        if window is not None:
+            unseen_LN |= at_N <= at_N[context:, None] - window
+            # Nobody's number may come through a weight of zero.
+            v_NQD[unseen_LN.all(0)] = 0
+        weights_QLN = scores_QLN.masked_fill(unseen_LN, -torch.inf).softmax(-1)
         out_TQD[start:end] = torch.einsum("qln,nqd->lqd", weights_QLN, v_NQD)
     return out_TQD
 
@@ -193,13 +213,18 @@ def _paged_mha(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Com
     unwritten_PC = torch.ones(shape[:2], dtype=torch.bool)
     for slot, length in _row_lengths(rows):
         at_N = torch.arange(length)
+        # Pages that a window has left behind are gone.
+        context = dict(zip(rows.row_slots.tolist(), rows.context_lens.tolist(), strict=True))[slot]
+        hidden = 0 if of.window is None else max(0, context + 1 - of.window)
+        at_N = at_N[hidden // heads.page_size * heads.page_size :]
         unwritten_PC[rows.page_table_XP[slot][at_N // heads.page_size], at_N % heads.page_size] = 0
     for pool in (k_PCHD, v_PCHD):
         pool[unwritten_PC] = torch.nan
     scale = 1.3 / math.sqrt(heads.dim)
-    exact_TQD = exact_attention(q_TQD, k_PCHD, v_PCHD, rows, scale)
+    exact_TQD = exact_attention(q_TQD, k_PCHD, v_PCHD, rows, scale, window=of.window)
     pools = _laid_out(of, k_PCHD, v_PCHD, rows)
-    yield compare("out", kernel(q_TQD, *pools, rows, scale), exact_TQD, of.dtype)
+    found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window)
+    yield compare("out", found_TQD, exact_TQD, of.dtype)
 
 
 def _append(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:

@@ -28,6 +28,7 @@ from tokenspeed.kernels.verify.case import (
 __all__ = [
     "add_rms_norm_cases",
     "angles_cases",
+    "gelu_tanh_and_mul_cases",
     "rms_norm_cases",
     "rotate_cases",
     "silu_and_mul_cases",
@@ -123,22 +124,32 @@ def rotate_cases() -> Iterator[Case]:
 
 def silu_and_mul_cases() -> Iterator[Case]:
     """Gates beyond where exp overflows, too."""
+    yield from _gated_cases("activation.silu_and_mul", torch.nn.functional.silu)
+
+
+def gelu_tanh_and_mul_cases() -> Iterator[Case]:
+    """Gates beyond where exp overflows, too."""
+    gelu = partial(torch.nn.functional.gelu, approximate="tanh")
+    yield from _gated_cases("activation.gelu_tanh_and_mul", gelu)
+
+
+def _gated_cases(op: str, gate: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Case]:
     for dtype in TYPES:
         for tokens, features in ((1, 1), (3, 96), (5, 77), (5, 1536)):
             yield Case(
-                op="activation.silu_and_mul",
+                op=op,
                 format_name=named(dtype),
                 dtype=dtype,
                 name=f"{tokens} x {features}",
-                check=partial(_silu_and_mul, dtype, tokens, features),
+                check=partial(_gated, gate, dtype, (tokens, features)),
             )
         for tokens, features in _QUANTISED if dtype in _PRODUCTS else ():
             yield Case(
-                op="activation.silu_and_mul",
+                op=op,
                 format_name=QUANTISED_ROWS,
                 dtype=dtype,
                 name=f"{tokens} x {features}",
-                check=partial(_silu_and_mul, dtype, tokens, features),
+                check=partial(_gated, gate, dtype, (tokens, features)),
             )
 
 
@@ -220,14 +231,19 @@ def _rotate(
     yield compare("x", kernel(x_THD, cos_TE, sin_TE), exact_THD, dtype)
 
 
-def _silu_and_mul(
-    dtype: torch.dtype, tokens: int, features: int, kernel: Call, runtime: CpuRuntime
+def _gated(
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    kernel: Call,
+    runtime: CpuRuntime,
 ) -> Iterator[Compared]:
+    tokens, features = shape
     gate_up_T2F = 8 * noise(tokens, 2 * features, dtype=dtype)
     if tokens > 1:
         gate_up_T2F[0, 0], gate_up_T2F[1, 0] = 200.0, -200.0
     gate_TF, up_TF = gate_up_T2F.double().chunk(2, -1)
-    exact_TF = gate_TF / (1 + torch.exp(-gate_TF)) * up_TF
+    exact_TF = gate(gate_TF) * up_TF
     yield _compare("x", kernel(gate_up_T2F), exact_TF, dtype, runtime)
 
 

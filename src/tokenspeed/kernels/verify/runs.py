@@ -19,6 +19,7 @@ from tokenspeed.kernels.verify.tolerances import TOLERANCES
 __all__ = ["CASES", "Outcome", "Run", "plan_runs", "verify", "worst"]
 
 CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
+    "activation.gelu_tanh_and_mul": rowwise.gelu_tanh_and_mul_cases,
     "activation.silu_and_mul": rowwise.silu_and_mul_cases,
     "attention.paged_mha": attention.paged_mha_cases,
     "embedding.lookup": gemm.lookup_cases,

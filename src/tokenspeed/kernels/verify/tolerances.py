@@ -98,6 +98,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         float32=1e-6, bfloat16=1e-6, float16=1e-6, reason="float32 whatever the model's type"
     ),
     "rope.rotate": _ROUNDED,
+    "activation.gelu_tanh_and_mul": _ROUNDED,
     "activation.silu_and_mul": _ROUNDED,
     "kvcache.append": _COPY,
     "embedding.lookup": _COPY,

@@ -213,6 +213,7 @@ def _whole_features(tracer: Tracer, name: str, *symbols: Symbol) -> None:
 
 RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
+        "activation.gelu_tanh_and_mul": _gated("activation.gelu_tanh_and_mul"),
         "activation.silu_and_mul": _gated("activation.silu_and_mul"),
         "attention.paged_mha": _paged_mha,
         "embedding.lookup": _lookup,

@@ -5,12 +5,13 @@ from tokenspeed.modeling.layers.embedding import Embedding, LMHead
 from tokenspeed.modeling.layers.linear import ColumnLinear, Linear, RowLinear
 from tokenspeed.modeling.layers.mlp import GatedMLP
 from tokenspeed.modeling.layers.moe import Experts, Router, SparseMLP, Sum
-from tokenspeed.modeling.layers.norm import HeadNorm, RMSNorm
+from tokenspeed.modeling.layers.norm import BranchNorm, HeadNorm, RMSNorm
 from tokenspeed.modeling.layers.rotary import Angles, RotaryEmbedding
 
 __all__ = [
     "Angles",
     "Attention",
+    "BranchNorm",
     "ColumnLinear",
     "Embedding",
     "Experts",

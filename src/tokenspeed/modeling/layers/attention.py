@@ -30,6 +30,9 @@ class Attention(Module):
         qkv_bias: whether the query, key and value projections add one.
         output_bias: whether the output projection adds one.
         head_norm_epsilon: of a norm of each query and key head; None where there is none.
+        head_norm_offset: added to the weights of those norms.
+        scale: what products of queries and keys are multiplied by; the inverse root of D if None.
+        window: tokens that a query sees, itself included; all if None.
         rotated: how many leading elements of a head are rotated; all if None.
         kernels: chooses the ops.
     """
@@ -44,11 +47,15 @@ class Attention(Module):
         qkv_bias: bool,
         output_bias: bool,
         head_norm_epsilon: float | None = None,
+        head_norm_offset: float = 0.0,
+        scale: float | None = None,
+        window: int | None = None,
         rotated: int | None = None,
         kernels: KernelSelector,
     ) -> None:
         self._head_dim = head_dim
-        self._scale = head_dim**-0.5
+        self._scale = head_dim**-0.5 if scale is None else scale
+        self.window = window
         # A KV head stays with its query heads; ranks beyond the KV heads share them.
         cut = Cut(unit=head_dim, groups=kv_heads, shared=frozenset({"k", "v"}))
         order = None if rotated in (None, head_dim) else rotary_order(head_dim, rotated or 0)
@@ -69,7 +76,13 @@ class Attention(Module):
         self.k_norm: HeadNorm | None = None
         if head_norm_epsilon is not None:
             self.q_norm, self.k_norm = (
-                HeadNorm(head_dim, epsilon=head_norm_epsilon, kernels=kernels, order=order)
+                HeadNorm(
+                    head_dim,
+                    epsilon=head_norm_epsilon,
+                    kernels=kernels,
+                    order=order,
+                    offset=head_norm_offset,
+                )
                 for _ in range(2)
             )
         traits = {"head_dim": head_dim}
@@ -104,6 +117,6 @@ class Attention(Module):
             k_THD = self._rotate(self.k_norm(qkv_TXD[:, -2 * kv_heads : -kv_heads]), *angles)
         v_THD = qkv_TXD[:, -kv_heads:]
         self._append(k_THD, v_THD, *kv, rows.kv_slots_T)
-        out_TQD = self._attend(q_TQD, *kv, rows, self._scale)
+        out_TQD = self._attend(q_TQD, *kv, rows, self._scale, window=self.window)
         out_TM: torch.Tensor = self.output(out_TQD.flatten(1))
         return out_TM

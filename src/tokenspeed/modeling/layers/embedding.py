@@ -30,14 +30,27 @@ class Embedding(Module):
         vocab_size: V.
         features: M.
         kernels: chooses the lookup.
+        scale: what rows are multiplied by; None for nothing.
     """
 
-    def __init__(self, vocab_size: int, features: int, *, kernels: KernelSelector) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        features: int,
+        *,
+        kernels: KernelSelector,
+        scale: float | None = None,
+    ) -> None:
+        self._scale = scale
         self.table = _table(vocab_size, features, kernels)
         self._lookup = kernels.select(ops.embedding.lookup, format_name=self.table.format_name)
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TM."""
+        x_TM = self._rows(token_ids_T)
+        return x_TM if self._scale is None else x_TM * self._scale
+
+    def _rows(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         first = self.table.local_first
         if first is None:
             return self._lookup(token_ids_T, self.table.data)

@@ -11,7 +11,7 @@ from tokenspeed.kernels import Activations, KernelSelector, QuantisedRows, ops
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import PerToken, Shard, boundary
 
-__all__ = ["HeadNorm", "RMSNorm"]
+__all__ = ["BranchNorm", "HeadNorm", "RMSNorm"]
 
 
 @boundary(
@@ -29,6 +29,7 @@ class RMSNorm(Module):
         features: M.
         epsilon: added to the mean square.
         kernels: chooses the norm.
+        offset: added to the checkpoint's weight.
         reads: formats in which whoever reads the norm takes it beside tensors.
     """
 
@@ -40,9 +41,10 @@ class RMSNorm(Module):
         *,
         epsilon: float,
         kernels: KernelSelector,
+        offset: float = 0.0,
         reads: Sequence[str] = (),
     ) -> None:
-        self.weight = Weight((features,), dims=("features",), kernels=kernels)
+        self.weight = Weight((features,), dims=("features",), kernels=kernels, offset=offset)
         self._epsilon = epsilon
         normed = kernels.result_format(ops.norm.rms_norm, ops.norm.add_rms_norm, reads=reads)
         self._rms_norm = kernels.select(ops.norm.rms_norm, format_name=normed)
@@ -66,6 +68,7 @@ class HeadNorm(Module):
         epsilon: added to the mean square.
         kernels: chooses the norm.
         order: in which order a head's elements are kept; the checkpoint's if None.
+        offset: added to the checkpoint's weight.
     """
 
     def __init__(
@@ -75,12 +78,14 @@ class HeadNorm(Module):
         epsilon: float,
         kernels: KernelSelector,
         order: Sequence[int] | None = None,
+        offset: float = 0.0,
     ) -> None:
         self.weight = Weight(
             (head_dim,),
             dims=("features",),
             kernels=kernels,
             orders={None: order} if order else None,
+            offset=offset,
         )
         self._epsilon = epsilon
         self._rms_norm = kernels.select(ops.norm.rms_norm)
@@ -90,3 +95,30 @@ class HeadNorm(Module):
         normed_THD = self._rms_norm(x_THD, self.weight.tensor, self._epsilon)
         assert not isinstance(normed_THD, QuantisedRows)
         return normed_THD
+
+
+@boundary(x_TM=PerToken("tp"), out=PerToken("tp"))
+class BranchNorm(Module):
+    """Normalises what a branch gives, before it is added to the residual stream.
+
+    Args:
+        features: M.
+        epsilon: added to the mean square.
+        kernels: chooses the norm.
+        offset: added to the checkpoint's weight.
+    """
+
+    wide_inputs = frozenset({"x_TM"})
+
+    def __init__(
+        self, features: int, *, epsilon: float, kernels: KernelSelector, offset: float = 0.0
+    ) -> None:
+        self.weight = Weight((features,), dims=("features",), kernels=kernels, offset=offset)
+        self._epsilon = epsilon
+        self._rms_norm = kernels.select(ops.norm.rms_norm)
+
+    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """norm(x)."""
+        normed_TM = self._rms_norm(x_TM, self.weight.tensor, self._epsilon)
+        assert not isinstance(normed_TM, QuantisedRows)
+        return normed_TM

@@ -132,6 +132,7 @@ class Llama(Model):
             head_dim=config.head_dim,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
+            window=config.window if layer in config.windowed_layers else None,
             kernels=kernels,
         )
 

@@ -8,7 +8,17 @@ import torch
 from tokenspeed.kernels.activations import Activations
 from tokenspeed.kernels.registry import declare_op
 
-__all__ = ["silu_and_mul"]
+__all__ = ["gelu_tanh_and_mul", "silu_and_mul"]
+
+
+@declare_op("activation.gelu_tanh_and_mul")
+def gelu_tanh_and_mul(gate_up_T2F: torch.Tensor) -> Activations:
+    """gelu(gate) * up, otherwise as `silu_and_mul`.
+
+    gelu is the form with tanh: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks and
+    Gimpel 2016; GeGLU, Shazeer 2020).
+    """
+    return gelu_tanh_and_mul.best(gate_up_T2F)(gate_up_T2F)
 
 
 @declare_op("activation.silu_and_mul")

@@ -18,11 +18,14 @@ def paged_mha(
     v_PCHD: torch.Tensor,
     rows: PagedRows,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every row of a mixed batch; gives out_TQD.
 
     The KV of the step's own tokens is in the pages already. A token at position p of its row
-    attends to positions 0..p of it. Query head i reads KV head i * H // Q (grouped-query
+    attends to positions 0..p of it, or to the last `window` of these; what pages that no token of
+    the row sees hold does not matter. Query head i reads KV head i * H // Q (grouped-query
     attention, Ainslie et al. 2023). Softmax and sums are float32. A row's result does not
     depend on the other rows.
 
@@ -30,4 +33,4 @@ def paged_mha(
         head_dim: D.
     """
     kernel = paged_mha.best(q_TQD, head_dim=q_TQD.shape[2])
-    return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale)
+    return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window)
