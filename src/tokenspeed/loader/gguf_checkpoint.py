@@ -92,6 +92,7 @@ class GGUFCheckpoint:
         """Give matrices in blocks as they are, all else as float32; see `Checkpoint`."""
         total, done = self.size_bytes, 0
         permuted = self.hf_config["model_type"] == "llama"
+        shifted = self.hf_config["model_type"] == "gemma3_text"
         heads = {
             "q_proj": self.hf_config["num_attention_heads"],
             "k_proj": self.hf_config["num_key_value_heads"],
@@ -107,6 +108,10 @@ class GGUFCheckpoint:
             module = known_name.split(".")[-2]
             if permuted and module in heads:
                 value = _halves_apart(value, heads[module], known_name)
+            if shifted and known_name.endswith("norm.weight"):
+                # ggml keeps what a norm multiplies by, Hugging Face one less.
+                assert isinstance(value, Tensor)
+                value = value - 1.0
             done += tensor.size_bytes
             if progress is not None:
                 progress.update("Loading weights", done, total, "bytes")
@@ -118,7 +123,7 @@ def _is_block_matrix(tensor: GGUFTensor) -> bool:
 
 
 def _known_name(gguf: GGUFFile, name: str) -> str:
-    known_name = hf_name(name)
+    known_name = hf_name(name, gguf.get("general.architecture", str, ""))
     if known_name is None:
         raise UnsupportedModel(
             f"{gguf.path} has the tensor {name!r}, which no model of its architecture here uses"

@@ -15,6 +15,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 # How Llama 3.1 and later stretch low frequencies; only the factor differs between models.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
+# Of Gemma 3, what its files do not hold: every sixth layer sees everything, and the others have
+# wavelengths of their own.
+_GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA, _GEMMA3_LARGEST_LAYERS = 6, 10_000.0, 62
+
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -31,6 +35,17 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+# What an architecture has beside these, or calls otherwise.
+_OWN_NAMES: Mapping[str, Mapping[str, str]] = {
+    "qwen3": _HEAD_NORMS,
+    "gemma3": {
+        **_HEAD_NORMS,
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,5})\.([a-z_]+)\.(weight|bias)")
 
 # Tokens that end a turn or a text, by name: a GGUF file names one of them, a model may use more.
@@ -40,14 +55,15 @@ _END_TOKENS = frozenset(
 _CONTROL = 3
 
 
-def hf_name(name: str) -> str | None:
+def hf_name(name: str, architecture: str = "llama") -> str | None:
     """Hugging Face's name of a tensor that ggml calls `name`; None if it has none."""
+    layer_names = _LAYER_NAMES | dict(_OWN_NAMES.get(architecture, {}))
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = _LAYER_TENSOR.fullmatch(name)
-    if match is None or match[2] not in _LAYER_NAMES:
+    if match is None or match[2] not in layer_names:
         return None
-    return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{int(match[1])}.{layer_names[match[2]]}.{match[3]}"
 
 
 def hf_config(gguf: GGUFFile) -> dict[str, Any]:
@@ -158,9 +174,39 @@ def _qwen2(_: GGUFFile) -> dict[str, Any]:
     }
 
 
+def _qwen3(_: GGUFFile) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "use_sliding_window": False,
+    }
+
+
+def _gemma3(gguf: GGUFFile) -> dict[str, Any]:
+    heads = gguf.require("gemma3.attention.head_count", int)
+    head_dim = gguf.require("gemma3.attention.key_length", int)
+    # The largest model alone scales by another number than its heads' size, and files do not say.
+    largest = gguf.require("gemma3.block_count", int) == _GEMMA3_LARGEST_LAYERS
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "query_pre_attn_scalar": (
+            gguf.require("gemma3.embedding_length", int) // heads if largest else head_dim
+        ),
+        "sliding_window": gguf.require("gemma3.attention.sliding_window", int),
+        "sliding_window_pattern": _GEMMA3_PATTERN,
+        "rope_local_base_freq": _GEMMA3_LOCAL_THETA,
+    }
+
+
 _ARCHITECTURES: Mapping[str, Callable[[GGUFFile], dict[str, Any]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
 }
 
 

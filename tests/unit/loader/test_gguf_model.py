@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tests.unit.loader import tiny_gguf
 from tokenspeed import loader
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.loader.gguf_model import hf_name
 
 
 def _open(path: Path) -> loader.Checkpoint:
@@ -244,3 +245,24 @@ def test_a_file_with_a_matrix_of_floats_is_not_packable(tmp_path: Path) -> None:
     named = tiny_gguf.weights("qwen2", np.random.default_rng(7))
     path = tiny_gguf.write(tmp_path / "a.gguf", named, architecture="qwen2")
     assert not _open(path).packable
+
+
+def test_norms_have_the_names_of_their_architecture() -> None:
+    norm = "model.layers.3.{}.weight"
+    assert hf_name("blk.3.ffn_norm.weight") == norm.format("post_attention_layernorm")
+    assert hf_name("blk.3.attn_q_norm.weight") is None
+    assert hf_name("blk.3.attn_q_norm.weight", "qwen3") == norm.format("self_attn.q_norm")
+    assert hf_name("blk.3.ffn_norm.weight", "qwen3") == norm.format("post_attention_layernorm")
+    found = [
+        hf_name(f"blk.3.{name}.weight", "gemma3")
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+    ]
+    assert found == [
+        norm.format(name)
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        )
+    ]
