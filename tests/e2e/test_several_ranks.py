@@ -4,10 +4,13 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
+from tests.e2e.serving import Serve
 from tokenspeed import LLM, AsyncLLM, SamplingParams
 from tokenspeed.core.errors import ConfigError, EngineError, TokenSpeedError
 from tokenspeed.engine.ranks import GroupRunner
@@ -125,3 +128,17 @@ def test_what_several_ranks_cannot_do_is_refused() -> None:
 def test_a_model_that_cannot_be_divided_is_refused_whole(smollm2: ModelFiles) -> None:
     with pytest.raises(TokenSpeedError, match="4 ranks cannot divide"):
         LLM(str(smollm2.path), tp=4, max_context=512)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_served_through_the_gateway(qwen_coder: ModelFiles, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--tp", "2", model=str(qwen_coder.path)) as server:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+        question = {"role": "user", "content": "Name the capital of France in one word."}
+        answer = client.chat.completions.create(
+            model=client.models.list().data[0].id,
+            messages=[question],  # type: ignore[list-item]
+            temperature=0.0,
+            max_tokens=16,
+        )
+    assert "Paris" in (answer.choices[0].message.content or "")
