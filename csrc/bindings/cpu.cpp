@@ -256,10 +256,22 @@ NB_MODULE(_cpu, module) {
     module.def(
         "append",
         [](cpu::Runtime& runtime, nb::handle k, nb::handle v, nb::handle k_pool, nb::handle v_pool,
-           nb::handle slots) {
-            cpu::KvAppend call{tensors.heads<const void*>(k, "k"),
-                               tensors.heads<const void*>(v, "v"), tensors.pages(k_pool, v_pool),
-                               nullptr};
+           nb::handle slots, nb::handle k_offset) {
+            cpu::KvAppend call{};
+            call.k = tensors.heads<const void*>(k, "k");
+            call.v = tensors.heads<const void*>(v, "v");
+            call.to = tensors.pages(k_pool, v_pool);
+            if (!k_offset.is_none()) {
+                const auto offset = tensors.rows<const void*>(k_offset, "k_offset");
+                if (offset.rows != call.to.heads || offset.columns != call.to.head_dim ||
+                    (offset.stride != offset.columns && offset.rows > 1)) {
+                    throw cpu::KernelError("k_offset must be contiguous [" +
+                                           std::to_string(call.to.heads) + ", " +
+                                           std::to_string(call.to.head_dim) + "]");
+                }
+                call.k_offset = offset.data;
+                call.offset_type = offset.type;
+            }
             const auto places = tensors.integers<std::int64_t>(slots, "slots");
             if (static_cast<std::int64_t>(places.size()) != call.k.rows) {
                 throw cpu::KernelError("every token needs one slot");
@@ -268,7 +280,7 @@ NB_MODULE(_cpu, module) {
             const nb::gil_scoped_release release;
             cpu::append(runtime, call);
         },
-        "runtime"_a, "k"_a, "v"_a, "k_pool"_a, "v_pool"_a, "slots"_a);
+        "runtime"_a, "k"_a, "v"_a, "k_pool"_a, "v_pool"_a, "slots"_a, "k_offset"_a.none());
     module.def(
         "attend",
         [](cpu::Runtime& runtime, nb::handle q, nb::handle k_pool, nb::handle v_pool,

@@ -136,25 +136,34 @@ class TensorReader {
                 tensor.shape[1] * tensor.shape[2], tensor.strides[0]};
     }
 
-    // K and V of a pool, contiguous [pages, page size, heads, elements] each.
+    // K and V of a pool, contiguous [pages, page size, heads, elements] each. Elements that are
+    // bytes have the four of their position's scale behind them.
     cpu::KvPages pages(nanobind::handle k, nanobind::handle v) const {
         const DLTensor keys = borrow(k, "K's pool"), values = borrow(v, "V's pool");
+        const cpu::KvFormat format = kv_format(keys);
         for (const DLTensor& tensor : {keys, values}) {
             std::int64_t size = 1;
-            bool fits = tensor.dims == 4 && element(tensor, "a pool") == element(keys, "a pool");
+            bool fits = tensor.dims == 4 && kv_format(tensor) == format;
             for (int dim = 3; fits && dim >= 0; --dim) {
-                fits = tensor.shape[dim] == keys.shape[dim] &&
+                fits = (dim == 3 || tensor.shape[dim] == keys.shape[dim]) &&
                        (tensor.strides[dim] == size || tensor.shape[dim] <= 1);
                 size *= tensor.shape[dim];
             }
             if (!fits) {
                 throw cpu::KernelError(
-                    "the pools must be contiguous [pages, page size, heads, elements] of one shape "
-                    "and type");
+                    "the pools must be contiguous [pages, page size, heads, elements] of one "
+                    "type, of as many pages, positions and heads");
             }
         }
-        return {keys.data,     values.data,  element(keys, "a pool"), keys.shape[0], keys.shape[1],
-                keys.shape[2], keys.shape[3]};
+        const std::int64_t beside = format == cpu::KvFormat::i8 ? sizeof(float) : 0;
+        return {keys.data,
+                values.data,
+                format,
+                keys.shape[0],
+                keys.shape[1],
+                keys.shape[2],
+                keys.shape[3] - beside,
+                values.shape[3] - beside};
     }
 
     // A contiguous vector of `size` elements of a type.
@@ -202,6 +211,12 @@ class TensorReader {
         const void* give;
         int (*borrow)(void* object, DLTensor* tensor);
     };
+
+    static cpu::KvFormat kv_format(const DLTensor& tensor) {
+        if (tensor.element.code == 0 && tensor.element.bits == 8) return cpu::KvFormat::i8;
+        return element(tensor, "a pool") == cpu::Element::f32 ? cpu::KvFormat::f32
+                                                              : cpu::KvFormat::bf16;
+    }
 
     static cpu::Element element(const DLTensor& tensor, const char* name) {
         if (tensor.element.code == 2 && tensor.element.bits == 32) return cpu::Element::f32;

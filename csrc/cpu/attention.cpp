@@ -21,16 +21,15 @@ constexpr std::int64_t part_blocks_min = 2;
 // A page's writes of one token touch many lines; a few tokens are work for one thread.
 constexpr std::int64_t appended_per_chunk = 32;
 
-void check(const KvPages& kv, std::int64_t columns) {
-    if (kv.page_size % lanes != 0 || kv.head_dim % lanes != 0 || kv.head_dim > head_dim_max) {
+void check(const KvPages& kv) {
+    for (const std::int64_t dim : {kv.head_dim, kv.value_dim}) {
+        if (kv.page_size % lanes == 0 && dim % lanes == 0 && dim > 0 && dim <= head_dim_max) {
+            continue;
+        }
         throw KernelError("pages of " + std::to_string(kv.page_size) + " positions and heads of " +
-                          std::to_string(kv.head_dim) +
+                          std::to_string(dim) +
                           " elements; both must be multiples of 16, and heads at most " +
                           std::to_string(head_dim_max));
-    }
-    if (columns != kv.heads * kv.head_dim) {
-        throw KernelError("K and V of " + std::to_string(columns) + " elements for a pool of " +
-                          std::to_string(kv.heads) + " x " + std::to_string(kv.head_dim));
     }
 }
 
@@ -65,7 +64,7 @@ void attend_rows(Runtime& runtime, const Attention& call, std::int64_t rows) {
             : std::max(part_blocks_min, ceil_div(all_blocks * heads, threads * parts_per_thread));
     std::vector<AttentionPart> parts, merges;
     std::int64_t partial_floats = 0;
-    const std::int64_t floats_per_row = call.kv.head_dim + lanes;
+    const std::int64_t floats_per_row = call.kv.value_dim + lanes;
     // Offsets until all are known.
     std::vector<std::int64_t> offsets, merge_offsets;
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -115,10 +114,16 @@ void attend_rows(Runtime& runtime, const Attention& call, std::int64_t rows) {
 }  // namespace
 
 void append(Runtime& runtime, const KvAppend& call) {
-    check(call.to, call.k.columns);
-    check(call.to, call.v.columns);
-    if (call.k.type != call.to.type || call.v.type != call.to.type || call.k.rows != call.v.rows) {
-        throw KernelError("K, V and their pool must have one type and as many rows");
+    check(call.to);
+    if (call.k.columns != call.to.heads * call.to.head_dim ||
+        call.v.columns != call.to.heads * call.to.value_dim) {
+        throw KernelError("K and V of " + std::to_string(call.k.columns) + " and " +
+                          std::to_string(call.v.columns) + " elements for a pool of " +
+                          std::to_string(call.to.heads) + " x " + std::to_string(call.to.head_dim) +
+                          " and " + std::to_string(call.to.value_dim));
+    }
+    if (call.v.type != call.k.type || call.k.rows != call.v.rows) {
+        throw KernelError("K and V must have one type and as many rows");
     }
     runtime.perform(call.k.rows, [&runtime, call](std::int64_t rows) {
         for (std::int64_t token = 0; token < rows; ++token) {
@@ -136,16 +141,16 @@ void append(Runtime& runtime, const KvAppend& call) {
 }
 
 void attend(Runtime& runtime, const Attention& call, std::int64_t rows) {
-    check(call.kv, call.kv.heads * call.kv.head_dim);
+    check(call.kv);
     if (call.q.columns != call.heads * call.kv.head_dim || call.heads % call.kv.heads != 0 ||
-        call.y.columns != call.q.columns || call.y.rows != call.q.rows) {
+        call.y.columns != call.heads * call.kv.value_dim || call.y.rows != call.q.rows) {
         throw KernelError("queries of " + std::to_string(call.q.columns) + " elements, " +
                           std::to_string(call.heads) + " heads over " +
                           std::to_string(call.kv.heads) + " KV heads of " +
                           std::to_string(call.kv.head_dim));
     }
-    if (call.q.type != call.kv.type || call.y.type != call.kv.type) {
-        throw KernelError("queries, KV and result must have one type");
+    if (call.y.type != call.q.type) {
+        throw KernelError("queries and result must have one type");
     }
     if (call.rows.query_starts[rows] != call.q.rows) {
         throw KernelError(std::to_string(call.q.rows) + " queries for rows of " +

@@ -144,23 +144,42 @@ struct Part {
     std::int64_t row, row_end;
 };
 
+// How pages hold numbers. i8: each position of a head is rounded to whole numbers in [-127, 127] of
+// a scale of its own, K after a Hadamard transform, which spreads what few elements stand out.
+enum class KvFormat : std::uint8_t { f32, bf16, i8 };
+
 // A pool of pages: for each page, of each head, K and V of `page_size` positions.
 //
 // K lies as the products with a query want it: 16 lanes are 16 positions. With `pair` the number of
-// elements in 32 bits (2 of bfloat16, 1 of float32) K of a head in a page is
-// [head_dim / pair, page_size, pair], and V, whose lanes are elements, [page_size / pair, head_dim,
-// pair].
+// elements in 32 bits (2 of bf16, 1 of f32) K of a head in a page is [head_dim / pair, page_size,
+// pair], and V, whose lanes are elements, [page_size / pair, value_dim, pair].
+//
+// Of i8, K is [head_dim / 4, page_size, 4], as unsigned bytes 128 more than what they stand for,
+// and V [page_size / 2, value_dim, 2]; behind either stand the positions' scales, float32
+// [page_size].
 struct KvPages {
     void* k;
     void* v;
-    Element type;
+    KvFormat format;
     std::int64_t pages;
     std::int64_t page_size;  // a multiple of 16
     std::int64_t heads;
-    std::int64_t head_dim;  // a multiple of 16
+    std::int64_t head_dim;   // of K, a multiple of 16
+    std::int64_t value_dim;  // of V, a multiple of 16
 
-    TOKENSPEED_INLINE std::int64_t head_elements() const { return page_size * head_dim; }
-    TOKENSPEED_INLINE std::int64_t page_elements() const { return heads * head_elements(); }
+    TOKENSPEED_INLINE std::int64_t element_size_bytes() const {
+        return format == KvFormat::f32 ? 4 : format == KvFormat::bf16 ? 2 : 1;
+    }
+    TOKENSPEED_INLINE std::int64_t scale_size_bytes() const {
+        return format == KvFormat::i8 ? std::int64_t{sizeof(float)} : 0;
+    }
+    // Of one head in a page.
+    TOKENSPEED_INLINE std::int64_t k_size_bytes() const {
+        return page_size * (head_dim * element_size_bytes() + scale_size_bytes());
+    }
+    TOKENSPEED_INLINE std::int64_t v_size_bytes() const {
+        return page_size * (value_dim * element_size_bytes() + scale_size_bytes());
+    }
 };
 
 // Writes K and V of tokens to their slots (page * page_size + position within the page).
@@ -169,6 +188,11 @@ struct KvAppend {
     In v;
     KvPages to;
     const std::int64_t* slots;
+    // Taken from K of all positions before it is rounded, [heads, head_dim] of `offset_type`, which
+    // shifts all scores of a query alike: softmax does not notice. Null for nothing. Only i8
+    // rounds.
+    const void* k_offset;
+    Element offset_type;
 };
 
 // Rows of a step, each a run of tokens of one request.

@@ -80,6 +80,7 @@ def append(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     slots: torch.Tensor,
+    k_offset: torch.Tensor | None,
 ) -> None: ...
 def attend(
     runtime: Runtime,

@@ -13,12 +13,20 @@ from tokenspeed import _cpu
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
 from tokenspeed.kernels.cpu.attention import append
+from tokenspeed.kernels.reference.rounded import append_rounded, read_rounded
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify import TOLERANCES
 from tokenspeed.kernels.verify.attention import scattered_rows
 from tokenspeed.kernels.verify.case import compare, named, noise
 
 DTYPES = [torch.float32, torch.bfloat16]
+# Types of rows and of pages.
+KINDS = [
+    (torch.float32, "float32"),
+    (torch.bfloat16, "bfloat16"),
+    (torch.float32, "int8"),
+    (torch.bfloat16, "int8"),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +61,16 @@ def make_case(
     )
 
 
-def interleave(case: Case, runtime: CpuRuntime) -> tuple[torch.Tensor, torch.Tensor]:
+def interleave(
+    case: Case, runtime: CpuRuntime, *, kv: str | None = None, offset: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pools with the case's positions as append writes them, and no numbers anywhere else."""
-    pools = torch.full_like(case.k, torch.nan), torch.full_like(case.v, torch.nan)
+    kv = kv or named(case.q.dtype)
+    if kv == "int8":
+        shape = (*case.k.shape[:3], case.k.shape[3] + 4)
+        pools = tuple(torch.full(shape, -1, dtype=torch.int8) for _ in range(2))
+    else:
+        pools = tuple(torch.full_like(case.k, torch.nan, dtype=getattr(torch, kv)) for _ in "kv")
     rows, size = case.rows, case.rows.page_size
     for row, slot in enumerate(rows.row_slots.tolist()):
         start, end = rows.query_starts[row : row + 2].tolist()
@@ -66,9 +81,11 @@ def interleave(case: Case, runtime: CpuRuntime) -> tuple[torch.Tensor, torch.Ten
             case.v[pages, at % size],
             *pools,
             pages * size + at % size,
+            k_offset_HD=offset,
             runtime=runtime,
         )
-    return pools
+    k, v = pools
+    return k, v
 
 
 def attend(
@@ -98,13 +115,15 @@ def attend(
 
 
 @pytest.mark.parametrize("isa", supported_isas())
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_gets_the_same_bits_however_its_row_is_cut(dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize(("dtype", "kv"), KINDS)
+def test_a_token_gets_the_same_bits_however_its_row_is_cut(
+    dtype: torch.dtype, kv: str, isa: str
+) -> None:
     """All tokens of a long row at once, in chunks beside other rows, or one by one."""
     length = 1100
     case = make_case([(0, length)], heads=6, kv_heads=2, head_dim=64, page_size=32, dtype=dtype)
     runtime = CpuRuntime(threads=2, isa=isa)
-    pools = interleave(case, runtime)
+    pools = interleave(case, runtime, kv=kv)
     whole = attend(case, pools, runtime)
     for threads in (1, 2):
         other = CpuRuntime(threads=threads, isa=isa)
@@ -119,6 +138,67 @@ def test_a_token_gets_the_same_bits_however_its_row_is_cut(dtype: torch.dtype, i
             found = attend(replace(case, q=q, rows=rows), pools, other)
             assert torch.equal(found[:-1], whole[start:end]), (threads, start, end)
             assert torch.equal(found[-1], whole[700])
+
+
+def test_every_instruction_set_writes_and_reads_rounded_pages_alike() -> None:
+    """The reference's pages, too, to the bit."""
+    case = make_case(
+        [(0, 300), (290, 1)], heads=6, kv_heads=2, head_dim=96, page_size=48, dtype=torch.bfloat16
+    )
+    offset = 30 * noise(2, 96, dtype=torch.bfloat16, seed=3)
+    found = []
+    for isa in supported_isas():
+        runtime = CpuRuntime(threads=2, isa=isa)
+        pools = interleave(case, runtime, kv="int8", offset=offset)
+        found.append((*pools, attend(case, pools, runtime)))
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+    k_found, _ = read_rounded(*found[0][:2])
+    (written,) = torch.nonzero(k_found.flatten(2).isfinite().all(-1).flatten(), as_tuple=True)
+    k, v = (pool.flatten(0, 1)[written] for pool in (case.k, case.v))
+    k_pool, v_pool = (torch.full_like(found[0][0], -1) for _ in "kv")
+    append_rounded(k, v, k_pool, v_pool, written, k_offset_HD=offset)
+    assert torch.equal(found[0][0], k_pool)
+    assert torch.equal(found[0][1], v_pool)
+
+
+def test_an_offset_of_k_changes_no_result_but_its_error() -> None:
+    """Elements that stand out alike in K of all positions would else leave few bits to others."""
+    case = make_case(
+        [(0, 400)], heads=4, kv_heads=2, head_dim=64, page_size=32, dtype=torch.float32
+    )
+    common = torch.zeros(2, 64)
+    common[:, 7], common[:, 40] = 150.0, -90.0
+    case = replace(case, k=case.k + common)
+    exact = softmax_of_definition(case, 0, 0.0)
+    runtime = CpuRuntime(threads=1, isa=None)
+    errors = [
+        compare(
+            "out",
+            attend(case, interleave(case, runtime, kv="int8", offset=offset), runtime),
+            exact,
+            torch.float32,
+        ).error
+        for offset in (None, common)
+    ]
+    assert errors[1] < 0.02 < 3 * errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("kv", DTYPES)
+def test_pages_may_be_of_another_type_than_rows(kv: torch.dtype) -> None:
+    """They hold what the rows' numbers become when they are rounded to it."""
+    (other,) = {*DTYPES} - {kv}
+    case = make_case(
+        [(0, 77), (30, 1)], heads=4, kv_heads=2, head_dim=32, page_size=16, dtype=other
+    )
+    same = replace(case, q=case.q.to(kv), k=case.k.to(kv), v=case.v.to(kv))
+    runtime = CpuRuntime(threads=2, isa=None)
+    pools = interleave(case, runtime, kv=named(kv))
+    for ours, exact in zip(pools, interleave(same, runtime), strict=True):
+        assert torch.equal(ours.nan_to_num(9.0), exact.nan_to_num(9.0))
+    assert torch.equal(
+        attend(case, pools, runtime).to(kv), attend(same, pools, runtime).to(other).to(kv)
+    )
 
 
 def softmax_of_definition(case: Case, window: int, soft_cap: float) -> torch.Tensor:
@@ -140,16 +220,17 @@ def softmax_of_definition(case: Case, window: int, soft_cap: float) -> torch.Ten
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kv"), KINDS)
 @pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (100, 0.0), (300, 2.0), (0, 1.5)])
-def test_windows_and_caps(window: int, soft_cap: float, dtype: torch.dtype) -> None:
+def test_windows_and_caps(window: int, soft_cap: float, dtype: torch.dtype, kv: str) -> None:
     case = make_case([(0, 613)], heads=4, kv_heads=2, head_dim=32, page_size=16, dtype=dtype)
     exact = softmax_of_definition(case, window, soft_cap)
     for isa in supported_isas():
         runtime = CpuRuntime(threads=2, isa=isa)
-        pools = interleave(case, runtime)
+        pools = interleave(case, runtime, kv=kv)
         ours = attend(case, pools, runtime, window=window, soft_cap=soft_cap)
-        allowed = getattr(TOLERANCES["attention.paged_mha"], named(dtype))
+        # Rounding K and V costs as much again as rounding queries.
+        allowed = 3e-2 if kv == "int8" else getattr(TOLERANCES["attention.paged_mha"], kv)
         assert compare("out", ours, exact, dtype).error <= allowed
         # The last token alone, over pages of which those behind the window were given away.
         rows = replace(
@@ -205,7 +286,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelError, match="multiples of 16"):
         attend(case, small, runtime)
     with pytest.raises(KernelError, match="one type"):
-        attend(replace(case, q=case.q.bfloat16()), (case.k, case.v), runtime)
+        attend(case, (case.k, case.v.bfloat16()), runtime)
+    with pytest.raises(KernelError, match=r"k_offset must be contiguous \[1, 16\]"):
+        interleave(case, runtime, offset=torch.zeros(2, 16))
     with pytest.raises(KernelError, match="slot 64 of a pool of 4 pages"):
         pools = torch.zeros(4, 16, 1, 16), torch.zeros(4, 16, 1, 16)
         token = torch.zeros(1, 1, 16)

@@ -114,14 +114,16 @@ def what_was_never_written(
 
 
 def rows_taken_as_contiguous(
-    k_THD: Any, v_THD: Any, k_PCHD: Any, v_PCHD: Any, kv_slots_T: Any
+    k_THD: Any, v_THD: Any, k_PCHD: Any, v_PCHD: Any, kv_slots_T: Any, *, k_offset_HD: Any = None
 ) -> None:
     _, heads, dim = k_THD.shape
     k_THD = k_THD.as_strided(k_THD.shape, (heads * dim, dim, 1))
     kvcache.append(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
 
 
-def one_slot_too_far(k_THD: Any, v_THD: Any, k_PCHD: Any, v_PCHD: Any, kv_slots_T: Any) -> None:
+def one_slot_too_far(
+    k_THD: Any, v_THD: Any, k_PCHD: Any, v_PCHD: Any, kv_slots_T: Any, *, k_offset_HD: Any = None
+) -> None:
     kvcache.append(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
     v_PCHD.view(-1, *v_PCHD.shape[2:])[kv_slots_T[-1]] += 1e-3
 

@@ -24,6 +24,10 @@ struct Bytes {
 struct Halves {
     __m256i low, high;
 };
+// 16 pairs of 16-bit integers.
+struct Shorts {
+    __m256i low, high;
+};
 
 constexpr int registers = 8;
 // Rows and panels of the register tile over unpacked weights, and rows of that over dense ones.
@@ -113,6 +117,25 @@ inline float largest(Floats a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+template <int apart>
+inline __m256 butterfly(__m256 a) {
+    __m256 other;
+    if constexpr (apart == 1) other = _mm256_permute_ps(a, 0xb1);
+    if constexpr (apart == 2) other = _mm256_permute_ps(a, 0x4e);
+    if constexpr (apart == 4) other = _mm256_permute2f128_ps(a, a, 0x01);
+    constexpr int second = apart == 1 ? 0xaa : apart == 2 ? 0xcc : 0xf0;
+    return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), second);
+}
+// a[i] + a[i + apart] in lane i and a[i] - a[i + apart] in lane i + apart, for each i without the
+// bit `apart`, which is 1, 2, 4 or 8.
+template <int apart>
+inline Floats butterfly(Floats a) {
+    if constexpr (apart == 8) {
+        return {_mm256_add_ps(a.low, a.high), _mm256_sub_ps(a.low, a.high)};
+    } else {
+        return {butterfly<apart>(a.low), butterfly<apart>(a.high)};
+    }
 }
 inline float first(Floats a) {
     return _mm256_cvtss_f32(a.low);
@@ -221,6 +244,12 @@ inline void store_bytes(Ints a, std::int8_t* at) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), bytes);
 }
 
+// The low 16 bits of each lane, of integers that fit in them.
+inline void store_shorts(Ints a, std::byte* at) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), words);
+}
+
 inline Ints splat_ints(std::int32_t x) {
     return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
 }
@@ -317,6 +346,43 @@ inline __m256i dot(__m256i sum, __m256i a, __m256i b) {
 // sum + the lane's four products of unsigned a with signed b, exactly.
 inline Ints dot(Ints sum, Bytes a, Bytes b) {
     return {dot(sum.low, a.low, b.low), dot(sum.high, a.high, b.high)};
+}
+
+// 32 signed bytes.
+inline Shorts load_shorts(const std::byte* at) {
+    const auto* halves = reinterpret_cast<const __m128i*>(at);
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(halves)),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(halves + 1))};
+}
+inline Shorts splat_shorts(std::uint32_t pair) {
+    const __m256i pairs = _mm256_set1_epi32(static_cast<std::int32_t>(pair));
+    return {pairs, pairs};
+}
+inline void add_dot_shorts(__m256i& sum, __m256i a, __m256i b) {
+#if defined(__AVXVNNI__)
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+// Adds the lane's two products. In assembly, because the compiler's own function has another type
+// of vector than its callers: it would keep tiles of sums twice, as either, and write them to
+// memory.
+inline void add_dot(Ints& sum, Shorts a, Shorts b) {
+    add_dot_shorts(sum.low, a.low, b.low);
+    add_dot_shorts(sum.high, a.high, b.high);
+}
+inline void add_dot_bytes(__m256i& sum, __m256i a, __m256i b) {
+#if defined(__AVXVNNI__)
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+    sum = dot(sum, a, b);
+#endif
+}
+// The same of the lane's four products of unsigned a with signed b.
+inline void add_dot(Ints& sum, Bytes a, Bytes b) {
+    add_dot_bytes(sum.low, a.low, b.low);
+    add_dot_bytes(sum.high, a.high, b.high);
 }
 
 inline Halves load_halves(const void* at) {

@@ -24,6 +24,10 @@ struct Bytes {
 struct Halves {
     __m512i v;
 };
+// 16 pairs of 16-bit integers.
+struct Shorts {
+    __m512i v;
+};
 
 constexpr int registers = 32;
 // Rows and panels of the register tile over unpacked weights, and rows of that over dense ones.
@@ -96,6 +100,21 @@ inline float sum(Floats a) {
 }
 inline float largest(Floats a) {
     return _mm512_reduce_max_ps(a.v);
+}
+// a[i] + a[i + apart] in lane i and a[i] - a[i + apart] in lane i + apart, for each i without the
+// bit `apart`, which is 1, 2, 4 or 8.
+template <int apart>
+inline Floats butterfly(Floats a) {
+    __m512 other;
+    if constexpr (apart == 1) other = _mm512_permute_ps(a.v, 0xb1);
+    if constexpr (apart == 2) other = _mm512_permute_ps(a.v, 0x4e);
+    if constexpr (apart == 4) other = _mm512_shuffle_f32x4(a.v, a.v, 0xb1);
+    if constexpr (apart == 8) other = _mm512_shuffle_f32x4(a.v, a.v, 0x4e);
+    constexpr __mmask16 second = apart == 1   ? 0xaaaa
+                                 : apart == 2 ? 0xcccc
+                                 : apart == 4 ? 0xf0f0
+                                              : 0xff00;
+    return {_mm512_mask_sub_ps(_mm512_add_ps(a.v, other), second, other, a.v)};
 }
 inline float first(Floats a) {
     return _mm512_cvtss_f32(a.v);
@@ -192,6 +211,11 @@ inline void store_bytes(Ints a, std::int8_t* at) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(a.v));
 }
 
+// The low 16 bits of each lane, of integers that fit in them.
+inline void store_shorts(Ints a, std::byte* at) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(a.v));
+}
+
 inline Ints splat_ints(std::int32_t x) {
     return {_mm512_set1_epi32(x)};
 }
@@ -271,6 +295,32 @@ inline Ints dot(Ints sum, Bytes a, Bytes b) {
                                            _mm512_srai_epi16(_mm512_slli_epi16(b.v, 8), 8));
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a.v, 8), _mm512_srai_epi16(b.v, 8));
     return {_mm512_add_epi32(sum.v, _mm512_add_epi32(even, odd))};
+#endif
+}
+
+// 32 signed bytes.
+inline Shorts load_shorts(const std::byte* at) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
+}
+inline Shorts splat_shorts(std::uint32_t pair) {
+    return {_mm512_set1_epi32(static_cast<std::int32_t>(pair))};
+}
+// Adds the lane's two products. In assembly, because the compiler's own function has another type
+// of vector than its callers: it would keep tiles of sums twice, as either, and write them to
+// memory.
+inline void add_dot(Ints& sum, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+#else
+    sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v));
+#endif
+}
+// The same of the lane's four products of unsigned a with signed b.
+inline void add_dot(Ints& sum, Bytes a, Bytes b) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+#else
+    sum = dot(sum, a, b);
 #endif
 }
 

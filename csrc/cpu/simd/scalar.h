@@ -27,6 +27,10 @@ struct Bytes {
 struct Halves {
     std::uint32_t v[lanes];
 };
+// 16 pairs of 16-bit integers.
+struct Shorts {
+    std::int16_t v[2 * lanes];
+};
 
 constexpr int registers = 2;
 // Rows and panels of the register tile over unpacked weights, and rows of that over dense ones.
@@ -112,6 +116,14 @@ inline float largest(const Floats& a) {
     for (const float one : a.v) most = one > most ? one : most;
     return most;
 }
+// a[i] + a[i + apart] in lane i and a[i] - a[i + apart] in lane i + apart, for each i without the
+// bit `apart`, which is 1, 2, 4 or 8.
+template <int apart>
+inline Floats butterfly(const Floats& a) {
+    return each<Floats>([&](int i) {
+        return (i & apart) == 0 ? a.v[i] + a.v[i ^ apart] : a.v[i ^ apart] - a.v[i];
+    });
+}
 inline float first(const Floats& a) {
     return a.v[0];
 }
@@ -180,6 +192,13 @@ inline Ints sum_of_each(const Ints (&a)[lanes]) {
 // The low byte of each lane, of integers that fit in it.
 inline void store_bytes(const Ints& a, std::int8_t* at) {
     for (int i = 0; i < lanes; ++i) at[i] = static_cast<std::int8_t>(a.v[i]);
+}
+
+// The low 16 bits of each lane, of integers that fit in them.
+inline void store_shorts(const Ints& a, std::byte* at) {
+    std::int16_t shorts[lanes];
+    for (int i = 0; i < lanes; ++i) shorts[i] = static_cast<std::int16_t>(a.v[i]);
+    std::memcpy(at, shorts, sizeof shorts);
 }
 
 inline Ints splat_ints(std::int32_t x) {
@@ -261,6 +280,28 @@ inline Ints dot(const Ints& sum, const Bytes& a, const Bytes& b) {
         for (int k = 4 * i; k < 4 * i + 4; ++k) total += a.v[k] * static_cast<std::int8_t>(b.v[k]);
         return total;
     });
+}
+
+// 32 signed bytes.
+inline Shorts load_shorts(const std::byte* at) {
+    Shorts out;
+    for (int i = 0; i < 2 * lanes; ++i) out.v[i] = static_cast<std::int8_t>(at[i]);
+    return out;
+}
+inline Shorts splat_shorts(std::uint32_t pair) {
+    Shorts out;
+    for (int i = 0; i < lanes; ++i) std::memcpy(out.v + 2 * i, &pair, sizeof pair);
+    return out;
+}
+// Adds the lane's two products.
+inline void add_dot(Ints& sum, const Shorts& a, const Shorts& b) {
+    for (int i = 0; i < lanes; ++i) {
+        sum.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+    }
+}
+// The same of the lane's four products of unsigned a with signed b.
+inline void add_dot(Ints& sum, const Bytes& a, const Bytes& b) {
+    sum = dot(sum, a, b);
 }
 
 inline Halves load_halves(const void* at) {

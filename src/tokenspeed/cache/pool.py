@@ -16,7 +16,8 @@ __all__ = ["KVPool", "KVPools"]
 
 
 class KVPool:
-    """K and V of one cache group: per layer two tensors [P, C, H, D].
+    """K and V of one cache group: per layer two tensors [P, C, H, D], with D as wide as
+    `KVSpec.head_elements` says.
 
     With `host_pages`, as much again for pages that left the device; on a GPU that memory is
     pinned, so that copies run beside the forward.
@@ -69,7 +70,7 @@ class KVPool:
     def _tensors(
         self, pages: int, device: torch.device, *, pinned: bool = False
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        shape = (pages, self.page_size, self.spec.kv_heads, self.spec.head_dim)
+        shape = (pages, self.page_size, self.spec.kv_heads, self.spec.head_elements)
         dtype = _ELEMENTS[self.spec.dtype]
 
         def tensor() -> torch.Tensor:
@@ -159,4 +160,5 @@ _ELEMENTS = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.int8,
 }

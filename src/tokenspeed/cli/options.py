@@ -49,6 +49,15 @@ class DType(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class KVDType(enum.StrEnum):
+    """Element type of KV."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
 LogLevelOption = Annotated[
     LogLevel,
     typer.Option(help="How much to write to stderr; debug shows the traceback of an error."),
@@ -99,6 +108,10 @@ def _engine_flags(
     dtype: Annotated[
         DType, typer.Option(help="Element type of weights, activations and KV.")
     ] = DType.AUTO,
+    kv_dtype: Annotated[
+        KVDType,
+        typer.Option(help="Element type of KV; int8 holds nearly twice as many tokens."),
+    ] = KVDType.AUTO,
     max_context: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of one request and its answer [default: the model's]."),
@@ -148,6 +161,7 @@ def _engine_flags(
         "served_model_name": served_model_name,
         "device": device.value,
         "dtype": dtype.value,
+        "kv_dtype": kv_dtype.value,
         "max_context": max_context,
         "max_running": max_running,
         "max_step_tokens": max_step_tokens,

@@ -24,7 +24,8 @@ class KVSpec:
         layers: layers that write to the group.
         kv_heads: KV heads a rank holds.
         head_dim: elements of a head.
-        dtype: name of the element type, "float32" or "bfloat16".
+        dtype: name of the element type: "float32", "bfloat16", "float16", or "int8", which has a
+            float32 scale for each position and head.
         window: tokens that a query sees, itself included; None for all.
     """
 
@@ -35,10 +36,15 @@ class KVSpec:
     window: int | None = None
 
     @property
+    def head_elements(self) -> int:
+        """Elements that a head of one position takes in K or V, its scale counted as such."""
+        return self.head_dim + (4 if self.dtype == "int8" else 0)
+
+    @property
     def token_size_bytes(self) -> int:
         """Bytes of K and V of one token over all layers."""
-        element = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return 2 * self.layers * self.kv_heads * self.head_dim * element
+        element = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
+        return 2 * self.layers * self.kv_heads * self.head_elements * element
 
 
 class CachePolicy(enum.IntEnum):
@@ -149,6 +155,7 @@ class EngineConfig:
         served_model_name: name the API knows the model by; None for the model's own.
         device: "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16": of weights, activations and KV.
+        kv_dtype: "auto", "float32", "bfloat16" or "int8": of KV; auto is what `dtype` comes to.
         max_context: tokens of a request; None for the model's own limit.
         max_running: requests that run at once.
         max_step_tokens: tokens of one step.
@@ -173,6 +180,7 @@ class EngineConfig:
     served_model_name: str | None = None
     device: str = "cpu"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     max_context: int | None = None
     max_running: int = 64
     max_step_tokens: int = 512
@@ -192,6 +200,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))
         _at_least("max_context", self.max_context, 1)
         _at_least("max_running", self.max_running, 1)
         _at_least("max_step_tokens", self.max_step_tokens, 1)

@@ -10,10 +10,12 @@ import torch
 from tokenspeed import loader
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
+from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Store, share
 from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
 from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
+from tokenspeed.kernels.kv_formats import kv_formats
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
 __all__ = ["OpenedModel", "make_runner", "mesh_of", "open_model"]
@@ -81,7 +83,9 @@ def open_model(
             f"{dtype_name}_panels",
             dtype_name,
         ),
-        kv_formats=_kv_formats(dtype_name, config.page_size),
+        kv_formats=_kv_formats(
+            dtype_name if config.kv_dtype == "auto" else config.kv_dtype, config.page_size
+        ),
         activation_formats=(QUANTISED_ROWS,),
         runtime=runtime,
     )
@@ -143,9 +147,13 @@ def make_runner(
 
 
 def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:
-    """Interleaved pages need whole vectors of positions."""
-    interleaved = (f"interleaved_{dtype_name}",) if page_size % 16 == 0 else ()
-    return (*interleaved, dtype_name)
+    formats = kv_formats(dtype_name, page_size=page_size)
+    if not formats:
+        raise ConfigError(
+            f"--kv-dtype {dtype_name} needs pages of a multiple of 16 positions, but --page-size "
+            f"is {page_size}"
+        )
+    return formats
 
 
 @contextmanager

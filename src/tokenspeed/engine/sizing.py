@@ -77,7 +77,7 @@ def pages_that_fit(
             f"the KV cache and {format_size(RESERVE_SIZE_BYTES)} beside them, but "
             f"{format_size(available_size_bytes)} of memory is available. Lower "
             f"{'--max-context' if asked is None else '--kv-cache-memory'}, or choose a smaller "
-            "model or --dtype bfloat16."
+            "model, --dtype bfloat16 or --kv-dtype int8."
         )
     if wanted < context_size_bytes:
         fitting = wanted // page_size_bytes * config.page_size

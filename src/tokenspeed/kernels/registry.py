@@ -81,15 +81,24 @@ class Op(Generic[P, R]):
         return self._call(*args, **kwargs)
 
     def best(
-        self, operand: torch.Tensor, *, weight: Matrix | None = None, **traits: TraitValue
+        self,
+        operand: torch.Tensor,
+        *,
+        weight: Matrix | None = None,
+        format_name: str | None = None,
+        **traits: TraitValue,
     ) -> Callable[P, R]:
-        """The best kernel for the operand's device and element type, and the weight's format."""
+        """The best kernel for the operand's device and element type, and the weight's format.
+
+        A format that is named counts instead of both.
+        """
         from tokenspeed.kernels.selection import KernelSelector  # noqa: PLC0415
 
         selector = KernelSelector(
             device=operand.device, dtype=operand.dtype, registry=self._registry
         )
-        format_name = PACKED if isinstance(weight, PackedWeight) else None
+        if isinstance(weight, PackedWeight):
+            format_name = PACKED
         return selector.select(self, format_name=format_name, traits=traits)
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
-from tokenspeed.core.errors import KernelError
+from tokenspeed.core.errors import ConfigError, KernelError
 from tokenspeed.kernels.capability import Platform
 from tokenspeed.kernels.cpu.runtime import CpuRuntime, start_runtime
 from tokenspeed.kernels.registry import (
@@ -72,7 +72,8 @@ class KernelSelector:
         overrides: op name to the solution that must be used.
         weight_formats: formats in which the checkpoint's matrices can be had, best first; the
             dtype alone if None.
-        kv_formats: formats that KV pages may have, best first; the dtype alone if None.
+        kv_formats: formats that KV pages may have, best first, all of one element type; the dtype
+            alone if None.
         activation_formats: formats that activations between two ops may have beside tensors of the
             dtype; none if None.
         runtime: threads and memory of native kernels; None for one that has the calling thread,
@@ -137,18 +138,35 @@ class KernelSelector:
     def kv_format(self, *ops: Op[..., Any], head_dim: int) -> str:
         """The first of the formats of KV pages that all of some ops read.
 
+        Where none does and the type is the model's own, that is the answer, and `select` will say
+        what is missing.
+
         Args:
             ops: those that share the pages.
             head_dim: elements of a head.
+
+        Raises:
+            ConfigError: another type was asked for, and no kernels here read pages of it.
         """
+        lost = []
         for name in self._kv_formats:
             found = [
-                self.explain(op.name, format_name=name, traits={"head_dim": head_dim}).winner
-                for op in ops
+                self.explain(op.name, format_name=name, traits={"head_dim": head_dim}) for op in ops
             ]
-            if all(found):
+            if all(explanation.winner for explanation in found):
                 return name
-        return self._dtype_name
+            lost += [str(explanation) for explanation in found if explanation.winner is None]
+        if self.kv_dtype_name == self._dtype_name:
+            return self._dtype_name
+        raise ConfigError(
+            f"--kv-dtype {self.kv_dtype_name} needs kernels that read and write such pages, and "
+            f"there are none for this model here; choose --kv-dtype auto. {' '.join(lost)}"
+        )
+
+    @property
+    def kv_dtype_name(self) -> str:
+        """Name of the element type of KV pages."""
+        return self._kv_formats[0].removeprefix("interleaved_")
 
     def reads(
         self,

@@ -78,7 +78,7 @@ class Model(Module):
                 layers=sum(module.window == window for module in found),
                 kv_heads=found[0].local_kv_heads,
                 head_dim=self.config.head_dim,
-                dtype=str(self.kernels.dtype).removeprefix("torch."),
+                dtype=self.kernels.kv_dtype_name,
                 window=window,
             )
             for window in windows

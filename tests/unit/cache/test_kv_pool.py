@@ -2,6 +2,7 @@
 
 import resource
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,23 @@ def test_each_layer_has_its_own_k_and_v_of_the_specs_shape() -> None:
     assert pools.layer(1, 0)[0].shape == (5, 16, 1, 4)
     held = sum(tensor.nbytes for tensor in [*tensors, *pools.layer(1, 0)])
     assert pools.size_bytes == held
+
+
+def test_rounded_heads_have_their_scale_beside_them() -> None:
+    spec = KVSpec(layers=2, kv_heads=3, head_dim=64, dtype="int8")
+    assert spec.token_size_bytes == 2 * 2 * 3 * (64 + 4)
+    pool = KVPool(spec, pages=5, page_size=32, device=CPU, host_pages=4)
+    k, v = pool.layer(1)
+    assert k.shape == v.shape == (5, 32, 3, 68)
+    assert k.dtype == torch.int8
+    assert pool.size_bytes == 5 * 32 * spec.token_size_bytes
+    assert pool.host_size_bytes == 4 * 32 * spec.token_size_bytes
+    for index, tensor in enumerate((k, v)):
+        tensor.copy_(torch.arange(5).view(5, 1, 1, 1) + 10 * index)
+    pool.store(np.array([4, 1], dtype=np.int32), np.array([0, 3], dtype=np.int32))
+    pool.load(np.array([0, 3], dtype=np.int32), np.array([2, 0], dtype=np.int32))
+    assert [int(k[page].unique()) for page in range(5)] == [1, 1, 4, 3, 4]
+    assert [int(v[page].unique()) for page in range(5)] == [11, 11, 14, 13, 14]
 
 
 def test_a_pool_costs_no_memory_until_it_is_written() -> None:

@@ -18,6 +18,7 @@ ENGINE_FLAGS = {
     "--served-model-name",
     "--device",
     "--dtype",
+    "--kv-dtype",
     "--max-context",
     "--max-running",
     "--max-step-tokens",
@@ -218,7 +219,8 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
     probe = typer.Typer()
     probe.command()(takes_engine_flags(command))
     line = (
-        "--served-model-name name --device cuda --dtype float32 --max-context 100 --max-running 3 "
+        "--served-model-name name --device cuda --dtype float32 --kv-dtype int8 "
+        "--max-context 100 --max-running 3 "
         "--max-step-tokens 5 --page-size 16 --kv-cache-memory 1.5GiB "
         "--host-cache-memory 1GiB --overlap-depth 1 "
         "--no-prefix-cache --threads 2 --kernel a.b=c --kernel d.e=f --seed 9"
@@ -231,6 +233,7 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
             served_model_name="name",
             device="cuda",
             dtype="float32",
+            kv_dtype="int8",
             max_context=100,
             max_running=3,
             max_step_tokens=5,

@@ -14,13 +14,14 @@ import torch
 from tokenspeed import _cpu
 from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.kv_formats import ROUNDED
 from tokenspeed.kernels.registry import Priority, kernel
 from tokenspeed.kernels.rows import PagedRows
 
 __all__ = ["append", "paged_mha"]
 
 _CPU = Capability(device="cpu")
-_FORMATS: Final = ("interleaved_float32", "interleaved_bfloat16")
+_FORMATS: Final = ("interleaved_float32", "interleaved_bfloat16", ROUNDED)
 _HEAD_DIMS: Final = range(16, 257, 16)
 
 
@@ -76,7 +77,8 @@ def append(
     v_PCHD: torch.Tensor,
     kv_slots_T: torch.Tensor,
     *,
+    k_offset_HD: torch.Tensor | None = None,
     runtime: CpuRuntime,
 ) -> None:
-    """Four bytes of K and two or four of V at a time."""
-    _cpu.append(runtime, k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
+    """Four bytes of K and one, two or four of V at a time."""
+    _cpu.append(runtime, k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T, k_offset_HD)

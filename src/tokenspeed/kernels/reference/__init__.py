@@ -13,6 +13,7 @@ from tokenspeed.kernels.reference import (
     moe,
     norm,
     rope,
+    rounded,
     sampling,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "moe",
     "norm",
     "rope",
+    "rounded",
     "sampling",
 ]

@@ -4,13 +4,15 @@ Legend: T tokens, L tokens of a row, N positions a row has in the cache, Q query
 heads, G query heads of a KV head, D elements of a head, P pages, C positions of a page.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.rows import PagedRow, PagedRows
 
-__all__ = ["paged_mha"]
+__all__ = ["attend", "paged_mha"]
 
 
 @kernel(
@@ -34,7 +36,21 @@ def paged_mha(
     PyTorch's attention would take bfloat16 too, but rounds the probabilities to it, and on a
     CPU is no faster for that.
     """
-    heads, head_dim = k_PCHD.shape[2:]
+    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, read=_as_they_are, window=window)
+
+
+def attend(
+    q_TQD: torch.Tensor,
+    k_PCHD: torch.Tensor,
+    v_PCHD: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    read: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    window: int | None,
+) -> torch.Tensor:
+    """Attention of each row over its pages, which `read` turns into plain numbers."""
+    heads, head_dim = k_PCHD.shape[2], q_TQD.shape[2]
     group = q_TQD.shape[1] // heads
     out_TQD = torch.empty_like(q_TQD, memory_format=torch.contiguous_format)
     for row in rows.by_row:
@@ -43,8 +59,11 @@ def paged_mha(
         hidden = 0 if window is None else max(0, row.context_len + 1 - window)
         pages = hidden // rows.page_size
         first = pages * rows.page_size
-        k_HND = _gather(k_PCHD, row.pages_P[pages:], length - first)
-        v_HND = _gather(v_PCHD, row.pages_P[pages:], length - first)
+        pages_P = row.pages_P[pages:]
+        k_HND, v_HND = (
+            found_PCHD.flatten(0, 1)[: length - first].float().transpose(0, 1)[None]
+            for found_PCHD in read(k_PCHD[pages_P], v_PCHD[pages_P])
+        )
         allowed_LN = _within(row, first, window)
         q_LQD = q_TQD[row.start : row.end].float()
         if allowed_LN is None:
@@ -77,6 +96,5 @@ def _within(row: PagedRow, first: int, window: int | None) -> torch.Tensor | Non
     return None if bool(allowed_LN.all()) and len(allowed_LN) == 1 else allowed_LN
 
 
-def _gather(pool_PCHD: torch.Tensor, pages_P: torch.Tensor, length: int) -> torch.Tensor:
-    found_NHD = pool_PCHD.index_select(0, pages_P).flatten(0, 1)[:length]
-    return found_NHD.float().transpose(0, 1)[None]
+def _as_they_are(k_PCHD: torch.Tensor, v_PCHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return k_PCHD, v_PCHD

@@ -23,7 +23,9 @@ def append(
     k_PCHD: torch.Tensor,
     v_PCHD: torch.Tensor,
     kv_slots_T: torch.Tensor,
+    *,
+    k_offset_HD: torch.Tensor | None = None,
 ) -> None:
-    """A scatter into the pools seen as one long row of slots."""
-    k_PCHD.view(-1, *k_PCHD.shape[2:]).index_copy_(0, kv_slots_T, k_THD)
-    v_PCHD.view(-1, *v_PCHD.shape[2:]).index_copy_(0, kv_slots_T, v_THD)
+    """A scatter into the pools seen as one long row of slots, which may be of another type."""
+    for pool, x_THD in ((k_PCHD, k_THD), (v_PCHD, v_THD)):
+        pool.view(-1, *pool.shape[2:]).index_copy_(0, kv_slots_T, x_THD.to(pool.dtype))

@@ -26,6 +26,11 @@ from tokenspeed.kernels.verify.case import (
 )
 
 __all__ = [
+    "APPENDED",
+    "INTERLEAVED_HEADS",
+    "ROWS",
+    "WINDOWS",
+    "Operands",
     "append_cases",
     "exact_attention",
     "interleaved",
@@ -33,7 +38,7 @@ __all__ = [
     "scattered_rows",
 ]
 
-# Types whose elements come whole into 32 bits, which interleaving needs; and what else it needs.
+# Types whose elements come whole into 32 bits, which interleaving needs.
 _INTERLEAVED_TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 
@@ -57,9 +62,13 @@ _HEADS = (
     _Heads(query=4, kv=2, dim=80, page_size=48),
     _Heads(query=6, kv=2, dim=128, page_size=32),
 )
+# Interleaved pages have whole vectors of positions and of elements.
+INTERLEAVED_HEADS = tuple(
+    heads for heads in _HEADS if heads.dim % _LANES == 0 and heads.page_size % _LANES == 0
+)
 _Lengths = tuple[tuple[int, int], ...]
 # (context, new tokens) of each row.
-_ROWS = {
+ROWS = {
     "the first token": ((0, 1),),
     "decode": ((255, 1), (256, 1), (257, 1), (15, 1), (16, 1), (0, 1)),
     "prefill": ((0, 37),),
@@ -67,13 +76,15 @@ _ROWS = {
     "mixed": ((700, 3), (0, 9), (520, 30), (1, 1)),
 }
 # One token, less than a page, more than a block of the native kernel.
-_WINDOWS = (1, 11, 300)
+WINDOWS = (1, 11, 300)
 # What is written at once: a token, decoding, and a chunk beside both.
-_APPENDED = (((0, 1),), ((255, 1), (256, 1), (16, 1)), ((29, 37), (0, 4), (7, 1)))
+APPENDED = (((0, 1),), ((255, 1), (256, 1), (16, 1)), ((29, 37), (0, 4), (7, 1)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Operands:
+class Operands:
+    """What a case is made of: rows of (context, new) tokens."""
+
     format_name: str
     dtype: torch.dtype
     heads: _Heads
@@ -84,16 +95,16 @@ class _Operands:
 def paged_mha_cases() -> Iterator[Case]:
     """Decode, prefill and both at once; what no row has written is NaN."""
     for format_name, dtype, heads in _formats():
-        for name, lengths in _ROWS.items():
+        for name, lengths in ROWS.items():
             yield Case(
                 op="attention.paged_mha",
                 format_name=format_name,
                 dtype=dtype,
                 name=f"{name}, {heads}",
                 traits={"head_dim": heads.dim},
-                check=partial(_paged_mha, _Operands(format_name, dtype, heads, lengths)),
+                check=partial(_paged_mha, Operands(format_name, dtype, heads, lengths)),
             )
-        for window in _WINDOWS:
+        for window in WINDOWS:
             yield Case(
                 op="attention.paged_mha",
                 format_name=format_name,
@@ -101,7 +112,7 @@ def paged_mha_cases() -> Iterator[Case]:
                 name=f"mixed, windows of {window}, {heads}",
                 traits={"head_dim": heads.dim},
                 check=partial(
-                    _paged_mha, _Operands(format_name, dtype, heads, _ROWS["mixed"], window)
+                    _paged_mha, Operands(format_name, dtype, heads, ROWS["mixed"], window)
                 ),
             )
 
@@ -109,7 +120,7 @@ def paged_mha_cases() -> Iterator[Case]:
 def append_cases() -> Iterator[Case]:
     """Scattered pages, K and V as views into one product; no other slot may change."""
     for format_name, dtype, heads in _formats():
-        for lengths in _APPENDED:
+        for lengths in APPENDED:
             tokens = sum(new for _, new in lengths)
             yield Case(
                 op="kvcache.append",
@@ -117,7 +128,7 @@ def append_cases() -> Iterator[Case]:
                 dtype=dtype,
                 name=f"{tokens} tokens, {heads}",
                 traits={"head_dim": heads.dim},
-                check=partial(_append, _Operands(format_name, dtype, heads, lengths)),
+                check=partial(_append, Operands(format_name, dtype, heads, lengths)),
             )
 
 
@@ -125,7 +136,7 @@ def _formats() -> Iterator[tuple[str, torch.dtype, _Heads]]:
     for heads in _HEADS:
         for dtype in TYPES:
             yield named(dtype), dtype, heads
-        if heads.dim % _LANES == 0 and heads.page_size % _LANES == 0:
+        if heads in INTERLEAVED_HEADS:
             for dtype in _INTERLEAVED_TYPES:
                 yield f"interleaved_{named(dtype)}", dtype, heads
 
@@ -204,7 +215,7 @@ def exact_attention(
     return out_TQD
 
 
-def _paged_mha(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
     heads = of.heads
     rows, pages = scattered_rows(of.lengths, page_size=heads.page_size, seed=len(of.lengths))
     q_TQD = noise(int(rows.query_starts[-1]), heads.query, heads.dim, dtype=of.dtype)
@@ -227,7 +238,7 @@ def _paged_mha(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Com
     yield compare("out", found_TQD, exact_TQD, of.dtype)
 
 
-def _append(of: _Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+def _append(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
     heads = of.heads
     rows, pages = scattered_rows(of.lengths, page_size=heads.page_size, seed=len(of.lengths))
     slots_T = rows.kv_slots_T
@@ -250,7 +261,7 @@ def _row_lengths(rows: PagedRows) -> Iterator[tuple[int, int]]:
 
 
 def _laid_out(
-    of: _Operands, k_PCHD: torch.Tensor, v_PCHD: torch.Tensor, rows: PagedRows
+    of: Operands, k_PCHD: torch.Tensor, v_PCHD: torch.Tensor, rows: PagedRows
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain pools as the format has them."""
     if not of.format_name.startswith("interleaved"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tokenspeed.kernels.activations import QUANTISED_ROWS
+from tokenspeed.kernels.kv_formats import ROUNDED
 from tokenspeed.kernels.verify.case import Case, named
 from tokenspeed.kernels.weights import PACKED
 
@@ -25,6 +26,7 @@ class Tolerance:
         reason: why no less can be asked.
         packed: with packed weights, whatever the type; None where an op has no such weights.
         quantised: of quantised rows, whatever the type; None where an op does not give them.
+        rounded: with KV pages of whole numbers, likewise.
     """
 
     float32: float
@@ -33,6 +35,7 @@ class Tolerance:
     reason: str
     packed: float | None = None
     quantised: float | None = None
+    rounded: float | None = None
 
     def of(self, case: Case) -> float:
         """The error allowed in a case."""
@@ -42,6 +45,9 @@ class Tolerance:
         if case.format_name == QUANTISED_ROWS:
             assert self.quantised is not None
             return self.quantised
+        if case.format_name == ROUNDED:
+            assert self.rounded is not None
+            return self.rounded
         return float(getattr(self, named(case.dtype)))
 
 
@@ -80,8 +86,10 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         float32=2e-6,
         bfloat16=6e-3,
         float16=1e-3,
+        rounded=1.5e-2,
         reason="softmax and sums are float32; a kernel may round probabilities to the type of V "
-        "for the product with it, and rounds the result",
+        "for the product with it, and rounds the result; beside rounded pages it may round queries "
+        "to 127ths of a head's largest element, as packed weights have it",
     ),
     "moe.route": Tolerance(float32=1e-6, bfloat16=1e-6, float16=1e-6, reason="float32 arithmetic"),
     "moe.experts": Tolerance(
@@ -100,7 +108,13 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
     "rope.rotate": _ROUNDED,
     "activation.gelu_tanh_and_mul": _ROUNDED,
     "activation.silu_and_mul": _ROUNDED,
-    "kvcache.append": _COPY,
+    "kvcache.append": Tolerance(
+        float32=0.0,
+        bfloat16=0.0,
+        float16=0.0,
+        rounded=0.501,
+        reason="a copy; of rounded pages half a step, and what float32 arithmetic adds to it",
+    ),
     "embedding.lookup": _COPY,
     "embedding.take": _COPY,
     "sampling.argmax": _CHOICE,

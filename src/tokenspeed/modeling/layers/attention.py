@@ -7,6 +7,7 @@ C positions of a page.
 import torch
 
 from tokenspeed.kernels import Activations, KernelSelector, ops
+from tokenspeed.kernels.kv_formats import ROUNDED
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
@@ -87,16 +88,35 @@ class Attention(Module):
             )
         traits = {"head_dim": head_dim}
         self._rotate = kernels.select(ops.rope.rotate, traits=traits)
-        kv_format = kernels.kv_format(
+        self._kv_format = kernels.kv_format(
             ops.kvcache.append, ops.attention.paged_mha, head_dim=head_dim
         )
-        self._append = kernels.select(ops.kvcache.append, format_name=kv_format, traits=traits)
-        self._attend = kernels.select(ops.attention.paged_mha, format_name=kv_format, traits=traits)
+        self._append = kernels.select(
+            ops.kvcache.append, format_name=self._kv_format, traits=traits
+        )
+        self._attend = kernels.select(
+            ops.attention.paged_mha, format_name=self._kv_format, traits=traits
+        )
 
     @property
     def local_kv_heads(self) -> int:
         """KV heads that this rank holds."""
         return self.qkv.weight.local_parts["k"] // self._head_dim
+
+    def _k_offset(self) -> torch.Tensor | None:
+        """The bias of K as offset_HD, where pages are rounded.
+
+        Its large elements, of some models a hundred times what else K has, stand where rotation
+        turns them by less than a tenth over ten thousand positions: they are the same in K of all
+        positions, and would leave few of 8 bits to what differs.
+        """
+        bias = self.qkv.bias
+        if self._kv_format != ROUNDED or bias is None or self.k_norm is not None:
+            return None
+        if not isinstance(bias.data, torch.Tensor):
+            return None
+        first = bias.local_parts["q"]
+        return bias.data[first : first + bias.local_parts["k"]].view(-1, self._head_dim)
 
     def forward(
         self,
@@ -116,7 +136,7 @@ class Attention(Module):
             q_TQD = self._rotate(self.q_norm(qkv_TXD[:, : -2 * kv_heads]), *angles)
             k_THD = self._rotate(self.k_norm(qkv_TXD[:, -2 * kv_heads : -kv_heads]), *angles)
         v_THD = qkv_TXD[:, -kv_heads:]
-        self._append(k_THD, v_THD, *kv, rows.kv_slots_T)
+        self._append(k_THD, v_THD, *kv, rows.kv_slots_T, k_offset_HD=self._k_offset())
         out_TQD = self._attend(q_TQD, *kv, rows, self._scale, window=self.window)
         out_TM: torch.Tensor = self.output(out_TQD.flatten(1))
         return out_TM

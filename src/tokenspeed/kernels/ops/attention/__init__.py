@@ -5,6 +5,7 @@ Legend: T tokens, Q query heads, H KV heads, D elements of a head, P pages, C po
 
 import torch
 
+from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.rows import PagedRows
 
@@ -32,5 +33,5 @@ def paged_mha(
     Traits:
         head_dim: D.
     """
-    kernel = paged_mha.best(q_TQD, head_dim=q_TQD.shape[2])
+    kernel = paged_mha.best(q_TQD, format_name=pool_format(k_PCHD), head_dim=q_TQD.shape[2])
     return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window)

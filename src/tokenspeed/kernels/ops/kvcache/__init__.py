@@ -5,6 +5,7 @@ Legend: T tokens, P pages, C positions of a page, H KV heads, D elements of a he
 
 import torch
 
+from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 
 __all__ = ["append"]
@@ -17,14 +18,23 @@ def append(
     k_PCHD: torch.Tensor,
     v_PCHD: torch.Tensor,
     kv_slots_T: torch.Tensor,
+    *,
+    k_offset_HD: torch.Tensor | None = None,
 ) -> None:
     """Write each token's K and V to slot page * C + offset of the pools, in place.
 
     kv_slots_T is int64 and has no value twice. Where in a page an element goes is a matter of the
     format, which attention over these pools must have too. Formats named after an element type
-    keep the order of the dimensions.
+    keep the order of the dimensions; `interleaved_int8` rounds, and has four more bytes for each
+    head of a position, so that its pools are [P, C, H, D + 4].
+
+    k_offset_HD is what K of all positions have in common, as far as it is known. Formats that
+    round take it off first, which moves all scores of a query by one number: softmax is the same,
+    and less is lost. It must be the same for all that a pool ever holds, and None where scores are
+    capped. Other formats do not look at it.
 
     Traits:
         head_dim: D.
     """
-    append.best(k_PCHD, head_dim=k_THD.shape[2])(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
+    kernel = append.best(k_PCHD, format_name=pool_format(k_PCHD), head_dim=k_THD.shape[2])
+    kernel(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T, k_offset_HD=k_offset_HD)
