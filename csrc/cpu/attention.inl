@@ -145,6 +145,12 @@ void load_query(const AttentionView<format>& view, AttentionScratch& scratch, st
     }
 }
 
+// To the second cache, which has more requests under way than the first.
+TOKENSPEED_INLINE void ask_for(const std::byte* line) {
+    constexpr int read = 0, second_cache = 2;
+    __builtin_prefetch(line, read, second_cache);
+}
+
 // How many of the rows left the next tile takes: all tiles get about as many.
 TOKENSPEED_INLINE std::int64_t tile_height(std::int64_t left, std::int64_t most) {
     const std::int64_t tiles = (left + most - 1) / most;
@@ -180,7 +186,7 @@ void score_tile(AttentionScratch& scratch, std::int64_t row, int at, const std::
         typename K::Vector k[vectors];
         unroll<vectors>([&]<int v>(Constant<v>) TOKENSPEED_FLAT {
             k[v] = K::load(keys[v] + word * stride);
-            __builtin_prefetch(ahead[v] + word * 64);
+            ask_for(ahead[v] + word * 64);
         });
         unroll<rows>([&]<int m>(Constant<m>) TOKENSPEED_FLAT {
             const auto q = K::splat_word(queries + m * head_dim_max * 4 + word * 4);
@@ -316,7 +322,7 @@ void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
                 value[v] = V::load(value_at + v * vector_size_bytes);
                 if constexpr (v % line_vectors == 0) {
                     const std::int64_t line = (word * (dim / lanes) + first + v) / line_vectors;
-                    __builtin_prefetch(ahead_at + line * stride);
+                    ask_for(ahead_at + line * stride);
                 }
             });
             value_at += dim * V::word_size_bytes;
@@ -410,8 +416,8 @@ void load_scales(AttentionScratch& scratch, const Span& span, const Places& plac
                 const Floats scales = load_floats(reinterpret_cast<const float*>(from));
                 return at + lanes <= span.to ? scales : keep(scales, 0, span.to - at, 0.0f);
             };
-            __builtin_prefetch(next.key_scales[group]);
-            __builtin_prefetch(next.value_scales[group]);
+            ask_for(next.key_scales[group]);
+            ask_for(next.value_scales[group]);
             store(load(places.key_scales[group]), scratch.key_scales + at);
             store(load(places.value_scales[group]), scratch.value_scales + at);
         }
