@@ -33,6 +33,7 @@ _SCALE_SIZE_BYTES = 4
 
 def paged_mha_cases() -> Iterator[Case]:
     """Decode, prefill and both at once; scales that no row has written are NaN."""
+    kinds: list[tuple[str, tuple[tuple[int, int], ...], int | None]]
     kinds = [(name, lengths, None) for name, lengths in ROWS.items()]
     kinds += [(f"mixed, windows of {window}", ROWS["mixed"], window) for window in WINDOWS]
     for heads in INTERLEAVED_HEADS:
