@@ -3,8 +3,8 @@
 // What is promised: 99 of 100 intervals between two tokens of an admitted user last no longer than
 // 1 / floor seconds. Where 90% of what one user alone would get, as the model of step times has it,
 // is less than the floor, that takes its place: a floor that leaves nothing to prompts would let
-// nobody in. Time saved in one step is not spent in
-// another: a user who reads along sees the slow step, whatever the mean.
+// nobody in. Time saved in one step is not spent in another: a user who reads along sees the slow
+// step, whatever the mean.
 //
 // Kept by what a step takes along: no more of the prompts than fits under the limit beside the
 // decode rows, and no further user as long as one row more would break it. So that prompts come on
