@@ -1,8 +1,8 @@
 """How well packed weights and rounded inputs predict a text, beside float32 and llama.cpp.
 
 The text is source code and prose that Python itself ships, the first --tokens tokens of it. As in
-llama.cpp's own tool, it is cut into pieces of 512 tokens that do not see each other, and the second
-half of each is scored. Ours runs as users run it, in bfloat16 with native kernels; the oracle has
+llama.cpp's own tool, it is cut into pieces (of 512 tokens) that do not see each other, and the
+second half of each is scored. Ours runs as users run it, in bfloat16 with native kernels; the oracle has
 the dequantised weights in float32 and reference kernels. Targets: within 0.5% of the oracle, and no
 worse than llama.cpp.
 
@@ -10,7 +10,10 @@ A perplexity differs from the oracle's by chance, too: beside each difference st
 error, and how far distributions are from the oracle's on average (Kullback and Leibler 1951), which
 tells kernels apart on far fewer tokens.
 
-    python benchmarks/perplexity.py [--model smollm2-135m] [--tokens 20480] [--peer]
+The same with KV in INT8 stands beside it. --context cuts longer pieces, so that attention reads
+more of it.
+
+    python benchmarks/perplexity.py [--model smollm2-135m] [--tokens N] [--context 2048] [--peer]
 
 Appends one line a model to benchmarks/history/perplexity.jsonl.
 """
@@ -38,7 +41,6 @@ from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling import ForwardBatch, Model, ModelConfig, build_model
 
 HISTORY = Path(__file__).parent / "history" / "perplexity.jsonl"
-PIECE = 512
 PAGE = 32
 CPU = torch.device("cpu")
 
@@ -54,14 +56,21 @@ def text() -> str:
     return prose[:size] + "\n" + code[:size]
 
 
-def load(checkpoint: loader.Checkpoint, *, exact: bool, dtype: torch.dtype, threads: int) -> Model:
+def load(
+    checkpoint: loader.Checkpoint,
+    *,
+    exact: bool,
+    dtype: torch.dtype,
+    threads: int,
+    kv: str | None = None,
+) -> Model:
     name = str(dtype).removeprefix("torch.")
     kernels = KernelSelector(
         device=CPU,
         dtype=dtype,
         weight_formats=(name,) if exact else (PACKED, name),
         activation_formats=None if exact else (QUANTISED_ROWS,),
-        kv_formats=(name,) if exact else (f"interleaved_{name}",),
+        kv_formats=(name,) if exact else (f"interleaved_{kv or name}",),
         overrides={"gemm.linear": "reference", "gemm.logits": "reference"} if exact else None,
         runtime=start_runtime(threads=threads),
     )
@@ -72,40 +81,43 @@ def load(checkpoint: loader.Checkpoint, *, exact: bool, dtype: torch.dtype, thre
 
 
 @torch.inference_mode()
-def likelihoods(model: Model, tokens: list[int]) -> Iterator[torch.Tensor]:
-    """Log-probabilities of what follows the tokens of each piece's second half, [256, V]."""
-    pages = PIECE // PAGE
+def likelihoods(model: Model, tokens: list[int], piece_size: int) -> Iterator[torch.Tensor]:
+    """Log-probabilities of what follows the tokens of each piece's second half, [_, V]."""
+    pages = piece_size // PAGE
     kv = KVPools(model.kv_specs(), pages=pages, page_size=PAGE, device=CPU)
     table = torch.arange(pages, dtype=torch.int32)[None]
     rows = PagedRows(
-        query_starts=np.array([0, PIECE], dtype=np.int32),
+        query_starts=np.array([0, piece_size], dtype=np.int32),
         context_lens=np.array([0], dtype=np.int32),
         row_slots=np.array([0], dtype=np.int32),
         page_table_XP=table,
-        kv_slots_T=torch.arange(PIECE),
+        kv_slots_T=torch.arange(piece_size),
         page_size=PAGE,
     )
-    scored = torch.arange(PIECE // 2 - 1, PIECE - 1)
-    for start in range(0, len(tokens) - PIECE + 1, PIECE):
-        piece = torch.tensor(tokens[start : start + PIECE])
+    scored = torch.arange(piece_size // 2 - 1, piece_size - 1)
+    for start in range(0, len(tokens) - piece_size + 1, piece_size):
+        piece = torch.tensor(tokens[start : start + piece_size])
         batch = ForwardBatch(
             token_ids_T=piece,
-            positions_T=torch.arange(PIECE),
+            positions_T=torch.arange(piece_size),
             groups=(rows,),
             sample_token_indices_S=scored,
         )
         yield model.forward(batch, kv).log_softmax(-1)
 
 
-def measure(models: Sequence[Model], tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def measure(
+    models: Sequence[Model], tokens: list[int], piece_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each model, the last being the oracle: every scored token's loss [models, tokens], and
     the mean divergence from the oracle [models]."""
     losses: list[torch.Tensor] = []
     divergences: list[torch.Tensor] = []
     for index, found in enumerate(
-        zip(*(likelihoods(model, tokens) for model in models), strict=True)
+        zip(*(likelihoods(model, tokens, piece_size) for model in models), strict=True)
     ):
-        wanted = torch.tensor(tokens[index * PIECE + PIECE // 2 : (index + 1) * PIECE])[:, None]
+        first = index * piece_size
+        wanted = torch.tensor(tokens[first + piece_size // 2 : first + piece_size])[:, None]
         losses.append(torch.stack([-each.gather(1, wanted)[:, 0] for each in found]))
         exact = found[-1]
         shares = exact.exp()
@@ -114,14 +126,14 @@ def measure(models: Sequence[Model], tokens: list[int]) -> tuple[torch.Tensor, t
     return torch.cat(losses, 1).double(), torch.stack(divergences).double().mean(0)
 
 
-def of_llama(path: Path, words: str, pieces: int, threads: int) -> float:
+def of_llama(path: Path, words: str, pieces: int, piece_size: int, threads: int) -> float:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(words)
         file.flush()
         done = subprocess.run(
             [
                 *(str(llama_tool("llama-perplexity")), "-m", str(path), "-f", file.name),
-                *("-c", str(PIECE), "--chunks", str(pieces), "-t", str(threads), "-fa", "on"),
+                *("-c", str(piece_size), "--chunks", str(pieces), "-t", str(threads), "-fa", "on"),
             ],
             capture_output=True,
             text=True,
@@ -135,7 +147,8 @@ def of_llama(path: Path, words: str, pieces: int, threads: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", action="append")
-    parser.add_argument("--tokens", type=int, default=40 * PIECE)
+    parser.add_argument("--tokens", type=int, default=20480)
+    parser.add_argument("--context", type=int, default=512, help="tokens of a piece")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peer", action="store_true", help="run llama.cpp on the same text")
     options = parser.parse_args()
@@ -149,25 +162,28 @@ def main() -> None:
         assert len(tokens) >= options.tokens, "the text is shorter than that"
         tokens = tokens[: options.tokens]
         models = [
-            load(checkpoint, exact=exact, dtype=dtype, threads=options.threads)
-            for exact, dtype in (
-                (False, torch.bfloat16),
-                (False, torch.float32),
-                (True, torch.float32),
+            load(checkpoint, exact=exact, dtype=dtype, threads=options.threads, kv=kv)
+            for exact, dtype, kv in (
+                (False, torch.bfloat16, None),
+                (False, torch.bfloat16, "int8"),
+                (False, torch.float32, None),
+                (True, torch.float32, None),
             )
         ]
-        losses, divergences = measure(models, tokens)
-        ours, wide, oracle = losses.mean(1).exp().tolist()
-        chance = ((losses[0] - losses[2]).std() / losses.shape[1] ** 0.5).item()
+        losses, divergences = measure(models, tokens, options.context)
+        ours, rounded, wide, oracle = losses.mean(1).exp().tolist()
+        chance = ((losses[0] - losses[3]).std() / losses.shape[1] ** 0.5).item()
         peer = None
         if options.peer:
-            pieces = len(tokens) // PIECE
-            peer = of_llama(files.path, words, pieces, options.threads)
+            pieces = len(tokens) // options.context
+            peer = of_llama(files.path, words, pieces, options.context, options.threads)
         off = ours / oracle - 1
         print(
             f"{name}: {ours:.4f} ({off:+.3%} +- {chance:.3%}, divergence {divergences[0]:.6f}); "
+            f"KV in INT8 {rounded:.4f} ({rounded / oracle - 1:+.3%}, divergence "
+            f"{divergences[1]:.6f}); "
             f"native in float32 {wide:.4f} ({wide / oracle - 1:+.3%}, divergence "
-            f"{divergences[1]:.6f}); oracle {oracle:.4f}; "
+            f"{divergences[2]:.6f}); oracle {oracle:.4f}; "
             f"llama.cpp {'not run' if peer is None else f'{peer:.4f}'}",
             flush=True,
         )
@@ -176,12 +192,15 @@ def main() -> None:
             "version": __version__,
             "model": name,
             "tokens": len(tokens),
+            "context": options.context,
             "ours": ours,
+            "kv_int8": rounded,
             "native_float32": wide,
             "float32": oracle,
             "standard_error": chance,
             "divergence": divergences[0].item(),
-            "native_float32_divergence": divergences[1].item(),
+            "kv_int8_divergence": divergences[1].item(),
+            "native_float32_divergence": divergences[2].item(),
             "llama.cpp": peer,
         }
         with HISTORY.open("a") as history:

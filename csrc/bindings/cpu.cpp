@@ -11,6 +11,7 @@
 #include "errors.h"
 #include "gemm.h"
 #include "graph.h"
+#include "latent.h"
 #include "memory.h"
 #include "packed.h"
 #include "probes.h"
@@ -309,6 +310,47 @@ NB_MODULE(_cpu, module) {
         },
         "runtime"_a, "q"_a, "k_pool"_a, "v_pool"_a, "query_starts"_a, "context_lens"_a,
         "row_slots"_a, "page_table"_a, "scale"_a, "window"_a, "soft_cap"_a, "y"_a);
+    module.def(
+        "append_latents",
+        [](cpu::Runtime& runtime, nb::handle latents, nb::handle pool, nb::handle slots) {
+            cpu::LatentAppend call{tensors.rows<const void*>(latents, "latents"),
+                                   tensors.latents(pool), nullptr};
+            const auto places = tensors.integers<std::int64_t>(slots, "slots");
+            if (static_cast<std::int64_t>(places.size()) != call.latents.rows) {
+                throw cpu::KernelError("every token needs one slot");
+            }
+            call.slots = places.data();
+            const nb::gil_scoped_release release;
+            cpu::append_latents(runtime, call);
+        },
+        "runtime"_a, "latents"_a, "pool"_a, "slots"_a);
+    module.def(
+        "attend_latents",
+        [](cpu::Runtime& runtime, nb::handle q, nb::handle pool, HostInts query_starts,
+           HostInts context_lens, HostInts row_slots, nb::handle page_table, float scale,
+           nb::handle y) {
+            cpu::LatentAttention call{};
+            call.heads = tensors.borrow(q, "q").shape[1];
+            call.q = tensors.heads<const void*>(q, "q");
+            call.y = tensors.heads<void*>(y, "y");
+            call.value_dim = tensors.borrow(y, "y").shape[2];
+            call.latents = tensors.latents(pool);
+            const auto table = tensors.borrow(page_table, "page_table");
+            const auto pages = tensors.integers<std::int32_t>(page_table, "page_table");
+            const auto rows = static_cast<std::int64_t>(context_lens.shape(0));
+            if (table.dims != 2 || static_cast<std::int64_t>(query_starts.shape(0)) != rows + 1 ||
+                static_cast<std::int64_t>(row_slots.shape(0)) != rows) {
+                throw cpu::KernelError("a step of " + std::to_string(rows) +
+                                       " rows needs as many slots, and one start more");
+            }
+            call.rows = {query_starts.data(), context_lens.data(), row_slots.data(), pages.data(),
+                         table.shape[1]};
+            call.scale = scale;
+            const nb::gil_scoped_release release;
+            cpu::attend_latents(runtime, call, rows);
+        },
+        "runtime"_a, "q"_a, "pool"_a, "query_starts"_a, "context_lens"_a, "row_slots"_a,
+        "page_table"_a, "scale"_a, "y"_a);
     module.def(
         "argmax",
         [](cpu::Runtime& runtime, nb::handle logits, nb::handle tokens) {

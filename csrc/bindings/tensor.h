@@ -166,6 +166,22 @@ class TensorReader {
                 values.shape[3] - beside};
     }
 
+    // A pool of latents, contiguous [pages, page size, elements].
+    cpu::LatentPages latents(nanobind::handle pool) const {
+        const DLTensor tensor = borrow(pool, "the pool");
+        std::int64_t size = 1;
+        bool fits = tensor.dims == 3;
+        for (int dim = 2; fits && dim >= 0; --dim) {
+            fits = tensor.strides[dim] == size || tensor.shape[dim] <= 1;
+            size *= tensor.shape[dim];
+        }
+        if (!fits) {
+            throw cpu::KernelError("the pool must be contiguous [pages, page size, elements]");
+        }
+        return {tensor.data, element(tensor, "the pool"), tensor.shape[0], tensor.shape[1],
+                tensor.shape[2]};
+    }
+
     // A contiguous vector of `size` elements of a type.
     const void* vector(nanobind::handle object, const char* name, std::int64_t size,
                        cpu::Element type) const {

@@ -23,6 +23,8 @@
 // One token reads memory as fast as it comes: while scores are computed V of the same positions is
 // asked for, and while values are summed K of the block behind.
 
+#pragma once
+
 #include "kv.inl"
 
 namespace tokenspeed::cpu {

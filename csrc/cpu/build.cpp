@@ -12,6 +12,7 @@
 #include "attention.inl"
 #include "dense.inl"
 #include "gemm.inl"
+#include "latent.inl"
 #include "probes.inl"
 #include "quantise.inl"
 #include "rowwise.inl"
@@ -47,6 +48,10 @@ constinit const Kernels TOKENSPEED_TABLE = {
     .append = append,
     .attend = attend,
     .merge = merge,
+    .append_latents = append_latents,
+    .attend_latent = attend_latent,
+    .merge_latent = merge_latent,
+    .latent_rows = latent_rows_max,
     .attention_rows = part_rows_max,
     .streamed_rows_max = streamed_rows_max,
     .streams = few_panels[0],
@@ -55,7 +60,8 @@ constinit const Kernels TOKENSPEED_TABLE = {
     .tile_rows = tile_rows,
     .rows_max = rows_max,
     .panels_max = panels_max,
-    .scratch_size_bytes = larger(unpacked_size_bytes + sums_size_bytes, sizeof(AttentionScratch)),
+    .scratch_size_bytes = larger(unpacked_size_bytes + sums_size_bytes,
+                                 larger(sizeof(AttentionScratch), sizeof(LatentScratch))),
 };
 
 }  // namespace tokenspeed::cpu

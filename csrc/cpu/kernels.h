@@ -233,6 +233,45 @@ struct AttentionPart {
     float* partials;
 };
 
+// A pool of latents: for each page one vector of `dim` elements for each position.
+struct LatentPages {
+    void* data;
+    Element type;
+    std::int64_t pages;
+    std::int64_t page_size;
+    std::int64_t dim;  // a multiple of 16
+};
+
+constexpr int latent_dim_max = 640;
+
+// Writes latents of tokens to their slots.
+struct LatentAppend {
+    In latents;
+    LatentPages to;
+    const std::int64_t* slots;
+};
+
+// y = softmax(q c^T * scale) c' over the pages of each row, causal, where c' are the first
+// `value_dim` elements of a latent.
+struct LatentAttention {
+    In q;  // rows of heads, of as many elements as a latent
+    Out y;
+    std::int64_t heads;
+    LatentPages latents;
+    std::int64_t value_dim;  // a multiple of 32
+    RowTable rows;
+    float scale;
+};
+
+// A part of one row's attention over latents: [first, end) of its tokens' heads, a token's heads
+// one after the other, over some blocks of positions.
+struct LatentPart {
+    std::int64_t row;
+    std::int64_t first, end;
+    std::int64_t block, block_end;
+    float* partials;  // as an AttentionPart has
+};
+
 struct Kernels {
     // Microkernels that do nothing useful, as fast as it goes; `probes.cpp` times them. Each
     // returns a number that depends on all its work, so that none of it can be left out.
@@ -268,6 +307,11 @@ struct Kernels {
     void (*attend)(const Attention& call, const AttentionPart& part, std::byte* scratch);
     // Puts together what parts of the same tokens left of blocks [0, blocks), from the first on.
     void (*merge)(const Attention& call, const AttentionPart& part, std::byte* scratch);
+    void (*append_latents)(const LatentAppend& call, std::int64_t token, std::int64_t end);
+    void (*attend_latent)(const LatentAttention& call, const LatentPart& part, std::byte* scratch);
+    void (*merge_latent)(const LatentAttention& call, const LatentPart& part, std::byte* scratch);
+    // Heads of tokens that a part of attention over latents may have.
+    int latent_rows;
     // Query rows (tokens times query heads) that a part of attention should have.
     int attention_rows;
     // Of up to `streamed_rows_max` rows a part reads its weights as `streams` streams, for up to

@@ -96,6 +96,20 @@ def attend(
     soft_cap: float,
     y: torch.Tensor,
 ) -> None: ...
+def append_latents(
+    runtime: Runtime, latents: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor
+) -> None: ...
+def attend_latents(
+    runtime: Runtime,
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    query_starts: npt.NDArray[np.int32],
+    context_lens: npt.NDArray[np.int32],
+    row_slots: npt.NDArray[np.int32],
+    page_table: torch.Tensor,
+    scale: float,
+    y: torch.Tensor,
+) -> None: ...
 def draw(
     runtime: Runtime,
     logits: torch.Tensor,

@@ -389,6 +389,13 @@ inline Halves load_halves(const void* at) {
     const Ints loaded = load_ints(at);
     return {loaded.low, loaded.high};
 }
+// Halves of the first and of the second in turn, of the lower and of the upper four of each 8.
+inline Halves interleave_low(Halves a, Halves b) {
+    return {_mm256_unpacklo_epi16(a.low, b.low), _mm256_unpacklo_epi16(a.high, b.high)};
+}
+inline Halves interleave_high(Halves a, Halves b) {
+    return {_mm256_unpackhi_epi16(a.low, b.low), _mm256_unpackhi_epi16(a.high, b.high)};
+}
 inline Halves splat_halves(std::uint32_t pair) {
     const __m256i pairs = _mm256_set1_epi32(static_cast<std::int32_t>(pair));
     return {pairs, pairs};

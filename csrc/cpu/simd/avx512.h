@@ -327,6 +327,13 @@ inline void add_dot(Ints& sum, Bytes a, Bytes b) {
 inline Halves load_halves(const void* at) {
     return {_mm512_loadu_si512(at)};
 }
+// Halves of the first and of the second in turn, of the lower and of the upper four of each 8.
+inline Halves interleave_low(Halves a, Halves b) {
+    return {_mm512_unpacklo_epi16(a.v, b.v)};
+}
+inline Halves interleave_high(Halves a, Halves b) {
+    return {_mm512_unpackhi_epi16(a.v, b.v)};
+}
 inline Halves splat_halves(std::uint32_t pair) {
     return {_mm512_set1_epi32(static_cast<std::int32_t>(pair))};
 }

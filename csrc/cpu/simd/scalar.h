@@ -309,6 +309,23 @@ inline Halves load_halves(const void* at) {
     std::memcpy(&out, at, sizeof out);
     return out;
 }
+template <int first>
+inline Halves interleave_fours(const Halves& a, const Halves& b) {
+    std::uint16_t x[2 * lanes], y[2 * lanes];
+    std::memcpy(x, &a, sizeof x);
+    std::memcpy(y, &b, sizeof y);
+    return each<Halves>([&](int i) {
+        const int from = i / 4 * 8 + first + i % 4;
+        return static_cast<std::uint32_t>(y[from]) << 16 | x[from];
+    });
+}
+// Halves of the first and of the second in turn, of the lower and of the upper four of each 8.
+inline Halves interleave_low(const Halves& a, const Halves& b) {
+    return interleave_fours<0>(a, b);
+}
+inline Halves interleave_high(const Halves& a, const Halves& b) {
+    return interleave_fours<4>(a, b);
+}
 inline Halves splat_halves(std::uint32_t pair) {
     return each<Halves>([&](int) { return pair; });
 }

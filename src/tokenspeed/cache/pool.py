@@ -1,6 +1,6 @@
 """KV storage: the tensors that page numbers index.
 
-Legend: P pages, C positions of a page, H KV heads, D elements of a head.
+Legend: P pages, C positions of a page, H KV heads, D elements of a head, E elements of a latent.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["KVPool", "KVPools"]
 
 class KVPool:
     """K and V of one cache group: per layer two tensors [P, C, H, D], with D as wide as
-    `KVSpec.head_elements` says.
+    `KVSpec.head_elements` says; of latents one tensor [P, C, E].
 
     With `host_pages`, as much again for pages that left the device; on a GPU that memory is
     pinned, so that copies run beside the forward.
@@ -69,8 +69,9 @@ class KVPool:
 
     def _tensors(
         self, pages: int, device: torch.device, *, pinned: bool = False
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        shape = (pages, self.page_size, self.spec.kv_heads, self.spec.head_elements)
+    ) -> tuple[tuple[torch.Tensor, ...], ...]:
+        heads = () if self.spec.latent else (self.spec.kv_heads,)
+        shape = (pages, self.page_size, *heads, self.spec.head_elements)
         dtype = _ELEMENTS[self.spec.dtype]
 
         def tensor() -> torch.Tensor:
@@ -80,7 +81,8 @@ class KVPool:
                 prefer_huge_pages(made)
             return made
 
-        return tuple((tensor(), tensor()) for _ in range(self.spec.layers))
+        vectors = 1 if self.spec.latent else 2
+        return tuple(tuple(tensor() for _ in range(vectors)) for _ in range(self.spec.layers))
 
     def store(self, pages: Int32Array, host_pages: Int32Array) -> None:
         """Copy pages [M] of the device to pages [M] of the host."""
@@ -92,7 +94,13 @@ class KVPool:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_PCHD and v_PCHD of layer `index` of the group."""
-        return self._layers[index]
+        k_PCHD, v_PCHD = self._layers[index]
+        return k_PCHD, v_PCHD
+
+    def latents(self, index: int) -> torch.Tensor:
+        """latents_PCE of layer `index` of a group of latents."""
+        (latents_PCE,) = self._layers[index]
+        return latents_PCE
 
     @property
     def size_bytes(self) -> int:
@@ -137,6 +145,10 @@ class KVPools:
         """k_PCHD and v_PCHD of a layer, counted within its group."""
         return self.pools[group].layer(layer)
 
+    def latents(self, group: int, layer: int) -> torch.Tensor:
+        """latents_PCE of a layer, counted within its group."""
+        return self.pools[group].latents(layer)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all groups."""
@@ -144,13 +156,13 @@ class KVPools:
 
 
 def _copy(
-    sources: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+    sources: tuple[tuple[torch.Tensor, ...], ...],
     from_pages: Int32Array,
-    targets: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+    targets: tuple[tuple[torch.Tensor, ...], ...],
     to_pages: Int32Array,
 ) -> None:
-    for pair, others in zip(sources, targets, strict=True):
-        for source, target in zip(pair, others, strict=True):
+    for ours, others in zip(sources, targets, strict=True):
+        for source, target in zip(ours, others, strict=True):
             chosen = torch.from_numpy(from_pages).to(source.device, torch.int64)
             places = torch.from_numpy(to_pages).to(target.device, torch.int64)
             target[places] = source[chosen].to(target.device)

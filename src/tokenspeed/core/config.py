@@ -27,6 +27,8 @@ class KVSpec:
         dtype: name of the element type: "float32", "bfloat16", "float16", or "int8", which has a
             float32 scale for each position and head.
         window: tokens that a query sees, itself included; None for all.
+        latent: whether one vector of `head_dim` elements is K and V of a position both (multi-head
+            latent attention); `kv_heads` is 1 then.
     """
 
     layers: int
@@ -34,6 +36,14 @@ class KVSpec:
     head_dim: int
     dtype: str
     window: int | None = None
+    latent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.latent and (self.kv_heads != 1 or self.dtype == "int8"):
+            raise ConfigError(
+                f"latents are one vector for all heads, and are not rounded, but this asks for "
+                f"{self.kv_heads} heads of {self.dtype}; choose --kv-dtype auto"
+            )
 
     @property
     def head_elements(self) -> int:
@@ -44,7 +54,8 @@ class KVSpec:
     def token_size_bytes(self) -> int:
         """Bytes of K and V of one token over all layers."""
         element = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
-        return 2 * self.layers * self.kv_heads * self.head_elements * element
+        vectors = 1 if self.latent else 2
+        return vectors * self.layers * self.kv_heads * self.head_elements * element
 
 
 class CachePolicy(enum.IntEnum):

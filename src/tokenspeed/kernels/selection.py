@@ -135,7 +135,7 @@ class KernelSelector:
                 return name
         return self._dtype_name
 
-    def kv_format(self, *ops: Op[..., Any], head_dim: int) -> str:
+    def kv_format(self, *ops: Op[..., Any], **traits: TraitValue) -> str:
         """The first of the formats of KV pages that all of some ops read.
 
         Where none does and the type is the model's own, that is the answer, and `select` will say
@@ -143,7 +143,7 @@ class KernelSelector:
 
         Args:
             ops: those that share the pages.
-            head_dim: elements of a head.
+            traits: values of their traits; each op is asked for those it has.
 
         Raises:
             ConfigError: another type was asked for, and no kernels here read pages of it.
@@ -151,7 +151,12 @@ class KernelSelector:
         lost = []
         for name in self._kv_formats:
             found = [
-                self.explain(op.name, format_name=name, traits={"head_dim": head_dim}) for op in ops
+                self.explain(
+                    op.name,
+                    format_name=name,
+                    traits={trait: traits[trait] for trait in op.traits & set(traits)},
+                )
+                for op in ops
             ]
             if all(explanation.winner for explanation in found):
                 return name

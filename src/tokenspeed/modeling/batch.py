@@ -1,7 +1,7 @@
 """What one forward pass works on: a flat batch of tokens, and where its KV lies.
 
 Legend: T tokens of the step, S sampled tokens, P pages, C positions of a page, H KV heads,
-D elements of a head.
+D elements of a head, E elements of a latent.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ class KVStorage(Protocol):
 
     def layer(self, group: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_PCHD and v_PCHD of the layer, counted within its cache group."""
+        ...
+
+    def latents(self, group: int, layer: int) -> torch.Tensor:
+        """latents_PCE of the layer, where its cache group keeps latents."""
         ...
 
 

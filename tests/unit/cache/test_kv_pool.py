@@ -1,6 +1,7 @@
 """KV storage: shapes, sizes, and what it costs."""
 
 import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tokenspeed.cache import KVPool, KVPools
 from tokenspeed.core.config import KVSpec
-from tokenspeed.core.errors import InsufficientMemory
+from tokenspeed.core.errors import ConfigError, InsufficientMemory
 
 CPU = torch.device("cpu")
 WIDE = KVSpec(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")
@@ -41,6 +42,21 @@ def test_rounded_heads_have_their_scale_beside_them() -> None:
     pool.load(np.array([0, 3], dtype=np.int32), np.array([2, 0], dtype=np.int32))
     assert [int(k[page].unique()) for page in range(5)] == [1, 1, 4, 3, 4]
     assert [int(v[page].unique()) for page in range(5)] == [11, 11, 14, 13, 14]
+
+
+def test_a_latent_is_kept_once() -> None:
+    spec = KVSpec(layers=2, kv_heads=1, head_dim=576, dtype="bfloat16", latent=True)
+    assert spec.token_size_bytes == 2 * 576 * 2
+    pools = KVPools([spec], pages=3, page_size=32, device=CPU, host_pages=2)
+    latents = pools.latents(0, 1)
+    assert latents.shape == (3, 32, 576)
+    assert pools.size_bytes == 3 * 32 * spec.token_size_bytes
+    latents.copy_(torch.arange(3).view(3, 1, 1))
+    pools.pools[0].store(np.array([2], dtype=np.int32), np.array([1], dtype=np.int32))
+    pools.pools[0].load(np.array([1], dtype=np.int32), np.array([0], dtype=np.int32))
+    assert [int(latents[page].unique()) for page in range(3)] == [2, 1, 2]
+    with pytest.raises(ConfigError, match="--kv-dtype auto"):
+        replace(spec, dtype="int8")
 
 
 def test_a_pool_costs_no_memory_until_it_is_written() -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "interleaved",
     "paged_mha_cases",
     "scattered_rows",
+    "written_slots",
 ]
 
 # Types whose elements come whole into 32 bits, which interleaving needs.
@@ -170,6 +171,17 @@ def scattered_rows(
         ),
         pages,
     )
+
+
+def written_slots(rows: PagedRows) -> torch.Tensor:
+    """KV slots of all positions that rows have once the step is done."""
+    lengths = rows.context_lens + np.diff(rows.query_starts)
+    found = []
+    for slot, length in zip(rows.row_slots.tolist(), lengths.tolist(), strict=True):
+        at_N = torch.arange(length)
+        pages_N = rows.page_table_XP[slot][at_N // rows.page_size].long()
+        found.append(pages_N * rows.page_size + at_N % rows.page_size)
+    return torch.cat(found)
 
 
 def interleaved(k_PCHD: torch.Tensor, v_PCHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

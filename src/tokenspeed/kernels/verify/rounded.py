@@ -7,13 +7,11 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.kv_formats import ROUNDED
 from tokenspeed.kernels.reference.rounded import append_rounded, read_rounded
-from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify.attention import (
     APPENDED,
     INTERLEAVED_HEADS,
@@ -22,6 +20,7 @@ from tokenspeed.kernels.verify.attention import (
     Operands,
     exact_attention,
     scattered_rows,
+    written_slots,
 )
 from tokenspeed.kernels.verify.case import Call, Case, Compared, compare, equal, noise
 
@@ -78,7 +77,7 @@ def _pool(of: Operands, pages: int) -> torch.Tensor:
 def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
     heads = of.heads
     rows, pages = scattered_rows(of.lengths, page_size=heads.page_size, seed=len(of.lengths))
-    written = _written(rows)
+    written = written_slots(rows)
     pools = _pool(of, pages), _pool(of, pages)
     k_THD, v_THD = (
         noise(len(written), heads.kv, heads.dim, dtype=torch.float32, seed=seed) for seed in (1, 2)
@@ -89,17 +88,6 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     exact_TQD = exact_attention(q_TQD, *read_rounded(*pools), rows, scale, window=of.window)
     found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window)
     yield compare("out", found_TQD, exact_TQD, of.dtype)
-
-
-def _written(rows: PagedRows) -> torch.Tensor:
-    """KV slots of all positions that rows have once the step is done."""
-    lengths = rows.context_lens + np.diff(rows.query_starts)
-    found = []
-    for slot, length in zip(rows.row_slots.tolist(), lengths.tolist(), strict=True):
-        at_N = torch.arange(length)
-        pages_N = rows.page_table_XP[slot][at_N // rows.page_size].long()
-        found.append(pages_N * rows.page_size + at_N % rows.page_size)
-    return torch.cat(found)
 
 
 def _append(

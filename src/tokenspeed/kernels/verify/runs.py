@@ -13,7 +13,7 @@ from tokenspeed.kernels.capability import Platform
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import ANY, Kernel, Registry
 from tokenspeed.kernels.selection import objection
-from tokenspeed.kernels.verify import attention, gemm, moe, rounded, rowwise, sampling
+from tokenspeed.kernels.verify import attention, gemm, latent, moe, rounded, rowwise, sampling
 from tokenspeed.kernels.verify.case import Case
 from tokenspeed.kernels.verify.tolerances import TOLERANCES
 
@@ -28,11 +28,13 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "activation.gelu_tanh_and_mul": rowwise.gelu_tanh_and_mul_cases,
     "activation.silu_and_mul": rowwise.silu_and_mul_cases,
     "attention.paged_mha": _all(attention.paged_mha_cases, rounded.paged_mha_cases),
+    "attention.paged_mla": latent.paged_mla_cases,
     "embedding.lookup": gemm.lookup_cases,
     "embedding.take": rowwise.take_cases,
     "gemm.linear": gemm.linear_cases,
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": _all(attention.append_cases, rounded.append_cases),
+    "kvcache.append_latents": latent.append_latents_cases,
     "moe.experts": moe.experts_cases,
     "moe.route": moe.route_cases,
     "norm.add_rms_norm": rowwise.add_rms_norm_cases,

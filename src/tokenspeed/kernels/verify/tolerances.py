@@ -99,6 +99,12 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         packed=3e-2,
         reason="two products, each as in gemm.linear, and a rounding between them",
     ),
+    "attention.paged_mla": Tolerance(
+        float32=2e-6,
+        bfloat16=6e-3,
+        float16=1e-3,
+        reason="as attention.paged_mha",
+    ),
     "norm.rms_norm": _ROUNDED,
     # The exact value starts from the sum as it was rounded.
     "norm.add_rms_norm": _ROUNDED,
@@ -115,6 +121,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         rounded=0.501,
         reason="a copy; of rounded pages half a step, and what float32 arithmetic adds to it",
     ),
+    "kvcache.append_latents": _COPY,
     "embedding.lookup": _COPY,
     "embedding.take": _COPY,
     "sampling.argmax": _CHOICE,

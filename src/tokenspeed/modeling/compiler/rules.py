@@ -178,6 +178,18 @@ def _experts(
     return made
 
 
+def _append_latents(tracer: Tracer, latents_TE: Symbol, **pools: Any) -> None:
+    tracer.record(Flow(name="kvcache.append_latents", mixes_tokens=True), (latents_TE,), [])
+
+
+def _paged_mla(tracer: Tracer, q_TQE: Symbol, *, value_dim: int, **others: Any) -> Symbol:
+    _whole_features(tracer, "attention.paged_mla", q_TQE)
+    flow = Flow(name="attention.paged_mla", mixes_tokens=True)
+    dims = [*q_TQE.dims[:-1], Dim(size=value_dim)]
+    (made,) = tracer.record(flow, (q_TQE,), [(dims, q_TQE.dtype)])
+    return made
+
+
 def _output_cells(tracer: Tracer, summed: tuple[int, ...]) -> tuple[int, ...]:
     """Cells over which the running module says that its features are divided."""
     found = []
@@ -216,11 +228,13 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "activation.gelu_tanh_and_mul": _gated("activation.gelu_tanh_and_mul"),
         "activation.silu_and_mul": _gated("activation.silu_and_mul"),
         "attention.paged_mha": _paged_mha,
+        "attention.paged_mla": _paged_mla,
         "embedding.lookup": _lookup,
         "embedding.take": _take,
         "gemm.linear": _linear,
         "gemm.logits": _logits,
         "kvcache.append": _append,
+        "kvcache.append_latents": _append_latents,
         "moe.experts": _experts,
         "moe.route": _route,
         "norm.add_rms_norm": _add_rms_norm,

@@ -1,6 +1,7 @@
 """Owns the declarations of attention over paged KV; never computes it.
 
-Legend: T tokens, Q query heads, H KV heads, D elements of a head, P pages, C positions of a page.
+Legend: T tokens, Q query heads, H KV heads, D elements of a head, P pages, C positions of a page,
+E elements of a latent, V those of them that are its value.
 """
 
 import torch
@@ -9,7 +10,7 @@ from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["paged_mha"]
+__all__ = ["paged_mha", "paged_mla"]
 
 
 @declare_op("attention.paged_mha", traits=("head_dim",))
@@ -35,3 +36,40 @@ def paged_mha(
     """
     kernel = paged_mha.best(q_TQD, format_name=pool_format(k_PCHD), head_dim=q_TQD.shape[2])
     return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window)
+
+
+@declare_op("attention.paged_mla", traits=("latent_dim", "value_dim"))
+def paged_mla(
+    q_TQE: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    value_dim: int,
+) -> torch.Tensor:
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1) in its absorbed form, for every
+    row of a mixed batch; gives out_TQV, of the type of q.
+
+    A position's latent is the compressed KV that all heads share (V elements, normalised) and
+    behind it its rotated key (E - V elements): both K and V of every query head. A query is the
+    head's own part times the up-projection of K, so that it meets compressed KV as it is, and
+    behind it the rotated part: [q_nope W_UK, q_rope]. What comes out is, for each head, the mean
+    of compressed KV; the head's up-projection of V is left to the caller, and so is the scale,
+    which is that of the dimensions before absorption: (nope + rope) ** -0.5, times what YaRN asks.
+
+    The latents of the step's own tokens are in the pages already. A token at position p of its row
+    attends to positions 0..p of it. Softmax and sums are float32. A row's result does not depend
+    on the other rows; with native kernels nor on how its prompt was cut, so one token decoded and
+    the same token in a prompt are the same bits.
+
+    Traits:
+        latent_dim: E.
+        value_dim: V.
+    """
+    kernel = paged_mla.best(
+        q_TQE,
+        format_name=pool_format(latents_PCE),
+        latent_dim=q_TQE.shape[2],
+        value_dim=value_dim,
+    )
+    return kernel(q_TQE, latents_PCE, rows, scale, value_dim=value_dim)

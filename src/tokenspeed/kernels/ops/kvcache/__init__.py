@@ -1,6 +1,7 @@
 """Owns the declarations of writes to the KV cache; never computes one.
 
-Legend: T tokens, P pages, C positions of a page, H KV heads, D elements of a head.
+Legend: T tokens, P pages, C positions of a page, H KV heads, D elements of a head, E elements of a
+latent.
 """
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 
-__all__ = ["append"]
+__all__ = ["append", "append_latents"]
 
 
 @declare_op("kvcache.append", traits=("head_dim",))
@@ -38,3 +39,19 @@ def append(
     """
     kernel = append.best(k_PCHD, format_name=pool_format(k_PCHD), head_dim=k_THD.shape[2])
     kernel(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T, k_offset_HD=k_offset_HD)
+
+
+@declare_op("kvcache.append_latents", traits=("latent_dim",))
+def append_latents(
+    latents_TE: torch.Tensor, latents_PCE: torch.Tensor, kv_slots_T: torch.Tensor
+) -> None:
+    """Write each token's latent to slot page * C + offset of the pool, in place.
+
+    A latent is what `attention.paged_mla` says: compressed KV, and behind it the rotated key.
+    kv_slots_T is int64 and has no value twice.
+
+    Traits:
+        latent_dim: E.
+    """
+    kernel = append_latents.best(latents_PCE, latent_dim=latents_TE.shape[1])
+    kernel(latents_TE, latents_PCE, kv_slots_T)

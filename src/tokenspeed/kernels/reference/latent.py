@@ -1,0 +1,57 @@
+"""Attention over paged latents, and writes to them.
+
+Legend: T tokens, L tokens of a row, N positions a row has in the cache, Q query heads, E elements
+of a latent, V those of them that are its value, P pages, C positions of a page.
+"""
+
+import torch
+
+from tokenspeed.kernels.registry import ANY, Priority, kernel
+from tokenspeed.kernels.rows import PagedRows
+
+__all__ = ["append_latents", "paged_mla"]
+
+_FORMATS = ("float32", "bfloat16", "float16")
+_TRAITS = {"latent_dim": ANY, "value_dim": ANY}
+
+
+@kernel(
+    "attention.paged_mla",
+    solution="reference",
+    formats=_FORMATS,
+    traits=_TRAITS,
+    priority=Priority.REFERENCE,
+)
+def paged_mla(
+    q_TQE: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    value_dim: int,
+) -> torch.Tensor:
+    """Gather each row's latents, then attend in float32 with a mask that says who sees what."""
+    out_TQV = q_TQE.new_empty(*q_TQE.shape[:2], value_dim)
+    for row in rows.by_row:
+        length = row.context_len + row.end - row.start
+        latents_NE = latents_PCE.index_select(0, row.pages_P).flatten(0, 1)[:length].float()
+        scores_LQN = q_TQE[row.start : row.end].float() @ latents_NE.T * scale
+        if row.allowed_LN is not None:
+            scores_LQN = scores_LQN.masked_fill(~row.allowed_LN[:, None], -torch.inf)
+        out_TQV[row.start : row.end] = scores_LQN.softmax(-1) @ latents_NE[:, :value_dim]
+    return out_TQV
+
+
+@kernel(
+    "kvcache.append_latents",
+    solution="reference",
+    formats=_FORMATS,
+    traits={"latent_dim": ANY},
+    priority=Priority.REFERENCE,
+)
+def append_latents(
+    latents_TE: torch.Tensor, latents_PCE: torch.Tensor, kv_slots_T: torch.Tensor
+) -> None:
+    """A scatter into the pool seen as one long row of slots, which may be of another type."""
+    slots_XE = latents_PCE.view(-1, latents_PCE.shape[2])
+    slots_XE.index_copy_(0, kv_slots_T, latents_TE.to(latents_PCE.dtype))

@@ -1,0 +1,134 @@
+"""Attention over paged latents and writes to them.
+
+Legend: T tokens, N positions of a row, Q query heads, E elements of a latent, P pages, C positions
+of a page.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.verify.attention import APPENDED, ROWS, scattered_rows, written_slots
+from tokenspeed.kernels.verify.case import (
+    TYPES,
+    Call,
+    Case,
+    Compared,
+    compare,
+    equal,
+    named,
+    noise,
+)
+
+__all__ = ["append_latents_cases", "paged_mla_cases"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    heads: int
+    latent: int
+    value: int
+    page_size: int
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads, latents of {self.latent}, pages of {self.page_size}"
+
+
+_SHAPES = (
+    _Shape(heads=1, latent=12, value=8, page_size=5),
+    _Shape(heads=3, latent=48, value=32, page_size=16),
+    _Shape(heads=16, latent=576, value=512, page_size=32),
+    _Shape(heads=35, latent=144, value=96, page_size=7),
+)
+
+
+def paged_mla_cases() -> Iterator[Case]:
+    """Decode, prefill and both at once; what no row has written is NaN."""
+    for shape in _SHAPES:
+        for dtype in TYPES:
+            for name, lengths in ROWS.items():
+                yield Case(
+                    op="attention.paged_mla",
+                    format_name=named(dtype),
+                    dtype=dtype,
+                    name=f"{name}, {shape}",
+                    traits={"latent_dim": shape.latent, "value_dim": shape.value},
+                    check=partial(_paged_mla, shape, dtype, lengths),
+                )
+
+
+def append_latents_cases() -> Iterator[Case]:
+    """Scattered pages, latents as views into wider rows; no other slot may change."""
+    for shape in _SHAPES:
+        for dtype in TYPES:
+            for lengths in APPENDED:
+                yield Case(
+                    op="kvcache.append_latents",
+                    format_name=named(dtype),
+                    dtype=dtype,
+                    name=f"{sum(new for _, new in lengths)} tokens, {shape}",
+                    traits={"latent_dim": shape.latent},
+                    check=partial(_append_latents, shape, dtype, lengths),
+                )
+
+
+def _paged_mla(
+    shape: _Shape,
+    dtype: torch.dtype,
+    lengths: tuple[tuple[int, int], ...],
+    kernel: Call,
+    runtime: CpuRuntime,
+) -> Iterator[Compared]:
+    rows, pages = scattered_rows(lengths, page_size=shape.page_size, seed=len(lengths))
+    q_TQE = noise(int(rows.query_starts[-1]), shape.heads, shape.latent, dtype=dtype)
+    latents_PCE = torch.full((pages, shape.page_size, shape.latent), torch.nan, dtype=dtype)
+    written = written_slots(rows)
+    latents_PCE.flatten(0, 1)[written] = noise(len(written), shape.latent, dtype=dtype, seed=1)
+    scale = 1.3 / math.sqrt(shape.latent)
+    exact_TQV = _exact(q_TQE, latents_PCE, rows, scale, shape.value)
+    found_TQV = kernel(q_TQE, latents_PCE, rows, scale, value_dim=shape.value)
+    yield compare("out", found_TQV, exact_TQV, dtype)
+
+
+def _exact(
+    q_TQE: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    value_dim: int,
+) -> torch.Tensor:
+    """The definition in float64, a row at a time."""
+    found = []
+    for row, slot in enumerate(rows.row_slots.tolist()):
+        start, end = rows.query_starts[row : row + 2].tolist()
+        context = int(rows.context_lens[row])
+        at_N = torch.arange(context + end - start)
+        pages_N = rows.page_table_XP[slot][at_N // rows.page_size].long()
+        latents_NE = latents_PCE[pages_N, at_N % rows.page_size].double()
+        scores_QLN = torch.einsum("lqe,ne->qln", q_TQE[start:end].double(), latents_NE) * scale
+        later_LN = at_N > at_N[context:, None]
+        weights_QLN = scores_QLN.masked_fill(later_LN, -torch.inf).softmax(-1)
+        found.append(torch.einsum("qln,nv->lqv", weights_QLN, latents_NE[:, :value_dim]))
+    return torch.cat(found)
+
+
+def _append_latents(
+    shape: _Shape,
+    dtype: torch.dtype,
+    lengths: tuple[tuple[int, int], ...],
+    kernel: Call,
+    runtime: CpuRuntime,
+) -> Iterator[Compared]:
+    rows, pages = scattered_rows(lengths, page_size=shape.page_size, seed=len(lengths))
+    slots_T = rows.kv_slots_T
+    latents_TE = noise(len(slots_T), shape.latent + 5, dtype=dtype)[:, 5:]
+    pool_PCE = noise(pages, shape.page_size, shape.latent, dtype=dtype, seed=1)
+    exact_PCE = pool_PCE.clone()
+    kernel(latents_TE, pool_PCE, slots_T)
+    exact_PCE.flatten(0, 1)[slots_T] = latents_TE
+    yield equal("the pool", pool_PCE, exact_PCE)
