@@ -2,9 +2,9 @@
 
 The text is source code and prose that Python itself ships, the first --tokens tokens of it. As in
 llama.cpp's own tool, it is cut into pieces (of 512 tokens) that do not see each other, and the
-second half of each is scored. Ours runs as users run it, in bfloat16 with native kernels; the oracle has
-the dequantised weights in float32 and reference kernels. Targets: within 0.5% of the oracle, and no
-worse than llama.cpp.
+second half of each is scored. Ours runs as users run it, in bfloat16 with native kernels; the
+oracle has the dequantised weights in float32 and reference kernels. Targets: within 0.5% of the
+oracle, and no worse than llama.cpp.
 
 A perplexity differs from the oracle's by chance, too: beside each difference stands its standard
 error, and how far distributions are from the oracle's on average (Kullback and Leibler 1951), which
