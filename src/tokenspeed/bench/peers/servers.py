@@ -1,5 +1,6 @@
 """Starts an engine as a server, with the settings that suit it best, and stops it again."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -175,7 +176,9 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop(signal.SIGINT)
+        # Not what Ctrl-C sends: where this process was started in the background that is ignored,
+        # and so it is by whatever it starts.
+        self._stop(signal.SIGTERM)
 
     def _wait(self) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
@@ -196,11 +199,10 @@ class Server:
         )
 
     def _stop(self, number: signal.Signals) -> None:
-        if self._process.poll() is None:
-            # Its own session, so its own group: whatever it started ends with it.
-            os.killpg(self._process.pid, number)
-        try:
+        self._process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        # Its own session, so its own group: whatever it started and left behind ends with it.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
