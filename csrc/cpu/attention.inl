@@ -20,8 +20,8 @@
 // and V that is read serves all of them. Blocks and softmax: Dao et al. 2022 (FlashAttention);
 // blocks of one token on several threads: Dao et al. 2023 (Flash-Decoding).
 //
-// One token reads memory as fast as it comes: while scores are computed V of the same positions is
-// asked for, and while values are summed K of the block behind.
+// One token mostly waits for memory. K of a block is read, then its V, then K of the one behind,
+// and what comes some 12 KiB later on this path is asked for meanwhile.
 
 #pragma once
 
@@ -147,11 +147,29 @@ void load_query(const AttentionView<format>& view, AttentionScratch& scratch, st
     }
 }
 
-// To the second cache, which has more requests under way than the first.
-TOKENSPEED_INLINE void ask_for(const std::byte* line) {
-    constexpr int read = 0, second_cache = 2;
-    __builtin_prefetch(line, read, second_cache);
-}
+// The groups of K and then those of V of a block, and K of the one behind, in the order in which
+// they are read. While a group is read, lines of one some groups on are asked for, because CPUs do
+// not look beyond a page of memory by themselves; and one line of a group farther on, which finds
+// out where its page lies.
+template <KvFormat format>
+constexpr int groups_ahead = format == KvFormat::i8 ? 12 : 6;
+constexpr int groups_touched = 24;
+struct Stop {
+    const std::byte* at;
+    // From one of its lines to the next.
+    std::int64_t step;
+};
+struct Path {
+    Stop stops[3 * block_groups + groups_touched];
+
+    template <KvFormat format>
+    TOKENSPEED_INLINE const Stop* ahead(int index) const {
+        return stops + index + groups_ahead<format>;
+    }
+    TOKENSPEED_INLINE void touch(int index) const {
+        __builtin_prefetch(stops[index + groups_touched].at);
+    }
+};
 
 // How many of the rows left the next tile takes: all tiles get about as many.
 TOKENSPEED_INLINE std::int64_t tile_height(std::int64_t left, std::int64_t most) {
@@ -169,11 +187,11 @@ TOKENSPEED_INLINE void each_cell(const F& f) {
     });
 }
 
-// Dot products of `rows` queries with `vectors` times 16 keys. Asks for what is `ahead` meanwhile,
-// a line for each vector, because CPUs do not look beyond a page of memory by themselves.
+// Dot products of `rows` queries with `vectors` times 16 keys. Asks for lines of what is `ahead` of
+// each vector meanwhile.
 template <KvFormat format, int rows, int vectors>
 void score_tile(AttentionScratch& scratch, std::int64_t row, int at, const std::byte* const* keys,
-                std::int64_t stride, std::int64_t words, const std::byte* const* ahead) {
+                std::int64_t stride, std::int64_t words, const Stop* ahead) {
     using K = Keys<format>;
     typename K::Sum sums[rows][vectors];
     each_cell<rows, vectors>([&]<int m, int v>(Constant<m>, Constant<v>) TOKENSPEED_FLAT {
@@ -188,7 +206,7 @@ void score_tile(AttentionScratch& scratch, std::int64_t row, int at, const std::
         typename K::Vector k[vectors];
         unroll<vectors>([&]<int v>(Constant<v>) TOKENSPEED_FLAT {
             k[v] = K::load(keys[v] + word * stride);
-            ask_for(ahead[v] + word * 64);
+            __builtin_prefetch(ahead[v].at + word * ahead[v].step);
         });
         unroll<rows>([&]<int m>(Constant<m>) TOKENSPEED_FLAT {
             const auto q = K::splat_word(queries + m * head_dim_max * 4 + word * 4);
@@ -219,10 +237,12 @@ struct Span {
 // Scores of all rows with the positions of a span.
 template <KvFormat format>
 void score_block(const AttentionView<format>& view, AttentionScratch& scratch, const Span& span,
-                 const Places& places) {
+                 const Places& places, const Path& path) {
     const std::int64_t words = view.call.kv.head_dim / Keys<format>::elements;
     for (int at = span.from; at < span.to; at += score_vectors * lanes) {
         const std::int64_t left = (span.whole_to() - at) / lanes;
+        const int first = (at - span.from) / lanes;
+        for (int v = 0; v < score_vectors; ++v) path.touch(first + v);
         for (std::int64_t row = 0; row < view.rows;) {
             const std::int64_t height = tile_height(view.rows - row, score_rows);
             with_count<score_rows>(height, [&]<int rows>(Constant<rows>) {
@@ -231,7 +251,7 @@ void score_block(const AttentionView<format>& view, AttentionScratch& scratch, c
                                               score_tile<format, rows, vectors>(
                                                   scratch, row, at, places.keys + at / lanes,
                                                   view.keys_stride(), words,
-                                                  places.values + at / lanes);
+                                                  path.ahead<format>(first));
                                           });
             });
             row += height;
@@ -300,12 +320,12 @@ void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, i
     scratch.block_sums[row] = sum(sums);
 }
 
-// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of a span. Asks for
-// what is `ahead` meanwhile: lines of K, `stride` apart, as many for each group as it has of V.
+// Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of a span, whose
+// groups stand on the path from `stop` on.
 template <KvFormat format, int rows, int vectors>
 void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
                 const std::byte* const* values, std::int64_t first, std::int64_t dim,
-                const std::byte* const* ahead, std::int64_t stride) {
+                const Path& path, int stop) {
     using V = Values<format>;
     constexpr std::int64_t vector_size_bytes = lanes * V::word_size_bytes;
     constexpr std::int64_t line_vectors = 64 / vector_size_bytes;
@@ -315,7 +335,8 @@ void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
     const std::byte* weights = scratch.weights[row] + span.from * V::weight_size_bytes;
     for (int at = span.from; at < span.to; at += lanes) {
         const std::byte* value_at = values[at / lanes] + first * vector_size_bytes;
-        const std::byte* const ahead_at = ahead[at / lanes];
+        const Stop ahead = *path.ahead<format>(stop);
+        path.touch(stop++);
         const int positions = span.to - at < lanes ? span.to - at : lanes;
         const int words = (positions + V::elements - 1) / V::elements;
         for (int word = 0; word < words; ++word) {
@@ -324,7 +345,7 @@ void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
                 value[v] = V::load(value_at + v * vector_size_bytes);
                 if constexpr (v % line_vectors == 0) {
                     const std::int64_t line = (word * (dim / lanes) + first + v) / line_vectors;
-                    ask_for(ahead_at + line * stride);
+                    __builtin_prefetch(ahead.at + line * ahead.step);
                 }
             });
             value_at += dim * V::word_size_bytes;
@@ -351,8 +372,9 @@ void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
 // Weighted sums of V over the positions of a span.
 template <KvFormat format>
 void sum_values(const AttentionView<format>& view, AttentionScratch& scratch, const Span& span,
-                const Places& places, const Places& next) {
+                const Places& places, const Path& path) {
     const std::int64_t dim = view.call.kv.value_dim;
+    const int stop = (span.whole_to() - span.from) / lanes;
     for (std::int64_t row = 0; row < view.rows;) {
         const std::int64_t height = tile_height(view.rows - row, value_rows);
         with_count<value_rows>(height, [&]<int rows>(Constant<rows>) {
@@ -360,9 +382,9 @@ void sum_values(const AttentionView<format>& view, AttentionScratch& scratch, co
                 const std::int64_t vectors = dim / lanes - v;
                 with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
                                           [&]<int count_v>(Constant<count_v>) {
-                                              value_tile<format, rows, count_v>(
-                                                  scratch, row, span, places.values, v, dim,
-                                                  next.keys, view.keys_stride());
+                                              value_tile<format, rows, count_v>(scratch, row, span,
+                                                                                places.values, v,
+                                                                                dim, path, stop);
                                           });
             }
         });
@@ -418,11 +440,26 @@ void load_scales(AttentionScratch& scratch, const Span& span, const Places& plac
                 const Floats scales = load_floats(reinterpret_cast<const float*>(from));
                 return at + lanes <= span.to ? scales : keep(scales, 0, span.to - at, 0.0f);
             };
-            ask_for(next.key_scales[group]);
-            ask_for(next.value_scales[group]);
+            __builtin_prefetch(next.key_scales[group]);
+            __builtin_prefetch(next.value_scales[group]);
             store(load(places.key_scales[group]), scratch.key_scales + at);
             store(load(places.value_scales[group]), scratch.value_scales + at);
         }
+    }
+}
+
+// The path through a span and the one behind.
+inline void lay(const Span& span, const Places& places, const Places& next, std::int64_t stride,
+                Path& path) {
+    int size = 0;
+    for (int at = span.from; at < span.to; at += lanes) {
+        path.stops[size++] = {places.keys[at / lanes], stride};
+    }
+    for (int at = span.from; at < span.to; at += lanes) {
+        path.stops[size++] = {places.values[at / lanes], 64};
+    }
+    for (int group = 0; group < groups_touched + block_groups; ++group) {
+        path.stops[size++] = {next.keys[group % block_groups], stride};
     }
 }
 
@@ -458,13 +495,15 @@ void attend(const Attention& call, const AttentionPart& part, AttentionScratch& 
                         static_cast<int>(within(all.to))};
         if (span.from < span.to) {
             load_scales<format>(scratch, span, places, next);
-            score_block(view, scratch, span, places);
+            Path path;
+            lay(span, places, next, view.keys_stride(), path);
+            score_block(view, scratch, span, places, path);
             for (std::int64_t row = 0; row < view.rows; ++row) {
                 const Seen seen = view.seen(row);
                 weigh<format>(call, scratch, row, span.from, span.whole_to(),
                               {within(seen.from), within(seen.to)});
             }
-            sum_values(view, scratch, span, places, next);
+            sum_values(view, scratch, span, places, path);
         }
         for (std::int64_t row = 0; row < view.rows; ++row) {
             const Seen seen = view.seen(row);
