@@ -7,6 +7,7 @@ model, 70% on the 0.5B one. Printed as well: how much of the engine's step is ou
 kernels (target: under 5% on the 135M model).
 
     python benchmarks/decode_roofline.py [--model qwen2.5-coder-1.5b] [--depth 16 4096]
+        [--kv-dtype int8]
 
 Appends one line a model to benchmarks/history/decode_roofline.jsonl.
 """
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--model", action="append")
     parser.add_argument("--depth", type=int, nargs="*", default=[16, 4096])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     let_threads_sleep()
@@ -83,6 +85,7 @@ def main() -> None:
         config = EngineConfig(
             model=name,
             threads=options.threads,
+            kv_dtype=options.kv_dtype,
             max_context=max(options.depth) + 2 * STEPS,
             max_running=1,
             prefix_cache=False,
@@ -127,6 +130,7 @@ def main() -> None:
             "version": __version__,
             "model": name,
             "threads": options.threads,
+            "kv_dtype": options.kv_dtype,
             "weights_size_bytes": weights_size_bytes,
             "depths": found,
         }
