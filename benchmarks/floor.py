@@ -1,11 +1,13 @@
 """Whether users who decode keep their floor while one long prompt arrives, and what that costs.
 
-Some users decode on the real engine, in this process, and ask again as soon as they are answered.
-Then a prompt as long as the context holds is submitted. From there until its first token every
-user's intervals between two tokens of an answer are taken.
+Some users decode on the real engine, in this process, and ask again as soon as they are answered,
+one after the other, for their answers differ in length. Each is a tenant of its own, so that none
+waits for its turn behind the long prompt. Then a prompt as long as the context holds is submitted.
+From there until its first token every user's intervals between two tokens of an answer are taken.
 Runs with the floor off and on in turn (A B A B). Printed: each user's p99 against the bound that
 the engine promised, the prompt's time to its first token, and tokens a minute of prompt and users
-together. Checked: all answers to a user, which are greedy, are the same, with the floor on and off.
+together. Checked: all answers to a user, which are greedy, are the same, with the floor on and
+off.
 
 Without --tps-floor the floor is a share of what so many users get with nobody else there: the
 promise is about the machine at hand. Appends one line a run to benchmarks/history/floor.jsonl.
@@ -37,9 +39,16 @@ from tokenspeed.engine.core import EngineCore  # noqa: E402
 from tokenspeed.engine.wire import Submit  # noqa: E402
 
 USER_PROMPT_TOKENS = 128
-ANSWER_TOKENS = 512
+# Of the first user, and how much more each further one is told.
+ANSWER_TOKENS = 384
+STAGGER_TOKENS = 32
 FLOOR_SHARE = 0.5
 SETTLING_STEPS = 48
+
+
+def answer_tokens(user: int) -> int:
+    """How long each answer to a user is."""
+    return ANSWER_TOKENS + STAGGER_TOKENS * user
 
 
 @dataclass
@@ -62,13 +71,14 @@ class Watch:
             self.ask(user)
 
     def ask(self, user: int) -> None:
-        self.submit(self.prompts[user], ANSWER_TOKENS, user=user)
+        self.submit(self.prompts[user], answer_tokens(user), user=user)
 
-    def submit(self, prompt: list[int], answer_tokens: int, *, user: int | None) -> Answer:
+    def submit(self, prompt: list[int], tokens: int, *, user: int | None) -> Answer:
+        tenant = len(self.prompts) if user is None else user
         params = SamplingParams(temperature=0.0, ignore_eos=True)
         ids = np.array(prompt, dtype=np.int32).tobytes()
         request = len(self.answers)
-        self.core.submit(Submit(request, ids, params, answer_tokens, 0, 0, 0, None))
+        self.core.submit(Submit(request, ids, params, tokens, 0, 0, 0, tenant))
         self.answers.append(Answer(user))
         return self.answers[-1]
 
@@ -85,7 +95,7 @@ class Watch:
             answer = self.answers[request]
             answer.times_s.append(now_s)
             answer.tokens.append(token)
-            if answer.user is not None and len(answer.tokens) == ANSWER_TOKENS:
+            if answer.user is not None and len(answer.tokens) == answer_tokens(answer.user):
                 self.ask(answer.user)
 
     def of(self, user: int) -> list[Answer]:
@@ -138,7 +148,7 @@ def run(config: EngineConfig, users: int, prompt_tokens: int | None) -> dict[str
         watch.step()
     took_s = long.times_s[0] - began_s
     sampled = watch.sampled() - before
-    bound_us = engine.core.control.interval_bound_us(USER_PROMPT_TOKENS + ANSWER_TOKENS)
+    bound_us = engine.core.control.interval_bound_us(USER_PROMPT_TOKENS + answer_tokens(users - 1))
     intervals = [watch.intervals_ms(user, began_s) for user in range(users)]
     engine.core.close()
     return {

@@ -141,17 +141,17 @@ HARDWARE: dict[str, Hardware] = {
     "h200-32b": _h200_32b(1, 0.0),
     # Tensor parallel; a small all-reduce over NVLink takes about 10 us.
     "h200x4-32b": _h200_32b(4, 10.0),
-    # Fitted by benchmarks/fit_step_time.py, with PyTorch reference kernels; 2 GiB of KV.
+    # Fitted by benchmarks/fit_step_time.py, with native kernels; 2 GiB of KV.
     "cpu2-135m": Hardware(
         description="SmolLM2-135M in BF16 on two cores of an AMD EPYC (Zen 5)",
         devices=1,
         kv_tokens=93_206,
         step_time=StepTime(
-            step_us=17_400,
-            prefill_token_us=1370,
-            decode_row_us=7750,
-            kv_token_us=24.6,
-            pair_us=2.52,
+            step_us=2279,
+            prefill_token_us=207.8,
+            decode_row_us=252.0,
+            kv_token_us=0.5995,
+            pair_us=0.1207,
         ),
     ),
 }
