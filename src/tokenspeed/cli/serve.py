@@ -52,6 +52,13 @@ def serve(
             min=0.0, help="Seconds to wait for a turn before a 429 says when to retry; 0 waits on."
         ),
     ] = 60.0,
+    token_exact_history: Annotated[
+        bool,
+        typer.Option(
+            "--token-exact-history/--no-token-exact-history",
+            help="Serve what comes back of a conversation as the tokens it was served as.",
+        ),
+    ] = True,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start the engine again when it dies.")
     ] = False,
@@ -81,6 +88,7 @@ def serve(
             api_key=api_key,
             tool_call_parser=tool_call_parser,
             reasoning_parser=reasoning_parser,
+            token_exact_history=token_exact_history,
             restart=restart,
             curl=curl,
             shutdown_timeout_s=shutdown_timeout,

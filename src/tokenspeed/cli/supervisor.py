@@ -63,6 +63,7 @@ class ServeOptions:
     api_key: str | None
     tool_call_parser: str | None
     reasoning_parser: str | None
+    token_exact_history: bool
     restart: bool
     curl: bool | None
     shutdown_timeout_s: int
@@ -95,7 +96,7 @@ def _check(options: ServeOptions) -> None:
 class _Supervisor:
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
-        self._servicer = Servicer()
+        self._servicer = Servicer(token_exact_history=options.token_exact_history)
         self._server: Any = None
         self._worker_port = 0
         self._engine: EngineProcess | None = None

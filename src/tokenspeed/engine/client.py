@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from tokenspeed import loader
 from tokenspeed.core.errors import EngineDead, EngineError
@@ -118,7 +120,7 @@ class EngineClient:
 
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | npt.NDArray[np.integer[Any]],
         params: SamplingParams,
         *,
         salt: int = 0,
@@ -128,7 +130,7 @@ class EngineClient:
         """Run a request.
 
         Args:
-            prompt: token ids.
+            prompt: token ids [T].
             params: how to sample.
             salt: prompts share cached KV only with prompts of the same 64-bit salt.
             priority: lower goes first.

@@ -1,8 +1,10 @@
 """What a request must be before it is sent to an engine."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tokenspeed.core.errors import ContextOverflow, InvalidParameter
 from tokenspeed.core.sampling import SamplingParams
@@ -12,7 +14,9 @@ from tokenspeed.engine.wire import EngineInfo
 __all__ = ["checked_max_new_tokens", "checked_prompt"]
 
 
-def checked_prompt(prompt: Sequence[int], info: EngineInfo) -> Int32Array:
+def checked_prompt(
+    prompt: Sequence[int] | npt.NDArray[np.integer[Any]], info: EngineInfo
+) -> Int32Array:
     """The prompt as token ids [T] int32.
 
     Raises:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 
 from tokenspeed.core.errors import EngineError, InvalidParameter
 from tokenspeed.core.step import FinishReason
+from tokenspeed.entrypoint.history import Prompt, TokenHistory, served_tokens_max
 from tokenspeed.entrypoint.sampling import (
     check_supported,
     samples_of,
@@ -45,12 +47,19 @@ _FINISH_WORDS = {
 class Generation:
     """The engine requests of one `GenerateRequest`, one per sample.
 
+    Args:
+        request: what the gateway asks for.
+        client: of the engine.
+        history: what was served before, to be served alike; None to serve prompts as they come.
+
     Raises:
         RequestError: the request is wrong; nothing runs in the engine then.
         EngineDead: there is no engine.
     """
 
-    def __init__(self, request: Any, client: "EngineClient") -> None:
+    def __init__(
+        self, request: Any, client: "EngineClient", history: TokenHistory | None = None
+    ) -> None:
         check_supported(request)
         params = sampling_params_of(
             request,
@@ -58,8 +67,13 @@ class Generation:
             context_max=client.info.context_max,
         )
         samples = samples_of(request)
-        prompt = list(request.tokenized.input_ids)
         tenant = tenant_of(request.request_id)
+        ids = np.array(request.tokenized.input_ids, dtype=np.int64)
+        self._history = history
+        self._prompt = Prompt(ids, len(ids))
+        if history is not None:
+            most = served_tokens_max(len(ids), params, client.info)
+            self._prompt = history.recall(ids, tenant=tenant, tokens_max=most)
         self.request_id: str = request.request_id
         self._streamed = bool(request.stream)
         self._keeps_stop_token = bool(request.sampling_params.no_stop_trim)
@@ -71,7 +85,7 @@ class Generation:
                     if index == 0
                     else msgspec.structs.replace(params, seed=seeded(params.seed, index))
                 )
-                self._streams.append(client.generate(prompt, own, tenant=tenant))
+                self._streams.append(client.generate(self._prompt.ids, own, tenant=tenant))
         except BaseException:
             self.abort()
             raise
@@ -123,14 +137,27 @@ class Generation:
     async def _relay_sample(
         self, index: int, write: Any, pause_s: Callable[[float], float]
     ) -> None:
+        sampled: list[int] = []
+        try:
+            await self._relay_deltas(index, write, pause_s, sampled)
+        finally:
+            if self._history is not None:
+                self._history.remember(self._prompt, sampled)
+
+    async def _relay_deltas(
+        self, index: int, write: Any, pause_s: Callable[[float], float], sampled: list[int]
+    ) -> None:
         loop = asyncio.get_running_loop()
         stream = self._streams[index]
-        prompt_tokens = stream.prompt_tokens
+        # Counted in the tokens that the gateway sent: what a client's usage says of a prompt hangs
+        # neither on what was served before nor on who asks for its count.
+        prompt_tokens = self._prompt.sent_tokens
         output_ids: list[int] = []
         logprobs: list[TokenLogprob] = []
-        completion_tokens = 0
         async for delta in stream:
-            completion_tokens += len(delta.token_ids)
+            sampled += delta.token_ids
+            completion_tokens = len(sampled)
+            cached_tokens = self._prompt.in_sent_tokens(delta.cached_tokens)
             ids = self._visible(delta)
             output_ids += ids
             if delta.logprobs is not None:
@@ -140,7 +167,7 @@ class Generation:
                     token_ids=ids,
                     prompt_tokens=prompt_tokens,
                     completion_tokens=completion_tokens,
-                    cached_tokens=delta.cached_tokens,
+                    cached_tokens=cached_tokens,
                     index=index,
                 )
                 if delta.logprobs is not None:
@@ -160,7 +187,7 @@ class Generation:
                 finish_reason=_FINISH_WORDS[delta.finish_reason],
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
-                cached_tokens=delta.cached_tokens,
+                cached_tokens=cached_tokens,
                 index=index,
             )
             if delta.stop_string is not None:

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from tokenspeed import __version__
 from tokenspeed.core.errors import EngineDead, InvalidParameter, Overloaded, TokenSpeedError
 from tokenspeed.entrypoint.cache_events import event_messages
 from tokenspeed.entrypoint.generation import Generation, GenerationTable
+from tokenspeed.entrypoint.history import HistoryStats, TokenHistory
 from tokenspeed.entrypoint.loads import loads_response
+from tokenspeed.entrypoint.spelling import TokenSpelling
 from tokenspeed.entrypoint.status import status_of
 from tokenspeed.entrypoint.tokenizer_archive import archive_chunks
 
@@ -41,9 +44,15 @@ class Servicer:
 
     The servicer outlives engines: while none is attached, calls end with UNAVAILABLE and the
     reason, so that a restarted engine serves on the same port.
+
+    Args:
+        token_exact_history: serve what comes back of a conversation as the tokens it was served
+            as; see `history`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, token_exact_history: bool = True) -> None:
+        self._token_exact_history = token_exact_history
+        self._history: TokenHistory | None = None
         self._client: EngineClient | None = None
         self._absence = "the engine is starting"
         self._generations = GenerationTable()
@@ -54,6 +63,15 @@ class Servicer:
     def attach(self, client: "EngineClient") -> None:
         """Serve with this engine from now on."""
         self._client = client
+        if self._token_exact_history:
+            tokenizer = client.tokenizer
+            self._history = TokenHistory(
+                TokenSpelling(
+                    tokenizer.bytes_of,
+                    control=tokenizer.control_token_ids,
+                    vocab_size=client.info.vocab_size,
+                )
+            )
         self._heard_at_s = time.monotonic()
 
     def detach(self, reason: str) -> None:
@@ -65,6 +83,11 @@ class Servicer:
     def running(self) -> int:
         """How many Generate calls are in flight."""
         return len(self._generations)
+
+    @property
+    def history(self) -> HistoryStats | None:
+        """What is remembered of served tokens; None where nothing is."""
+        return None if self._history is None else self._history.stats
 
     def _live(self) -> "EngineClient":
         if self._client is None:
@@ -79,7 +102,7 @@ class Servicer:
         """
         try:
             self._generations.check_free(request.request_id)
-            generation = Generation(request, self._live())
+            generation = Generation(request, self._live(), self._history)
             with self._generations.listed(generation):
                 await generation.relay(context, self._generations.pause_s)
         except Exception as error:
@@ -153,6 +176,9 @@ class Servicer:
         )
         response.server_args.update(msgspec.to_builtins(info))
         response.scheduler_info.update(msgspec.to_builtins(stats))
+        if (history := self.history) is not None:
+            named = {f"history_{name}": value for name, value in asdict(history).items()}
+            response.scheduler_info.update(named)
         response.start_time.FromNanoseconds(int(self._started_at_s * 1e9))
         return response
 
@@ -175,6 +201,8 @@ class Servicer:
                     f"timeout_s must be in [0, {_FLUSH_TIMEOUT_MAX_S:g}], but is {timeout_s}"
                 )
             done = await self._live().flush_cache(timeout_s)
+            if done and self._history is not None:
+                self._history.clear()
         except Exception as error:
             return await _refuse(context, error)
         message = "the prefix cache is empty" if done else "requests are running; nothing was done"

@@ -61,6 +61,11 @@ class Tokenizer:
             special=frozenset(index for index, token in added.items() if token.special),
         )
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        marks = {index for index, token in added.items() if not token.content.isspace()}
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        if unknown is not None and (token := self._tokenizer.token_to_id(unknown)) is not None:
+            marks.add(token)
+        self._control = self._bytes.special | marks
         special = {name: text for name in _SPECIAL_NAMES if (text := _text(config.get(name)))}
         generation = _optional(tokenizer_dir / "generation_config.json")
         model = _optional(tokenizer_dir / "config.json")
@@ -96,6 +101,12 @@ class Tokenizer:
     def special_token_ids(self) -> frozenset[int]:
         """Tokens that are no text to a reader."""
         return self._bytes.special
+
+    @property
+    def control_token_ids(self) -> frozenset[int]:
+        """Tokens that mean more than the text they are written as: special ones, tags such as that
+        of a tool call, and what stands for unknown text."""
+        return self._control
 
     def decode(self, token_ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""

@@ -44,6 +44,8 @@ FLAGS: dict[str, set[str]] = {
         "--reasoning-parser",
         "--tps-floor",
         "--queue-timeout",
+        "--token-exact-history",
+        "--no-token-exact-history",
         "--restart",
         "--curl",
         "--no-curl",

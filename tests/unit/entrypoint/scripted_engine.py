@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from tokenspeed.core.errors import EngineDead
 from tokenspeed.core.sampling import SamplingParams
@@ -41,6 +42,12 @@ class ScriptedEngine:
             tps_floor=None,
             tps_alone=None,
         )
+        # Token 20 is "aa", the others below 100 are a letter each.
+        self.tokenizer = SimpleNamespace(
+            bytes_of=lambda token: b"aa" if token == 20 else bytes([ord("a") + token % 10]),
+            control_token_ids=frozenset({EOS}),
+        )
+        self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
         self.tenants: list[str | None] = []
         self.streams: list[TokenStream] = []
@@ -65,6 +72,7 @@ class ScriptedEngine:
             stop_strings=None,
             abort=lambda: self.aborted.append(index),
         )
+        self.prompts.append([int(token) for token in prompt])
         self.params.append(params)
         self.tenants.append(tenant)
         self.streams.append(stream)

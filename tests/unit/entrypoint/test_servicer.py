@@ -35,12 +35,13 @@ from .scripted_engine import EOS, ScriptedEngine
 Case = Callable[[Any, ScriptedEngine, Servicer], Awaitable[None]]
 
 
-def served(case: Case, *, engine: ScriptedEngine | None = None) -> None:
+def served(
+    case: Case, *, engine: ScriptedEngine | None = None, servicer: Servicer | None = None
+) -> None:
     """Run a case against a servicer on a port of its own."""
 
-    async def run() -> None:
+    async def run(servicer: Servicer) -> None:
         scripted = engine or ScriptedEngine()
-        servicer = Servicer()
         servicer.attach(scripted)  # type: ignore[arg-type]
         server, port = await start_server(servicer)
         try:
@@ -50,7 +51,7 @@ def served(case: Case, *, engine: ScriptedEngine | None = None) -> None:
         finally:
             await server.stop(None)
 
-    asyncio.run(run())
+    asyncio.run(run(servicer or Servicer()))
 
 
 def generate_request(**fields: Any) -> pb.GenerateRequest:
