@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed import Store
 
+from tests.models.published import PUBLISHED
 from tests.models.test_config import LLAMA
 from tests.support.dataflows import (
     FEATURES,
@@ -124,6 +125,69 @@ def test_shared_experts_are_added_before_sums_of_both_are_made() -> None:
     found = [(step.path, step.parameter, step.transition.kind) for step in steps]
     assert any(step.transition.cells == dp for step in steps)
     assert [line for line in found if line[2] == "reduce_scatter"]
+
+
+DEEPSEEK = {**PUBLISHED["DeepSeek-V3"], "num_hidden_layers": 2, "first_k_dense_replace": 1}
+del DEEPSEEK["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "gate_up"),
+    [
+        (Mesh(tp=4), {"outputs": (0,)}),
+        (Mesh(tp=4, ep=4), {"experts": (0,)}),
+        (Mesh(tp=4, ep=2), {"experts": (0,), "outputs": (1,)}),
+    ],
+    ids=str,
+)
+def test_latent_projections_are_made_on_shares_of_tokens(
+    mesh: Mesh, gate_up: dict[str, tuple[int, ...]]
+) -> None:
+    program = compile_model(ModelConfig.from_hf(DEEPSEEK), kernels=kernels(), mesh=mesh)
+    assert shown(program) == [
+        # 7168 features are added up for a share of the tokens; 1536 and 576 come back of all.
+        "blocks.0.attention_norm.x_TM: reduce_scatter",
+        "blocks.0.attention.q_norm.x_TM: all_gather",
+        "blocks.0.attention.heads.kv_TE: all_gather",
+        "blocks.0.mlp_norm.x_TM: reduce_scatter",
+        "blocks.0.mlp.x_TM: all_gather",
+        "blocks.1.attention_norm.x_TM: reduce_scatter",
+        "blocks.1.attention.q_norm.x_TM: all_gather",
+        "blocks.1.attention.heads.kv_TE: all_gather",
+        # What is sampled next is picked from among all tokens.
+        "blocks.1.mlp_norm.x_TM: all_reduce",
+        "blocks.1.mlp_norm.residual_TM: all_gather",
+        "norm.x_TM: all_reduce",
+        "model.result: all_gather",
+    ]
+    all_cells = tuple(range(len(mesh.cells)))
+    assert {step.transition.cells for step in program.steps} == {all_cells}
+    # Three quarters of: embedding, then for each block two latents; a block's two sums and the
+    # gathering before its network; the last sum whole and the stream back. Float32 all of it.
+    features, latents = 7168, 1536 + 512 + 64
+    assert program.moved()["T"] == 3 * (
+        features + 2 * latents + 3 * features + 2 * features + features
+    )
+    divided = {name: weight.divided for name, weight in program.weights.items()}
+    assert divided["blocks.1.attention.q.weight"] == {"outputs": all_cells}
+    assert divided["blocks.1.attention.heads.k_up"] == {"heads": all_cells}
+    assert divided["blocks.1.attention.heads.v_up"] == {"heads": all_cells}
+    assert divided["blocks.1.attention.output.weight"] == {"inputs": all_cells}
+    assert divided["blocks.1.mlp.experts.gate_up"] == gate_up
+    assert divided["blocks.1.mlp.shared.gate_up.weight"] == {"outputs": all_cells}
+    whole = ("attention.q_down.weight", "attention.kv_down.weight", "mlp.router.scores.weight")
+    assert not [name for name in whole if f"blocks.1.{name}" in divided]
+
+
+def test_latents_of_requests_of_their_own_stay_at_home() -> None:
+    mesh = Mesh(dp=2, tp=2, ep=4)
+    program = compile_model(ModelConfig.from_hf(DEEPSEEK), kernels=kernels(), mesh=mesh)
+    dp, tp = mesh.cells_of("dp"), mesh.cells_of("tp")
+    found = [(step.path, step.transition.kind, step.transition.cells) for step in program.steps]
+    assert ("blocks.0.attention.heads", "all_gather", tp) in found
+    assert not [step for step in found if "attention" in step[0] and step[2] == dp]
+    assert ("blocks.1.mlp", "all_gather", dp) in found
+    assert ("blocks.1.mlp.both", "reduce_scatter", dp) in found
 
 
 def test_a_model_of_one_rank_is_left_as_it_is() -> None:

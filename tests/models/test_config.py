@@ -25,6 +25,15 @@ LLAMA: dict[str, Any] = {
     "rope_theta": 5000.0,
 }
 
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+"""What latent attention takes beside; others ignore it."""
+
 
 def test_a_configuration_of_transformers_4_is_read() -> None:
     config = ModelConfig.from_hf({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}})
@@ -48,7 +57,11 @@ def test_a_configuration_of_transformers_5_is_read() -> None:
         ({"hidden_act": "gelu"}, UnsupportedModel, "silu is supported"),
         ({"use_sliding_window": True}, UnsupportedModel, "full attention"),
         ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModel, "awq"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, UnsupportedModel, "default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            UnsupportedModel,
+            "default, linear, llama3, yarn",
+        ),
         ({"rope_scaling": "linear"}, CorruptCheckpoint, "rope_scaling"),
         ({"rope_scaling": {"type": "linear"}}, CorruptCheckpoint, "factor"),
         ({"hidden_size": None}, CorruptCheckpoint, "hidden_size"),
@@ -76,7 +89,7 @@ def test_every_architecture_has_its_class() -> None:
         model_class("MambaForCausalLM")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-linear", "llama-llama3"])
+@pytest.mark.parametrize("name", ["llama", "llama-linear", "llama-llama3", "llama-yarn"])
 def test_frequencies_equal_those_of_transformers(name: str) -> None:
     theirs = CONFIGS[name]
     rope = ModelConfig.from_hf({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]}).rope
@@ -85,12 +98,12 @@ def test_frequencies_equal_those_of_transformers(name: str) -> None:
     angles = rotary(torch.arange(300))
     if rope.type == "default":
         exponents = torch.arange(0, theirs.head_dim, 2).float() / theirs.head_dim
-        frequencies = rope.theta**-exponents
+        frequencies, length = rope.theta**-exponents, 1.0
     else:
-        frequencies, _ = ROPE_INIT_FUNCTIONS[rope.type](theirs, torch.device("cpu"))
+        frequencies, length = ROPE_INIT_FUNCTIONS[rope.type](theirs, torch.device("cpu"))
     expected = torch.arange(300)[:, None] * frequencies
-    torch.testing.assert_close(angles.cos_TE, expected.cos(), atol=2e-5, rtol=0)
-    torch.testing.assert_close(angles.sin_TE, expected.sin(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(angles.cos_TE, length * expected.cos(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(angles.sin_TE, length * expected.sin(), atol=2e-5, rtol=0)
 
 
 def test_a_model_on_the_meta_device_knows_its_sizes_without_memory() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.test_config import LLAMA
+from tests.models.test_config import LATENT, LLAMA
 from tokenspeed import modeling
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.kernels import KernelSelector
@@ -56,7 +56,7 @@ def test_a_placement_is_on_an_axis_of_the_mesh(place: type[Replicate]) -> None:
 @pytest.mark.parametrize("architecture", modeling.ARCHITECTURES)
 def test_every_module_of_every_model_has_a_boundary(architecture: str) -> None:
     kernels = KernelSelector(device=torch.device("cpu"), dtype=torch.float32)
-    config = ModelConfig.from_hf({**LLAMA, "architectures": [architecture]})
+    config = ModelConfig.from_hf({**LLAMA, **LATENT, "architectures": [architecture]})
     model = build_model(config, dtype=torch.float32, device=torch.device("meta"), kernels=kernels)
 
     def without_boundary(name: str, module: Module) -> list[str]:

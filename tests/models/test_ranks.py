@@ -80,6 +80,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         ("qwen3-moe", Mesh(tp=4, ep=4)),
         ("glm4-moe", Mesh(tp=2, ep=2)),
         ("gemma3", Mesh(tp=2)),
+        # Latents are the same on all ranks, heads and experts divided.
+        ("deepseek-v2-lite", Mesh(tp=2)),
+        ("deepseek-v2", Mesh(tp=2, ep=2)),
+        ("deepseek-v3", Mesh(tp=2)),
+        ("deepseek-v3", Mesh(tp=4)),
+        ("deepseek-v3", Mesh(tp=2, ep=2)),
+        ("deepseek-v3", Mesh(tp=4, ep=2)),
+        ("deepseek-v3", Mesh(tp=4, ep=4)),
     ],
     ids=str,
 )
@@ -89,18 +97,21 @@ def test_logits_of_several_ranks_equal_those_of_transformers(
     found = tiny(name)
     tokens = prompt(TOKENS, seed=1)
 
-    def run(rank: int, store: Store) -> tuple[torch.Tensor, int]:
+    def run(rank: int, store: Store) -> tuple[torch.Tensor, list[int], int]:
         model = load(found.path, mesh, rank, store)
         logits = Driver(model).prefill(tokens, chunk=16)
-        return logits, model.weights_size_bytes
+        return logits, Driver(model).greedy(tokens, 6), model.weights_size_bytes
 
+    whole = load(found.path, Mesh(), 0, None)
+    text = Driver(whole).greedy(tokens, 6)
     results = in_threads(mesh.world, run)
-    for logits, _ in results:
+    for logits, ours, _ in results:
         assert_close(logits, expected(found, tokens))
         assert torch.equal(logits, results[0][0])
-    whole = load(found.path, Mesh(), 0, None).weights_size_bytes
-    # Six experts over four ranks are two on some of them.
-    assert max(size for _, size in results) < 1.5 * whole / mesh.world
+        assert ours == text
+    # Six experts over four ranks are two on some of them; latents' projections are not divided.
+    largest = max(size for _, _, size in results)
+    assert largest < 1.5 * whole.weights_size_bytes / mesh.world
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,8 @@ from tokenspeed.modeling.layers import RMSNorm
 TOLERANCE = 1e-4
 TOKENS = 75
 
+_DENSE = ("llama-bias", "llama-tied", "qwen2", "qwen3", "qwen3-moe")
+
 Loaded = tuple[Model, Tiny]
 
 
@@ -122,8 +124,14 @@ def test_the_residual_stream_of_a_bfloat16_model_is_float32() -> None:
     assert torch.equal(stream, torch.full((2, 8), 1 + 2**-12))
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "llama-tied", "qwen2", "qwen3", "qwen3-moe"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        *((name, torch.float32, 1e-4) for name in (*_DENSE, "deepseek-v3")),
+        # Rounding turns what experts tokens of a tiny mixture in groups go to.
+        *((name, torch.bfloat16, 5e-2) for name in _DENSE),
+    ],
+)
 def test_dense_weights_in_panels_give_the_same_logits(
     tmp_path: Path, name: str, dtype: torch.dtype, tolerance: float
 ) -> None:

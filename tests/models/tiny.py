@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
     LlamaConfig,
@@ -22,6 +24,15 @@ from tokenspeed.kernels.verify.case import named
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
 __all__ = ["CONFIGS", "Tiny", "build", "write_tiny"]
+
+_LATENT = {
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
+    "kv_lora_rank": 32,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 
 _SIZES = {
     "vocab_size": 199,
@@ -45,6 +56,16 @@ CONFIGS: dict[str, Any] = {
     "llama-mha": LlamaConfig(**{**_SIZES, "num_key_value_heads": 6}, tie_word_embeddings=True),
     "llama-linear": LlamaConfig(
         **_SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+    "llama-yarn": LlamaConfig(
+        **_SIZES,
+        rope_scaling={
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "beta_fast": 6.0,
+            "original_max_position_embeddings": 64,
+        },
     ),
     "llama-llama3": LlamaConfig(
         **_SIZES,
@@ -102,6 +123,80 @@ CONFIGS: dict[str, Any] = {
         attention_bias=True,
         use_qk_norm=True,
         partial_rotary_factor=0.5,
+    ),
+    # Latents of sizes for which there is no native attention.
+    "deepseek-v2-lite": DeepseekV2Config(
+        **{
+            **_SIZES,
+            **_LATENT,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "qk_rope_head_dim": 8,
+            "kv_lora_rank": 40,
+        },
+        q_lora_rank=None,
+        n_routed_experts=6,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    ),
+    "deepseek-v2": DeepseekV2Config(
+        **{**_SIZES, **_LATENT, "num_attention_heads": 4, "num_key_value_heads": 4},
+        q_lora_rank=28,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        routed_scaling_factor=16.0,
+    ),
+    "deepseek-v3": DeepseekV3Config(
+        **{**_SIZES, **_LATENT, "num_attention_heads": 4, "num_key_value_heads": 4},
+        q_lora_rank=28,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        },
+    ),
+    "deepseek-v3-apart": DeepseekV3Config(
+        **{**_SIZES, **_LATENT, "num_attention_heads": 4, "num_key_value_heads": 4},
+        q_lora_rank=None,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_interleave=False,
     ),
     "qwen3-moe-unnormed": Qwen3MoeConfig(
         **_SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24

@@ -60,7 +60,12 @@ class Driver:
         self.kv = KVPools(model.kv_specs(), pages=pages, page_size=page_size, device=device)
         for group, spec in enumerate(model.kv_specs()):
             for layer in range(spec.layers):
-                for pool in self.kv.layer(group, layer):
+                pools = (
+                    self.kv.layer(group, layer)
+                    if not spec.latent
+                    else (self.kv.latents(group, layer),)
+                )
+                for pool in pools:
                     # What is read without having been written shows.
                     pool.fill_(float("nan"))
         self._free = list(range(pages))

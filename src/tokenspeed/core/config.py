@@ -57,6 +57,13 @@ class KVSpec:
         vectors = 1 if self.latent else 2
         return vectors * self.layers * self.kv_heads * self.head_elements * element
 
+    @property
+    def kind(self) -> "CacheGroupKind":
+        """Which kind of cache group it is."""
+        if self.latent:
+            return CacheGroupKind.LATENT
+        return CacheGroupKind.FULL if self.window is None else CacheGroupKind.WINDOW
+
 
 class CachePolicy(enum.IntEnum):
     """Which unused pages go first. The numbers are the control plane's."""

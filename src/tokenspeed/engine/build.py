@@ -4,7 +4,7 @@ import torch
 
 from tokenspeed import loader
 from tokenspeed.control import Scheduler
-from tokenspeed.core.config import CacheGroup, CacheGroupKind, EngineConfig, SchedulerConfig
+from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, file_store
 from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
@@ -72,7 +72,7 @@ def _build(
     scheduler_config = SchedulerConfig(
         groups=tuple(
             CacheGroup(
-                kind=CacheGroupKind.FULL if spec.window is None else CacheGroupKind.WINDOW,
+                kind=spec.kind,
                 pages=pages,
                 host_pages=host_pages,
                 window=spec.window,

@@ -6,7 +6,8 @@ Legend: S sampled tokens, V vocabulary.
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from tokenspeed.modeling.compiler import (
     modules_of,
 )
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.layers import Attention
+from tokenspeed.modeling.layers import Attention, AttentionLayer, LatentAttention
 from tokenspeed.modeling.models.registry import model_class
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.weights import fill_weights
@@ -45,7 +46,8 @@ class Model(Module):
 
     Attributes:
         weight_names: Hugging Face's tensor names to ours. `*` stands for a number, the same on
-            both sides; `name:part` is a part of a stacked weight.
+            both sides; `name:part` is a part of a stacked weight. Several names are for a tensor
+            of which several weights take rows.
         ignored_names: tensors some checkpoints carry that the equations do not use.
         later_layers_ignored: whether layers behind the model's own are passed over: networks that
             predict further tokens, which are kept as one more layer.
@@ -53,7 +55,7 @@ class Model(Module):
         ranks: how many run it together.
     """
 
-    weight_names: ClassVar[Mapping[str, str]]
+    weight_names: ClassVar[Mapping[str, str | Sequence[str]]]
     ignored_names: ClassVar[frozenset[str]] = frozenset()
     later_layers_ignored: ClassVar[bool] = False
 
@@ -71,23 +73,17 @@ class Model(Module):
 
         Layers that see everything are one group, the first; layers with a window another.
         """
-        found = [module for _, module in modules_of(self) if isinstance(module, Attention)]
-        windows = sorted({module.window for module in found}, key=lambda window: window or 0)
+        groups: dict[int, list[KVSpec]] = {}
+        for (group, _), module in zip(self.kv_places, self._attentions, strict=True):
+            groups.setdefault(group, []).append(module.kv_spec(self.kernels.kv_dtype_name))
         return tuple(
-            KVSpec(
-                layers=sum(module.window == window for module in found),
-                kv_heads=found[0].local_kv_heads,
-                head_dim=self.config.head_dim,
-                dtype=self.kernels.kv_dtype_name,
-                window=window,
-            )
-            for window in windows
+            replace(groups[group][0], layers=len(groups[group])) for group in sorted(groups)
         )
 
     @cached_property
     def kv_places(self) -> tuple[tuple[int, int], ...]:
         """The cache group of each layer of attention, and its number within the group."""
-        found = [module for _, module in modules_of(self) if isinstance(module, Attention)]
+        found = self._attentions
         windows = sorted({module.window for module in found}, key=lambda window: window or 0)
         counts = dict.fromkeys(windows, 0)
         places = []
@@ -95,6 +91,11 @@ class Model(Module):
             places.append((windows.index(module.window), counts[module.window]))
             counts[module.window] += 1
         return tuple(places)
+
+    @property
+    def _attentions(self) -> tuple[AttentionLayer, ...]:
+        kinds = (Attention, LatentAttention)
+        return tuple(module for _, module in modules_of(self) if isinstance(module, kinds))
 
     @property
     def weights_size_bytes(self) -> int:
@@ -234,6 +235,10 @@ class _Unplaced:
     def layer(self, group: int, layer: int) -> tuple["_Unplaced", "_Unplaced"]:
         """K and V of a layer, as `KVStorage` has it."""
         return self, self
+
+    def latents(self, group: int, layer: int) -> "_Unplaced":
+        """Latents of a layer, as `KVStorage` has it."""
+        return self
 
 
 def _symbols(tracer: Tracer, twin: Model) -> tuple[object, ...]:

@@ -1,7 +1,7 @@
 """Filling a model's weights from the tensors of a checkpoint."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenspeed.core.errors import CorruptCheckpoint
 from tokenspeed.kernels import Stored
@@ -17,7 +17,7 @@ def fill_weights(
     weights: Mapping[str, Weight],
     tensors: Iterable[tuple[str, Stored]],
     *,
-    names: Mapping[str, str],
+    names: Mapping[str, str | Sequence[str]],
     ignored: frozenset[str],
 ) -> None:
     """Take each tensor to its place, in the format that it has there.
@@ -26,7 +26,8 @@ def fill_weights(
         weights: the model's, by our names. Of the names of a shared weight the first counts;
             a checkpoint may bring the others too, as a copy.
         tensors: (checkpoint name, tensor) pairs.
-        names: checkpoint name to `our name` or `our name:part`; `*` stands for a number.
+        names: checkpoint name to `our name` or `our name:part`, or to several of them where one
+            tensor has what several weights take; `*` stands for a number.
         ignored: checkpoint names to pass over, with `*` for numbers.
 
     Raises:
@@ -50,30 +51,35 @@ def fill_weights(
         pattern = _NUMBER.sub("*", name)
         if pattern in ignored:
             continue
-        ours = _with_numbers(names.get(pattern, ""), _NUMBER.findall(name))
-        if ours in copies:
-            continue
-        if ours not in missing:
-            unexpected.append(name)
-            continue
-        del missing[ours]
-        weight, part = wanted[ours]
-        shape = weight.part_shape(part)
-        if shape != tuple(tensor.shape):
-            misshapen.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
-            continue
-        weight.fill(part, tensor)
-    theirs = {ours: pattern for pattern, ours in names.items()}
+        for target in _each(names.get(pattern, "")):
+            ours = _with_numbers(target, _NUMBER.findall(name))
+            if ours in copies:
+                continue
+            if ours not in missing:
+                unexpected.append(name)
+                continue
+            del missing[ours]
+            weight, part = wanted[ours]
+            shape = weight.part_shape(part)
+            if shape != tuple(tensor.shape):
+                misshapen.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+                continue
+            weight.fill(part, tensor)
+    theirs = {ours: pattern for pattern, targets in names.items() for ours in _each(targets)}
     problems = {
-        "missing": [_checkpoint_name(ours, theirs) for ours in missing],
-        "unexpected or repeated": unexpected,
-        "misshapen": misshapen,
+        "missing": list(dict.fromkeys(_checkpoint_name(ours, theirs) for ours in missing)),
+        "unexpected or repeated": list(dict.fromkeys(unexpected)),
+        "misshapen": list(dict.fromkeys(misshapen)),
     }
     if any(problems.values()):
         raise CorruptCheckpoint(
             "the checkpoint does not fit its architecture: "
             + "; ".join(f"{what}: {_listed(items)}" for what, items in problems.items() if items)
         )
+
+
+def _each(targets: str | Sequence[str]) -> Sequence[str]:
+    return (targets,) if isinstance(targets, str) else targets
 
 
 def _with_numbers(pattern: str, numbers: list[str]) -> str:

@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.models.published import PUBLISHED
 from tests.models.test_compiler import QWEN3_MOE
 from tokenspeed.cli.main import app
+
+# Parameters without networks that predict further tokens, and bytes of KV a token on one of four
+# ranks: latents, which each of them keeps, or K and V of its heads.
+SIZES = {
+    "DeepSeek-V3": (671.03e9, 61 * (512 + 64) * 2),
+    "Kimi-K2": (1026.4e9, 61 * (512 + 64) * 2),
+    "Qwen3-235B-A22B": (235.09e9, 94 * 2 * 128 * 2),
+}
 
 
 @pytest.fixture
@@ -49,6 +58,22 @@ def test_a_plan_says_whether_memory_is_enough(folder: Path) -> None:
     assert "the weights alone take more" in plan(folder, "--memory", "256MiB").output
     # Beside the reserve of 256 MiB, 78 KiB of weights and 16 KiB of KV for 128 tokens.
     assert "there is KV for" in plan(folder, "--memory", "262230KiB").output
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("ep", [1, 4])
+def test_large_models_are_planned_from_what_their_makers_publish(
+    tmp_path: Path, name: str, ep: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    done = plan(tmp_path, "--tp", 4, "--ep", ep, "--dtype", "bfloat16", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    parameters, kv_token_size_bytes = SIZES[name]
+    # What is not divided (norms, routers, projections to latents) counts on each of four ranks,
+    # and 6% are room for packing.
+    assert 1.0 < found["weights_size_bytes"] * 4 / (2 * parameters * 1.06) < 1.02
+    assert found["kv_token_size_bytes"] == kv_token_size_bytes
 
 
 def test_a_plan_that_cannot_be_is_an_error(folder: Path) -> None:

@@ -6,7 +6,7 @@ integers within 32 inputs, and float32 in the order of inputs beyond. For dense 
 taken as they are. A row's result is the same bits in any batch. The formulas of a cell stand in
 `csrc/cpu/gemm.inl` and `csrc/cpu/dense.inl`.
 
-Legend: T tokens, S sampled tokens, I inputs, O outputs, V vocabulary, M model features.
+Legend: T tokens, S sampled tokens, H heads, I inputs, O outputs, V vocabulary, M model features.
 """
 
 import torch
@@ -15,10 +15,11 @@ from tokenspeed import _cpu
 from tokenspeed.kernels.activations import QUANTISED_ROWS, Activations, QuantisedRows
 from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.ops.gemm import HeadMatrices
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.weights import PACKED, PANELS, Matrix, PackedWeight
 
-__all__ = ["linear", "linear_dense", "logits", "logits_dense", "lookup"]
+__all__ = ["heads", "linear", "linear_dense", "logits", "logits_dense", "lookup"]
 
 _CPU = Capability(device="cpu")
 
@@ -52,6 +53,16 @@ def linear_dense(
 ) -> torch.Tensor:
     """Rounded once, to the type of x, which is the weight's."""
     return _product(x_TI, weight_OI, bias_O, x_TI.dtype, runtime)
+
+
+@kernel("gemm.heads", solution="cpu", requires=_CPU, formats=PANELS, priority=Priority.NATIVE)
+def heads(x_THI: torch.Tensor, weight_HOI: HeadMatrices, *, runtime: CpuRuntime) -> torch.Tensor:
+    """One product a head, each as `linear_dense` makes it."""
+    assert not isinstance(weight_HOI, torch.Tensor)
+    y_THO = x_THI.new_empty((*x_THI.shape[:2], weight_HOI[0].shape[0]))
+    for head, weight_OI in enumerate(weight_HOI):
+        _cpu.linear(runtime, x_THI[:, head], weight_OI.matrices, None, y_THO[:, head])
+    return y_THO
 
 
 @kernel(

@@ -41,5 +41,11 @@ def rotate(
 ) -> torch.Tensor:
     """One pass in float32, rounded once."""
     y_THD = x_THD.new_empty(x_THD.shape)
-    _cpu.rotate(runtime, x_THD, cos_TE, sin_TE, y_THD)
+    if x_THD.stride(1) == x_THD.shape[2]:
+        _cpu.rotate(runtime, x_THD, cos_TE, sin_TE, y_THD)
+        return y_THD
+    # Parts of wider heads, as queries on latents have them, are no heads behind each other.
+    for head in range(x_THD.shape[1]):
+        one = slice(head, head + 1)
+        _cpu.rotate(runtime, x_THD[:, one], cos_TE, sin_TE, y_THD[:, one])
     return y_THD

@@ -1,6 +1,6 @@
 """Matrix products with dense weights.
 
-Legend: T tokens, S sampled tokens, I inputs, O outputs, V vocabulary,
+Legend: T tokens, S sampled tokens, H heads, I inputs, O outputs, V vocabulary,
 C a cut of it.
 """
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 
-__all__ = ["DENSE", "linear", "logits"]
+__all__ = ["DENSE", "heads", "linear", "logits"]
 
 # 4 MiB of two-byte weights.
 ELEMENTS_IN_CACHE = 1 << 21
@@ -29,6 +29,12 @@ def linear(
 ) -> torch.Tensor:
     """PyTorch's own product, which on CPUs is oneDNN's in bfloat16."""
     return F.linear(x_TI, weight_OI, bias_O)
+
+
+@kernel("gemm.heads", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
+def heads(x_THI: torch.Tensor, weight_HOI: torch.Tensor) -> torch.Tensor:
+    """A batch of products, one a head."""
+    return torch.bmm(x_THI.transpose(0, 1), weight_HOI.transpose(1, 2)).transpose(0, 1)
 
 
 @kernel("gemm.logits", solution="reference", formats=DENSE, priority=Priority.REFERENCE)

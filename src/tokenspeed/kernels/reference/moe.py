@@ -28,8 +28,13 @@ def route(
     """The formulas."""
     logits_TE = logits_TE.float()
     scores_TE = logits_TE
-    if scoring != "chosen":
-        scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
+    if scoring == "softmax":
+        scores_TE = logits_TE.softmax(-1)
+    elif scoring == "sigmoid":
+        # PyTorch's sigmoid has another last bit where a tensor ends than within it, so a token's
+        # would depend on the tokens beside it. Its softmax goes row by row.
+        both_TE2 = torch.stack((logits_TE, torch.zeros_like(logits_TE)), dim=-1)
+        scores_TE = both_TE2.softmax(-1)[..., 0]
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
     if groups > 1:
         grouped_TGE = choice_TE.view(len(choice_TE), groups, -1)

@@ -1,6 +1,6 @@
 """Products with weights and lookups: dense, in panels, and packed from every type of blocks.
 
-Legend: T tokens, I inputs, O outputs.
+Legend: T tokens, H heads, I inputs, O outputs.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.ops.gemm import HeadMatrices
 from tokenspeed.kernels.verify.blocks import BLOCK_TYPES, packed_weight
 from tokenspeed.kernels.verify.case import (
     TYPES,
@@ -23,7 +24,7 @@ from tokenspeed.kernels.verify.case import (
 )
 from tokenspeed.kernels.weights import PACKED, PANELS, Matrix, PackedWeight
 
-__all__ = ["linear_cases", "logits_cases", "lookup_cases"]
+__all__ = ["heads_cases", "linear_cases", "logits_cases", "lookup_cases"]
 
 # Tokens, inputs, outputs.
 _DENSE = ((1, 1, 1), (1, 64, 48), (3, 7, 5), (8, 96, 33), (37, 61, 129))
@@ -89,6 +90,22 @@ def linear_cases() -> Iterator[Case]:
                     traits={"bias": bias},
                     check=partial(
                         _linear, _Product(PACKED, parts, dtype, tokens, inputs, outputs), bias
+                    ),
+                )
+
+
+def heads_cases() -> Iterator[Case]:
+    """Heads by themselves, and as parts of wider rows."""
+    for name, dtype in _dense_formats():
+        for tokens, inputs, outputs in _DENSE:
+            for heads in (1, 3):
+                yield Case(
+                    op="gemm.heads",
+                    format_name=name,
+                    dtype=dtype,
+                    name=f"{heads} of {_sizes(tokens, inputs, outputs, dtype)}",
+                    check=partial(
+                        _heads, _Product(name, (), dtype, tokens, inputs, outputs), heads
                     ),
                 )
 
@@ -175,6 +192,21 @@ def _linear(of: _Product, bias: bool, kernel: Call, runtime: CpuRuntime) -> Iter
         exact_TO += bias_O.double()
     y_TO = kernel(x_TI, weight_OI, bias_O)
     yield compare("y", y_TO, exact_TO, of.dtype, size=_size(x_TI, values_OI))
+
+
+def _heads(of: _Product, heads: int, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    # The first elements of each head belong to something else.
+    x_THI = noise(of.tokens, heads, of.inputs + 3, dtype=of.dtype)[..., 3:]
+    values_HOI = noise(heads, of.outputs, of.inputs, dtype=of.dtype, seed=1)
+    weight_HOI: HeadMatrices = values_HOI
+    if of.format_name in PANELS:
+        panels = [_dense(values_OI, of.format_name, runtime) for values_OI in values_HOI]
+        weight_HOI = [weight for weight in panels if isinstance(weight, PackedWeight)]
+    y_THO = kernel(x_THI, weight_HOI)
+    for head in range(heads):
+        x_TI, values_OI = x_THI[:, head], values_HOI[head].double()
+        exact_TO = x_TI.double() @ values_OI.T
+        yield compare("y", y_THO[:, head], exact_TO, of.dtype, size=_size(x_TI, values_OI))
 
 
 def _logits(of: _Product, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:

@@ -31,6 +31,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "attention.paged_mla": latent.paged_mla_cases,
     "embedding.lookup": gemm.lookup_cases,
     "embedding.take": rowwise.take_cases,
+    "gemm.heads": gemm.heads_cases,
     "gemm.linear": gemm.linear_cases,
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": _all(attention.append_cases, rounded.append_cases),

@@ -25,6 +25,22 @@ def _linear(
     return _product(tracer, "gemm.linear", x_TI, weight_OI, bias_O, dtype=x_TI.dtype)
 
 
+def _heads(tracer: Tracer, x_THI: Symbol, weight_HOI: WeightSymbol) -> Symbol:
+    _whole_features(tracer, "gemm.heads", x_THI)
+    divided, taken = x_THI.dims[-2:]
+    tracer.divide(weight_HOI, {weight_HOI.weight.dims[0]: divided.cells}, frozenset())
+    heads, outputs, inputs = weight_HOI.weight.local_shape
+    if (divided.size, taken.size) != (heads, inputs):
+        tracer.fail(
+            f"gemm.heads takes {heads} heads of {inputs} inputs, but what comes from "
+            f"{x_THI.source} has {divided.size} of {taken.size}"
+        )
+    flow = Flow(name="gemm.heads", sums=frozenset({0}))
+    dims = [*x_THI.dims[:-1], Dim(size=outputs)]
+    (made,) = tracer.record(flow, (x_THI,), [(dims, x_THI.dtype)])
+    return made
+
+
 def _logits(tracer: Tracer, x_SI: Symbol, weight_VI: WeightSymbol) -> Symbol:
     return _product(tracer, "gemm.logits", x_SI, weight_VI, None, dtype=torch.float32)
 
@@ -231,6 +247,7 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "attention.paged_mla": _paged_mla,
         "embedding.lookup": _lookup,
         "embedding.take": _take,
+        "gemm.heads": _heads,
         "gemm.linear": _linear,
         "gemm.logits": _logits,
         "kvcache.append": _append,

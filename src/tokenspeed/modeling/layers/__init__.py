@@ -2,6 +2,7 @@
 
 from tokenspeed.modeling.layers.attention import Attention
 from tokenspeed.modeling.layers.embedding import Embedding, LMHead
+from tokenspeed.modeling.layers.latent import AttentionLayer, LatentAttention, LatentHeads
 from tokenspeed.modeling.layers.linear import ColumnLinear, Linear, RowLinear
 from tokenspeed.modeling.layers.mlp import GatedMLP
 from tokenspeed.modeling.layers.moe import Experts, Router, SparseMLP, Sum
@@ -11,6 +12,7 @@ from tokenspeed.modeling.layers.rotary import Angles, RotaryEmbedding
 __all__ = [
     "Angles",
     "Attention",
+    "AttentionLayer",
     "BranchNorm",
     "ColumnLinear",
     "Embedding",
@@ -18,6 +20,8 @@ __all__ = [
     "GatedMLP",
     "HeadNorm",
     "LMHead",
+    "LatentAttention",
+    "LatentHeads",
     "Linear",
     "RMSNorm",
     "RotaryEmbedding",

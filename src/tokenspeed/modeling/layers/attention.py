@@ -6,6 +6,7 @@ C positions of a page.
 
 import torch
 
+from tokenspeed.core.config import KVSpec
 from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.kernels.kv_formats import ROUNDED
 from tokenspeed.kernels.rows import PagedRows
@@ -96,6 +97,16 @@ class Attention(Module):
         )
         self._attend = kernels.select(
             ops.attention.paged_mha, format_name=self._kv_format, traits=traits
+        )
+
+    def kv_spec(self, dtype_name: str) -> KVSpec:
+        """What this layer keeps of a token, in elements of a type."""
+        return KVSpec(
+            layers=1,
+            kv_heads=self.local_kv_heads,
+            head_dim=self._head_dim,
+            dtype=dtype_name,
+            window=self.window,
         )
 
     @property

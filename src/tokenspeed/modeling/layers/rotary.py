@@ -39,11 +39,15 @@ class RotaryEmbedding(Module):
         frequencies_E = torch.zeros(head_dim // 2, device="cpu")
         frequencies_E[: rotated // 2] = _frequencies(rope, rotated)
         self._frequencies_E = frequencies_E.to(torch.get_default_device())
+        self._length = rope.length
         self._angles = kernels.select(ops.rope.angles, format_name="float32")
 
     def forward(self, positions_T: torch.Tensor) -> Angles:
         """Angles of int64 positions."""
-        return Angles(*self._angles(positions_T, self._frequencies_E))
+        cos_TE, sin_TE = self._angles(positions_T, self._frequencies_E)
+        if self._length != 1.0:
+            cos_TE, sin_TE = cos_TE * self._length, sin_TE * self._length
+        return Angles(cos_TE, sin_TE)
 
 
 def rotary_order(head_dim: int, rotated: int) -> tuple[int, ...]:
@@ -75,6 +79,8 @@ def _frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         return frequencies_E / rope.factor
     if rope.type == "llama3":
         return _llama3(frequencies_E, rope)
+    if rope.type == "yarn":
+        return _yarn(frequencies_E, rope)
     return frequencies_E
 
 
@@ -85,3 +91,23 @@ def _llama3(frequencies_E: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     low, high = rope.low_frequency_factor, rope.high_frequency_factor
     kept_E = ((turns_E - low) / (high - low)).clamp(0.0, 1.0)
     return kept_E * frequencies_E + (1 - kept_E) * frequencies_E / rope.factor
+
+
+def _yarn(frequencies_E: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    # YaRN (Peng et al. 2023, section 3.2): as llama3's, but the straight line is one over pairs and
+    # not over turns. Its ends are the pairs that make the most turns and the fewest.
+    pairs = len(frequencies_E)
+
+    def place(turns: float) -> float:
+        longest = rope.original_context / (2 * math.pi * turns)
+        return pairs * math.log(longest) / math.log(rope.theta)
+
+    first, last = place(rope.high_frequency_factor), place(rope.low_frequency_factor)
+    if rope.whole_pairs:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    if first == last:
+        last += 0.001
+    pairs_E = torch.arange(pairs, dtype=torch.float32, device="cpu")
+    slowed_E = ((pairs_E - first) / (last - first)).clamp(0.0, 1.0)
+    return (1 - slowed_E) * frequencies_E + slowed_E * frequencies_E / rope.factor

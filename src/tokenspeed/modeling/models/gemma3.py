@@ -4,7 +4,7 @@ gates are gelu, and norms multiply by one more than their weights.
 Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -93,7 +93,7 @@ class Gemma3Block(Module):
 class Gemma3(Model):
     """Embedding, blocks, norm, head."""
 
-    weight_names: ClassVar[Mapping[str, str]] = {
+    weight_names: ClassVar[Mapping[str, str | Sequence[str]]] = {
         **{name: ours for name, ours in Llama.weight_names.items() if "layernorm" not in name},
         "model.layers.*.self_attn.q_norm.weight": "blocks.*.attention.q_norm.weight",
         "model.layers.*.self_attn.k_norm.weight": "blocks.*.attention.k_norm.weight",

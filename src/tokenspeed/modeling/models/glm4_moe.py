@@ -1,12 +1,12 @@
 """GLM-4.5 (Zeng et al. 2025): experts chosen by sigmoid with a bias, one shared by all tokens, half
 of each head rotated, and in some sizes norms of query and key heads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.layers import Attention
+from tokenspeed.modeling.layers import Attention, AttentionLayer
 from tokenspeed.modeling.models.qwen3 import Qwen3Moe
 from tokenspeed.modeling.placement import Shard, boundary
 
@@ -18,7 +18,7 @@ class Glm4Moe(Qwen3Moe):
     """Embedding, blocks, norm, head."""
 
     later_layers_ignored = True
-    weight_names: ClassVar[Mapping[str, str]] = {
+    weight_names: ClassVar[Mapping[str, str | Sequence[str]]] = {
         **Qwen3Moe.weight_names,
         "model.layers.*.mlp.gate.e_score_correction_bias": "blocks.*.mlp.router.bias",
         "model.layers.*.mlp.shared_experts.gate_proj.weight": (
@@ -28,7 +28,7 @@ class Glm4Moe(Qwen3Moe):
         "model.layers.*.mlp.shared_experts.down_proj.weight": "blocks.*.mlp.shared.down.weight",
     }
 
-    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
         return Attention(
             hidden_size=config.hidden_size,

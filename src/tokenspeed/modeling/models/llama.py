@@ -3,7 +3,7 @@
 Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.layers import (
     Angles,
     Attention,
+    AttentionLayer,
     Embedding,
     GatedMLP,
     LMHead,
@@ -44,7 +45,12 @@ class LlamaBlock(Module):
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelSelector, *, attention: Attention, mlp: Module
+        self,
+        config: ModelConfig,
+        kernels: KernelSelector,
+        *,
+        attention: AttentionLayer,
+        mlp: Module,
     ) -> None:
         self.attention_norm, self.mlp_norm = (
             RMSNorm(
@@ -61,7 +67,7 @@ class LlamaBlock(Module):
         residual_TM: torch.Tensor | None,
         angles: Angles,
         rows: PagedRows,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: tuple[torch.Tensor, torch.Tensor] | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the block adds, and the stream it is to be added to."""
         normed_TM, residual_TM = self.attention_norm(x_TM, residual_TM)
@@ -74,7 +80,7 @@ class LlamaBlock(Module):
 class Llama(Model):
     """Embedding, blocks, norm, head."""
 
-    weight_names: ClassVar[Mapping[str, str]] = {
+    weight_names: ClassVar[Mapping[str, str | Sequence[str]]] = {
         "model.embed_tokens.weight": "embedding.table",
         "model.layers.*.input_layernorm.weight": "blocks.*.attention_norm.weight",
         "model.layers.*.self_attn.q_proj.weight": "blocks.*.attention.qkv.weight:q",
@@ -100,7 +106,7 @@ class Llama(Model):
     def __init__(self, config: ModelConfig, kernels: KernelSelector) -> None:
         super().__init__(config, kernels)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, kernels=kernels)
-        self.rotary = RotaryEmbedding(config.rope, head_dim=config.head_dim, kernels=kernels)
+        self.rotary = RotaryEmbedding(config.rope, head_dim=config.rotated_dim, kernels=kernels)
         self.blocks = tuple(self.block(config, kernels, layer) for layer in range(config.layers))
         self._take = kernels.select(ops.embedding.take)
         self.head = LMHead(
@@ -123,7 +129,7 @@ class Llama(Model):
             config, kernels, attention=attention, mlp=self.mlp(config, kernels, layer)
         )
 
-    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
         return Attention(
             hidden_size=config.hidden_size,
@@ -145,14 +151,20 @@ class Llama(Model):
             kernels=kernels,
         )
 
+    def pages(
+        self, kv: KVStorage, group: int, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """What a layer of attention writes to and reads."""
+        return kv.layer(group, layer)
+
     def forward(self, batch: ForwardBatch, kv: KVStorage) -> torch.Tensor:
         """logits_SV of the sampled tokens, float32."""
-        (rows,) = batch.groups
         angles = self.rotary(batch.positions_T)
         x_TM: torch.Tensor = self.embedding(batch.token_ids_T)
         residual_TM: torch.Tensor | None = None
-        for index, block in enumerate(self.blocks):
-            x_TM, residual_TM = block(x_TM, residual_TM, angles, rows, kv.layer(0, index))
+        for block, (group, layer) in zip(self.blocks, self.kv_places, strict=True):
+            pages = self.pages(kv, group, layer)
+            x_TM, residual_TM = block(x_TM, residual_TM, angles, batch.groups[group], pages)
         assert residual_TM is not None
         sampled_S = batch.sample_token_indices_S
         if sampled_S is not None:

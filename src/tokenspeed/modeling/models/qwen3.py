@@ -1,11 +1,11 @@
 """Qwen3 (Yang et al. 2025): Llama with norms of query and key heads; dense, or with experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.layers import Attention, SparseMLP
+from tokenspeed.modeling.layers import Attention, AttentionLayer, SparseMLP
 from tokenspeed.modeling.models.llama import Llama
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Shard, boundary
@@ -17,13 +17,13 @@ __all__ = ["Qwen3", "Qwen3Moe"]
 class Qwen3(Llama):
     """Embedding, blocks, norm, head."""
 
-    weight_names: ClassVar[Mapping[str, str]] = {
+    weight_names: ClassVar[Mapping[str, str | Sequence[str]]] = {
         **Llama.weight_names,
         "model.layers.*.self_attn.q_norm.weight": "blocks.*.attention.q_norm.weight",
         "model.layers.*.self_attn.k_norm.weight": "blocks.*.attention.k_norm.weight",
     }
 
-    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
         return Attention(
             hidden_size=config.hidden_size,
@@ -41,7 +41,7 @@ class Qwen3(Llama):
 class Qwen3Moe(Qwen3):
     """Qwen3 with a mixture of experts in most blocks."""
 
-    weight_names: ClassVar[Mapping[str, str]] = {
+    weight_names: ClassVar[Mapping[str, str | Sequence[str]]] = {
         **Qwen3.weight_names,
         "model.layers.*.mlp.gate.weight": "blocks.*.mlp.router.scores.weight",
         "model.layers.*.mlp.experts.*.gate_proj.weight": "blocks.*.mlp.experts.gate_up:*.gate",

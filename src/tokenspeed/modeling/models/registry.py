@@ -13,6 +13,8 @@ __all__ = ["ARCHITECTURES", "model_class", "require_architecture"]
 # Hugging Face's name of an architecture: our module in this package, and the class in it.
 # Names only, so that reading a configuration imports no model.
 _MODELS = {
+    "DeepseekV2ForCausalLM": ("deepseek", "DeepSeek"),
+    "DeepseekV3ForCausalLM": ("deepseek", "DeepSeek"),
     "Gemma3ForCausalLM": ("gemma3", "Gemma3"),
     "Glm4MoeForCausalLM": ("glm4_moe", "Glm4Moe"),
     "LlamaForCausalLM": ("llama", "Llama"),

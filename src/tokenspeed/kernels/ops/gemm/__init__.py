@@ -1,15 +1,32 @@
 """Owns the declarations of matrix products with weights; never computes one.
 
-Legend: T tokens, S sampled tokens, I inputs, O outputs, V vocabulary.
+Legend: T tokens, S sampled tokens, H heads, I inputs, O outputs, V vocabulary.
 """
+
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
 from tokenspeed.kernels.activations import Activations
 from tokenspeed.kernels.registry import declare_op
-from tokenspeed.kernels.weights import Matrix
+from tokenspeed.kernels.weights import Matrix, PackedWeight
 
-__all__ = ["linear", "logits"]
+__all__ = ["HeadMatrices", "heads", "linear", "logits"]
+
+HeadMatrices: TypeAlias = torch.Tensor | Sequence[PackedWeight]
+"""A matrix of each head: a tensor [H, O, I], or packed ones in order."""
+
+
+@declare_op("gemm.heads")
+def heads(x_THI: torch.Tensor, weight_HOI: HeadMatrices) -> torch.Tensor:
+    """y_THO, of each head its own product: y[t, h] = weight[h] @ x[t, h].
+
+    Sums are at least float32; the result has x's element type and is rounded once. Heads of x may
+    lie in wider rows, as parts of queries do.
+    """
+    weight = None if isinstance(weight_HOI, torch.Tensor) else weight_HOI[0]
+    return heads.best(x_THI, weight=weight)(x_THI, weight_HOI)
 
 
 @declare_op("gemm.linear", traits=("bias",))
