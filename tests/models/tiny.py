@@ -138,8 +138,9 @@ CONFIGS: dict[str, Any] = {
         n_routed_experts=6,
         num_experts_per_tok=3,
         n_shared_experts=2,
+        # Groups that this method does not look at.
         topk_method="greedy",
-        n_group=1,
+        n_group=2,
         topk_group=1,
         norm_topk_prob=False,
         rope_parameters={
