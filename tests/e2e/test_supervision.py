@@ -2,7 +2,7 @@
 
 import signal
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -41,12 +41,12 @@ def long_stream(server: Serve) -> str:
     return ""
 
 
-def under_load(server: Serve, pool: ThreadPoolExecutor) -> list[object]:
+def under_load(server: Serve, pool: ThreadPoolExecutor) -> list[Future[str]]:
     """Four streams that have begun."""
     with server.servicer() as channel:
         streams = [pool.submit(long_stream, server) for _ in range(4)]
         wait_for(lambda: server.counters(channel), lambda found: found["output_tokens"] >= 8)
-    return list(streams)
+    return streams
 
 
 @pytest.mark.slow
@@ -106,6 +106,62 @@ def test_with_restart_a_killed_engine_serves_again(smollm2: ModelFiles, tmp_path
         )
         assert status == 200
         assert server.engine().pid != killed.pid
+
+
+@pytest.mark.slow
+def test_with_restart_an_engine_that_hangs_is_replaced(smollm2: ModelFiles, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--restart") as server, ThreadPoolExecutor(4) as pool:
+        streams = under_load(server, pool)
+        hung = server.engine()
+        hung.suspend()
+        assert all(stream.result(60) for stream in streams)
+        short = BODY | {"max_tokens": 4}
+        wait_for(
+            lambda: server.post("/v1/chat/completions", short),
+            lambda answer: answer[0] == 200,
+            timeout_s=120,
+        )
+        assert server.engine().pid != hung.pid
+        assert "does nothing" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_lets_streams_end_and_refuses_new_ones(smollm2: ModelFiles, tmp_path: Path) -> None:
+    with (
+        Serve(tmp_path / "log", "--shutdown-timeout", "60") as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        streams = under_load(server, pool)
+        server.process.send_signal(signal.SIGTERM)
+        # Until the signal is seen, a request is served.
+        status, answer = wait_for(
+            lambda: server.post("/v1/chat/completions", BODY | {"max_tokens": 1}),
+            lambda answer: answer[0] != 200,
+        )
+        assert (status, "draining" in str(answer)) == (429, True), answer
+        assert [stream.result(60) for stream in streams] == [""] * 4
+        assert server.process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_all_at_once(smollm2: ModelFiles, tmp_path: Path) -> None:
+    with (
+        Serve(tmp_path / "log", "--shutdown-timeout", "600") as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        family = server.family()
+        streams = under_load(server, pool)
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(
+            lambda: server.post("/v1/chat/completions", BODY | {"max_tokens": 1}),
+            lambda answer: answer[0] != 200,
+        )
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 130
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+        for stream in streams:
+            stream.result(60)
 
 
 @pytest.mark.slow

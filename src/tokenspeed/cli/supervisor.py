@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from tokenspeed.entrypoint.gateway import (
     unused_port,
 )
 from tokenspeed.entrypoint.parsers import (
-    PASSTHROUGH,
     REASONING_PARSERS,
     TOOL_CALL_PARSERS,
     Parsers,
     choose_parsers,
+    lacks_tool_parser,
     read_template,
 )
 from tokenspeed.entrypoint.servicer import Servicer, start_server
@@ -220,7 +220,12 @@ class _Supervisor:
         sys.stdout.flush()
 
     async def _close(self) -> None:
-        """End every process, clients of running requests first: they are to hear of it."""
+        """End every process, clients of running requests first: they are to hear of it.
+
+        The gateway goes on listening for seconds, so that whoever routes to it sees it unready
+        first; what it still lets in is refused.
+        """
+        self._servicer.draining = True
         if self._gateway is not None:
             await self._gateway.stop(is_idle=lambda: self._servicer.running == 0)
         if self._engine is not None:
@@ -232,14 +237,15 @@ class _Supervisor:
 def _parsers(info: EngineInfo, options: ServeOptions) -> Parsers:
     folder = Path(info.tokenizer_dir)
     template = read_template(folder)
-    chosen = choose_parsers(template, _generation_prompt(folder, template))
-    offers_tools = template is not None and "tools" in template
-    if offers_tools and chosen.tool_call == PASSTHROUGH and options.tool_call_parser is None:
+    prompt = _generation_prompt(folder, template)
+    chosen = choose_parsers(template, prompt, model_type=info.model_type)
+    if options.tool_call_parser is None and lacks_tool_parser(template, chosen):
         _log.warning(
             "the chat template offers tools, but no parser fits it: tool calls will come as text. "
             "Choose a --tool-call-parser."
         )
-    return Parsers(
+    return replace(
+        chosen,
         tool_call=options.tool_call_parser or chosen.tool_call,
         reasoning=options.reasoning_parser or chosen.reasoning,
     )

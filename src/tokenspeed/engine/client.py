@@ -53,11 +53,13 @@ class EngineClient:
     Attributes:
         info: what the engine told of itself when it became ready.
         tokenizer: the model's.
+        messages: how many messages the engine has sent since then.
     """
 
     def __init__(self, socket: ClientSocket, info: EngineInfo, tokenizer: loader.Tokenizer) -> None:
         self.info = info
         self.tokenizer = tokenizer
+        self.messages = 0
         self._socket = socket
         self._streams = StreamTable()
         self._calls: dict[int, asyncio.Future[EngineStats | bool | str | None]] = {}
@@ -265,6 +267,7 @@ class EngineClient:
             self._calls.pop(number, None)
 
     def _receive(self, data: bytes) -> None:
+        self.messages += 1
         try:
             self._take(decode_from_engine(data))
         except (msgspec.MsgspecError, EngineError) as error:

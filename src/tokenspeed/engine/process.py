@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ import msgspec
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import EngineDead
 from tokenspeed.engine.client import EngineClient, ProgressCallback
+from tokenspeed.engine.pulse import Pulse, descendants
 
 __all__ = ["EngineProcess"]
 
@@ -34,6 +36,8 @@ class EngineProcess:
         self.client = client
         self._process = process
         self._folder = folder
+        self._hang: str | None = None
+        self._feeling = asyncio.create_task(self._feel())
         self.exited: asyncio.Task[str] = asyncio.create_task(self._watch())
 
     @classmethod
@@ -92,6 +96,8 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """End the process: asked first, then terminated, then killed."""
+        # An engine that was told to end answers nothing more.
+        self._feeling.cancel()
         if not self.exited.done():
             self.client.shut_down()
             await asyncio.wait({self.exited}, timeout=STOP_TIMEOUT_S)
@@ -102,11 +108,22 @@ class EngineProcess:
 
     async def _watch(self) -> str:
         await self._process.wait()
+        self._feeling.cancel()
         # What it still said before it ended should be heard first.
         await asyncio.sleep(0.05)
-        reason = f"the engine process {self._process.pid} ended: {_how(self._process)}"
+        ended = f"the engine process {self._process.pid} ended: {_how(self._process)}"
+        reason = ended if self._hang is None else f"{ended}, for {self._hang}"
         self.client.fail(reason)
         return reason
+
+    async def _feel(self) -> None:
+        """Kill the engine once it hangs: nothing else ends a process that hears nothing."""
+        with contextlib.suppress(EngineDead):
+            self._hang = await Pulse(self.client, self.pid).lost()
+            # Those that it started wait for it, and may hang as well.
+            for pid in (*descendants(self.pid), self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _how(process: asyncio.subprocess.Process) -> str:

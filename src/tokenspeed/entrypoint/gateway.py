@@ -34,6 +34,12 @@ _LAST_WORDS_S = 0.5
 _POLL_INTERVAL_S = 0.05
 _REQUEST_TIMEOUT_S = 7200
 _PAYLOAD_SIZE_MAX_BYTES = 32 * 1024 * 1024
+# Requests at once, those that wait for their turn in the engine among them. One more gets 429 with
+# a Retry-After at once: a queue of the gateway's before the engine's would know nothing of turns.
+_REQUESTS_MAX = 1024
+# A stream that says nothing carries a sign of life this often; HTTP clients of agents give up
+# after five seconds of silence at the earliest.
+_KEEPALIVE_S = 2
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 
 
@@ -94,6 +100,9 @@ def gateway_arguments(config: GatewayConfig) -> list[str]:
         *("--worker-stale-secs", "0"),
         *("--request-timeout-secs", str(_REQUEST_TIMEOUT_S)),
         *("--max-payload-size", str(_PAYLOAD_SIZE_MAX_BYTES)),
+        *("--max-concurrent-requests", str(_REQUESTS_MAX)),
+        *("--queue-size", "0"),
+        *("--sse-keepalive-secs", str(_KEEPALIVE_S)),
         *("--shutdown-grace-period-secs", str(config.shutdown_timeout_s)),
         *("--log-level", config.log_level),
     ]
@@ -243,32 +252,33 @@ class Gateway:
         return "\n".join([f"the gateway {state}; its last words:", *lines])
 
     async def _is_ready(self, model_name: str) -> bool:
-        if (await self._get("/readiness"))[0] != 200:
+        if await self._ask("GET /readiness") != 200:
             return False
-        # The gateway calls itself ready a moment before it has read the tokenizer.
-        status, body = await self._get("/v1/tokenizers")
-        return status == 200 and any(
-            entry["name"] == model_name for entry in json.loads(body)["tokenizers"]
-        )
+        # The gateway lists a tokenizer before it has read it, and may call itself ready meanwhile:
+        # what counts is that it renders a conversation and encodes it.
+        message = {"role": "user", "content": "hello"}
+        asked = json.dumps({"model": model_name, "messages": [message]}).encode()
+        return await self._ask("POST /v1/messages/count_tokens", asked) == 200
 
-    async def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a GET; status 0 while nobody answers."""
+    async def _ask(self, call: str, body: bytes = b"") -> int:
+        """The status of a call, given as method and path; 0 while nobody answers."""
         host = _reachable(self._config.host)
         key = self._config.api_key
-        lines = [f"GET {path} HTTP/1.0", "Host: localhost"]
+        lines = [f"{call} HTTP/1.0", "Host: localhost"]
+        if body:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         if key is not None:
             lines.append(f"Authorization: Bearer {key}")
         try:
             reader, writer = await asyncio.open_connection(host, self._config.port)
             try:
-                writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+                writer.write(("\r\n".join(lines) + "\r\n\r\n").encode() + body)
                 answer = await reader.read()
             finally:
                 writer.close()
         except OSError:
-            return 0, b""
-        head, _, body = answer.partition(b"\r\n\r\n")
-        return int(head.split()[1]) if head else 0, body
+            return 0
+        return int(answer.split(maxsplit=2)[1]) if answer else 0
 
     async def _read(self) -> None:
         assert self._process.stdout is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 
 from tokenspeed.core.errors import EngineError, InvalidParameter
 from tokenspeed.core.step import FinishReason
+from tokenspeed.entrypoint.chunks import ChunkCutter
 from tokenspeed.entrypoint.history import Prompt, TokenHistory, served_tokens_max
+from tokenspeed.entrypoint.opening import StreamOpening
 from tokenspeed.entrypoint.sampling import (
     check_supported,
     samples_of,
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from tokenspeed.engine.client import EngineClient
     from tokenspeed.engine.stream import TokenDelta, TokenLogprob, TokenStream
 
-__all__ = ["Generation", "GenerationTable", "tenant_of"]
+__all__ = ["Generation", "GenerationTable", "salt_of", "tenant_of"]
 
 # A chunk costs servicer and gateway together some 60 to 100 µs of CPU, whatever it holds. Few
 # streams get each token as it comes; with many, tokens share chunks, so that streaming takes one
@@ -51,6 +54,7 @@ class Generation:
         request: what the gateway asks for.
         client: of the engine.
         history: what was served before, to be served alike; None to serve prompts as they come.
+        salt_key: makes the salts of tenants, which nobody outside can foresee.
 
     Raises:
         RequestError: the request is wrong; nothing runs in the engine then.
@@ -58,7 +62,12 @@ class Generation:
     """
 
     def __init__(
-        self, request: Any, client: "EngineClient", history: TokenHistory | None = None
+        self,
+        request: Any,
+        client: "EngineClient",
+        history: TokenHistory | None = None,
+        *,
+        salt_key: bytes = b"",
     ) -> None:
         check_supported(request)
         params = sampling_params_of(
@@ -77,6 +86,7 @@ class Generation:
         self.request_id: str = request.request_id
         self._streamed = bool(request.stream)
         self._keeps_stop_token = bool(request.sampling_params.no_stop_trim)
+        self._marks = client.tokenizer.control_token_ids
         self._streams: list[TokenStream] = []
         try:
             for index in range(samples):
@@ -85,7 +95,11 @@ class Generation:
                     if index == 0
                     else msgspec.structs.replace(params, seed=seeded(params.seed, index))
                 )
-                self._streams.append(client.generate(self._prompt.ids, own, tenant=tenant))
+                self._streams.append(
+                    client.generate(
+                        self._prompt.ids, own, salt=salt_of(tenant, salt_key), tenant=tenant
+                    )
+                )
         except BaseException:
             self.abort()
             raise
@@ -114,16 +128,18 @@ class Generation:
             InvalidParameter: the prompt can never fit the KV cache.
             Overloaded: the request would have waited for too long.
         """
+        opening = StreamOpening(context) if self._streamed else None
+        write_one = context.write if opening is None else opening.write
         try:
             if len(self._streams) == 1:
-                await self._relay_sample(0, context.write, pause_s)
+                await self._relay_sample(0, write_one, pause_s)
                 return
             # A gRPC call takes one write at a time; the samples take turns.
             turn = asyncio.Lock()
 
             async def write(message: Any) -> None:
                 async with turn:
-                    await context.write(message)
+                    await write_one(message)
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -133,6 +149,8 @@ class Generation:
                 raise _first(failures) from None
         finally:
             self.abort()
+            if opening is not None:
+                await opening.close()
 
     async def _relay_sample(
         self, index: int, write: Any, pause_s: Callable[[float], float]
@@ -154,7 +172,9 @@ class Generation:
         prompt_tokens = self._prompt.sent_tokens
         output_ids: list[int] = []
         logprobs: list[TokenLogprob] = []
+        cutter = ChunkCutter(self._marks)
         async for delta in stream:
+            sent_before = len(sampled)
             sampled += delta.token_ids
             completion_tokens = len(sampled)
             cached_tokens = self._prompt.in_sent_tokens(delta.cached_tokens)
@@ -162,16 +182,18 @@ class Generation:
             output_ids += ids
             if delta.logprobs is not None:
                 logprobs += delta.logprobs[: len(ids)]
-            if ids and self._streamed:
+            for part in cutter.cut(ids) if self._streamed else ():
                 chunk = pb.GenerateStreamChunk(
-                    token_ids=ids,
+                    token_ids=ids[part],
                     prompt_tokens=prompt_tokens,
-                    completion_tokens=completion_tokens,
+                    completion_tokens=(
+                        completion_tokens if part.stop == len(ids) else sent_before + part.stop
+                    ),
                     cached_tokens=cached_tokens,
                     index=index,
                 )
                 if delta.logprobs is not None:
-                    _fill_logprobs(chunk.output_logprobs, ids, delta.logprobs)
+                    _fill_logprobs(chunk.output_logprobs, ids[part], delta.logprobs[part])
                 await write(pb.GenerateResponse(request_id=self.request_id, chunk=chunk))
             if delta.finish_reason is None:
                 if (wait_s := pause_s(loop.time())) > 0.0:
@@ -270,6 +292,14 @@ def tenant_of(request_id: str) -> str | None:
     """
     named = _TENANT.match(request_id)
     return named[1] if named else None
+
+
+def salt_of(tenant: str | None, key: bytes) -> int:
+    """The 64-bit salt of a tenant's cached prompts, so that no tenant finds another's by how soon
+    an answer comes. Those who name no tenant share one."""
+    if tenant is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(tenant.encode(), digest_size=8, key=key).digest())
 
 
 def _fill_logprobs(target: Any, ids: list[int], logprobs: "list[TokenLogprob]") -> None:

@@ -10,6 +10,7 @@ __all__ = [
     "TOOL_CALL_PARSERS",
     "Parsers",
     "choose_parsers",
+    "lacks_tool_parser",
     "read_template",
 ]
 
@@ -62,54 +63,104 @@ REASONING_PARSERS = (
     "step3",
 )
 
-# The mark is written with a full-width bar and a lower block.
-_DEEPSEEK_MARK = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
+# DeepSeek's marks are written with full-width bars and lower blocks.
+_DEEPSEEK_CALLS = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
+_DEEPSEEK_DSML = "\uff5cDSML\uff5c"
 
 # What a template must show, all of it, for a parser to fit; the first match wins, so that the
 # more telling marks stand first.
 _TOOL_MARKS: tuple[tuple[tuple[str, ...], str], ...] = (
+    # GLM 4.5 puts a line break between a function's name and its first argument, 4.7 does not.
+    (("<tool_call>", "-name}<arg_key>"), "glm47_moe"),
     (("<tool_call>", "<arg_key>"), "glm45_moe"),
     (("<tool_call>", "<function="), "qwen_coder"),
     (("<tool_call>",), "qwen"),
     (("[TOOL_CALLS]",), "mistral"),
     (("<|tool_calls_section_begin|>",), "kimik2"),
     (("<minimax:tool_call>",), "minimax_m2"),
-    ((_DEEPSEEK_MARK, "```json"), "deepseek"),
-    ((_DEEPSEEK_MARK,), "deepseek31"),
+    ((_DEEPSEEK_DSML,), "deepseek32"),
+    ((_DEEPSEEK_CALLS, "```json"), "deepseek"),
+    ((_DEEPSEEK_CALLS,), "deepseek31"),
     (("<|python_tag|>",), "llama"),
     (("Environment: ipython",), "llama"),
+    (("<|start_header_id|>", "tools"), "llama"),
 )
+
+# Where a template shows nothing of tool calls, or there is none: what the model's type says.
+_TOOL_TYPES = {
+    "deepseek_v3": "deepseek",
+    "deepseek_v32": "deepseek32",
+    "glm4_moe": "glm45_moe",
+    "kimi_k2": "kimik2",
+    "ministral3": "mistral",
+    "mistral3": "mistral",
+}
+
+# What reads reasoning that a model opens itself, by what reads its tool calls.
+_REASONING_BESIDE = {
+    "deepseek31": "deepseek_v31",
+    "deepseek32": "deepseek_v31",
+    "glm45_moe": "glm45",
+    "glm47_moe": "glm45",
+    "kimik2": "kimi_k25",
+}
+
+# The gateway reads and writes the channels of these models by itself, whatever parsers it is given.
+_HARMONY_TYPES = ("gpt_oss",)
+_HARMONY_MARKS = ("<|channel|>", "<|message|>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parsers:
-    """Names of the gateway's parsers; "passthrough" leaves the text as it is."""
+    """Names of the gateway's parsers; "passthrough" leaves the text as it is.
+
+    Attributes:
+        tool_call, reasoning: the names.
+        harmony: the gateway reads the model's channels itself; neither parser is asked.
+    """
 
     tool_call: str
     reasoning: str
+    harmony: bool = False
 
 
-def choose_parsers(template: str | None, generation_prompt: str = "") -> Parsers:
+def choose_parsers(
+    template: str | None, generation_prompt: str = "", *, model_type: str = ""
+) -> Parsers:
     """The parsers that fit a model.
 
     Args:
         template: the model's chat template (Jinja), or None where it has none.
         generation_prompt: what the template puts before an answer. Where it opens a block of
             reasoning itself, the answer holds only the end of that block.
+        model_type: of the model's `config.json`; asked where the template does not tell.
     """
-    if template is None:
-        return Parsers(tool_call=PASSTHROUGH, reasoning=PASSTHROUGH)
+    text = template or ""
+    if model_type in _HARMONY_TYPES or all(mark in text for mark in _HARMONY_MARKS):
+        return Parsers(tool_call=PASSTHROUGH, reasoning=PASSTHROUGH, harmony=True)
     tool_call = next(
-        (name for marks, name in _TOOL_MARKS if all(mark in template for mark in marks)),
-        PASSTHROUGH,
+        (name for marks, name in _TOOL_MARKS if all(mark in text for mark in marks)), None
     )
+    tool_call = tool_call or _TOOL_TYPES.get(model_type) or PASSTHROUGH
+    return Parsers(
+        tool_call=tool_call, reasoning=_reasoning_parser(text, tool_call, generation_prompt)
+    )
+
+
+def lacks_tool_parser(template: str | None, parsers: Parsers) -> bool:
+    """Whether a template offers tools whose calls would come as text."""
+    offers = template is not None and "tools" in template
+    return offers and not parsers.harmony and parsers.tool_call == PASSTHROUGH
+
+
+def _reasoning_parser(template: str, tool_call: str, generation_prompt: str) -> str:
+    if "\u25c1think\u25b7" in template:
+        return "kimi"
     if generation_prompt.rstrip().endswith("<think>"):
-        reasoning = "qwen3_thinking"
-    elif "</think>" in template:
-        reasoning = "qwen3"
-    else:
-        reasoning = PASSTHROUGH
-    return Parsers(tool_call=tool_call, reasoning=reasoning)
+        return "deepseek_r1" if tool_call.startswith("deepseek") else "qwen3_thinking"
+    if "</think>" not in template:
+        return PASSTHROUGH
+    return _REASONING_BESIDE.get(tool_call, "qwen3")
 
 
 def read_template(tokenizer_dir: Path) -> str | None:

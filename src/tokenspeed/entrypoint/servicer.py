@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -37,6 +38,8 @@ _MESSAGE_SIZE_MAX_BYTES = 64 * 1024 * 1024
 _SILENCE_MAX_S = 30.0
 _PROBE_TIMEOUT_S = 2.0
 _FLUSH_TIMEOUT_MAX_S = 600.0
+# Who drains a server has it take requests again, or end, within seconds or minutes.
+_DRAINING_RETRY_S = 5.0
 
 
 class Servicer:
@@ -48,9 +51,15 @@ class Servicer:
     Args:
         token_exact_history: serve what comes back of a conversation as the tokens it was served
             as; see `history`.
+
+    Attributes:
+        draining: whether new requests are refused, with 429 and a time to come back; those that
+            run go on.
     """
 
     def __init__(self, *, token_exact_history: bool = True) -> None:
+        self.draining = False
+        self._salt_key = os.urandom(16)
         self._token_exact_history = token_exact_history
         self._history: TokenHistory | None = None
         self._client: EngineClient | None = None
@@ -101,8 +110,10 @@ class Servicer:
         went away cancels this call. Both end the engine's requests.
         """
         try:
+            if self.draining:
+                raise Overloaded("the server is draining", retry_after_s=_DRAINING_RETRY_S)
             self._generations.check_free(request.request_id)
-            generation = Generation(request, self._live(), self._history)
+            generation = Generation(request, self._live(), self._history, salt_key=self._salt_key)
             with self._generations.listed(generation):
                 await generation.relay(context, self._generations.pause_s)
         except Exception as error:

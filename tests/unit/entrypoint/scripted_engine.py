@@ -50,6 +50,7 @@ class ScriptedEngine:
         self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
         self.tenants: list[str | None] = []
+        self.salts: list[int] = []
         self.streams: list[TokenStream] = []
         self.aborted: list[int] = []
         self.cache: asyncio.Queue[CacheEventBatch] = asyncio.Queue()
@@ -75,6 +76,7 @@ class ScriptedEngine:
         self.prompts.append([int(token) for token in prompt])
         self.params.append(params)
         self.tenants.append(tenant)
+        self.salts.append(salt)
         self.streams.append(stream)
         return stream
 

@@ -128,9 +128,9 @@ def test_a_stop_token_is_in_the_output_only_if_asked_for(kept: bool) -> None:
         call = stub.Generate(generate_request(stream=True, no_stop_trim=kept))
         await engine.wait_for_requests(1)
         engine.finish(0, 1, with_eos=True)
-        chunk, complete = [message async for message in call]
+        *chunks, complete = [message async for message in call]
         expected = [10, EOS] if kept else [10]
-        assert list(chunk.chunk.token_ids) == expected
+        assert [token for chunk in chunks for token in chunk.chunk.token_ids] == expected
         assert list(complete.complete.output_ids) == expected
         assert complete.complete.matched_token_id == EOS
         assert (complete.complete.finish_reason, complete.complete.completion_tokens) == (
