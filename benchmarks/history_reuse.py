@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+import httpx
 from rich.console import Console
 
 from tokenspeed import loader
@@ -60,9 +60,16 @@ def ideal_tokens(tokenizer: loader.Tokenizer, prompt: str, earlier: list[bytes])
 
 
 def replay(
-    server: Serve, tokenizer: loader.Tokenizer, session: Session, options: dict[str, Any]
+    client: httpx.Client,
+    tokenizer: loader.Tokenizer,
+    session: Session,
+    *,
+    temperature: float,
+    output_tokens: int,
+    context_max: int,
 ) -> list[dict[str, int]]:
     """What each turn of a session had: tokens of its prompt, cached ones, those of an ideal."""
+    model = client.get("/v1/models").json()["data"][0]["id"]
     messages: list[dict[str, str]] = []
     earlier: list[bytes] = []
     turns = []
@@ -70,22 +77,22 @@ def replay(
         messages += [{"role": entry.role, "content": entry.content} for entry in turn.messages]
         prompt = tokenizer.render_chat(messages)
         count, ideal = ideal_tokens(tokenizer, prompt, earlier)
-        if count + options["max_tokens"] > options["context_max"]:
+        if count + output_tokens > context_max:
             break
         begin_s = time.perf_counter()
-        status, body = server.post(
+        reply = client.post(
             "/v1/chat/completions",
-            {
-                "model": server.get("/v1/models")["data"][0]["id"],
+            json={
+                "model": model,
                 "messages": messages,
-                "max_tokens": options["max_tokens"],
-                "temperature": options["temperature"],
+                "max_tokens": output_tokens,
+                "temperature": temperature,
                 "seed": number,
             },
         )
         took_s = time.perf_counter() - begin_s
-        if status != 200:
-            raise SystemExit(f"HTTP {status}: {body}")
+        reply.raise_for_status()
+        body = reply.json()
         usage = body["usage"]
         if usage["prompt_tokens"] != count:
             raise SystemExit(f"the gateway counts {usage['prompt_tokens']} tokens, not {count}")
@@ -97,6 +104,49 @@ def replay(
             {"prompt": count, "cached": cached, "ideal": ideal, "took_ms": round(1000 * took_s)}
         )
     return turns
+
+
+def report(
+    arguments: argparse.Namespace,
+    console: Console,
+    history: str,
+    temperature: float,
+    sessions: list[list[dict[str, int]]],
+    counters: dict[str, float],
+) -> None:
+    """Print and append what the turns after the first of each session had."""
+    later = [turn for turns in sessions for turn in turns[1:]]
+    prompt, cached, ideal = (
+        sum(turn[name] for turn in later) for name in ("prompt", "cached", "ideal")
+    )
+    short = sum(turn["cached"] < 0.99 * turn["ideal"] for turn in later)
+    took_s = sum(turn["took_ms"] for turn in later) / 1000
+    remembered = {name: value for name, value in counters.items() if name.startswith("history_")}
+    console.print(
+        f"{arguments.model} at temperature {temperature:g}, {history}: {cached} of {ideal} tokens "
+        f"of an ideal cache, {100 * cached / max(ideal, 1):.2f}%; {short} of {len(later)} turns "
+        f"below 99%; {prompt - cached} of {prompt} prompt tokens computed; {took_s:.0f} s; "
+        f"{remembered}",
+        soft_wrap=True,
+    )
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        **vars(arguments),
+        "file": arguments.file.name,
+        "temperature": temperature,
+        "history": history,
+        "sessions": sum(map(bool, sessions)),
+        "turns_after_the_first": len(later),
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "ideal_tokens": ideal,
+        "turns_below_99_percent": short,
+        "seconds": took_s,
+        "counters": remembered,
+    }
+    with (ROOT / "benchmarks/history/history_reuse.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def main() -> int:
@@ -114,63 +164,32 @@ def main() -> int:
     workload = read_sessions(arguments.file, limit=arguments.sessions)
     workload = cut(workload, turns_max=arguments.turns, output_tokens=arguments.output_tokens)
     tokenizer = loader.Tokenizer(loader.resolve(arguments.model).tokenizer_dir)
-    results = []
-    for history in ("--token-exact-history", "--no-token-exact-history"):
-        for temperature in arguments.temperatures:
-            options = {
-                "max_tokens": arguments.output_tokens,
-                "temperature": temperature,
-                "context_max": arguments.max_context,
-            }
-            flags = ("--max-context", str(arguments.max_context), "--kv-cache-memory", "1GiB")
-            flags += ("--tps-floor", "0", "--queue-timeout", "0", history)
+    for temperature in arguments.temperatures:
+        for history in ("--token-exact-history", "--no-token-exact-history"):
             with (
                 tempfile.TemporaryDirectory() as folder,
-                Serve(Path(folder) / "log", *flags, model=arguments.model) as server,
+                Serve(
+                    Path(folder) / "log",
+                    *("--max-context", str(arguments.max_context), "--kv-cache-memory", "1GiB"),
+                    *("--tps-floor", "0", "--queue-timeout", "0", history),
+                    model=arguments.model,
+                ) as server,
+                httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client,
             ):
                 sessions = [
-                    replay(server, tokenizer, session, options) for session in workload.sessions
+                    replay(
+                        client,
+                        tokenizer,
+                        session,
+                        temperature=temperature,
+                        output_tokens=arguments.output_tokens,
+                        context_max=arguments.max_context,
+                    )
+                    for session in workload.sessions
                 ]
                 with server.servicer() as channel:
                     counters = server.counters(channel)
-            later = [turn for turns in sessions for turn in turns[1:]]
-            totals = {
-                name: sum(turn[name] for turn in later) for name in ("prompt", "cached", "ideal")
-            }
-            short = sum(turn["cached"] < 0.99 * turn["ideal"] for turn in later)
-            line = {
-                "history": history,
-                "temperature": temperature,
-                "sessions": sum(map(bool, sessions)),
-                "turns": len(later),
-                **totals,
-                "of_ideal": totals["cached"] / max(totals["ideal"], 1),
-                "turns_below_99": short,
-                "computed": totals["prompt"] - totals["cached"],
-                "seconds": sum(turn["took_ms"] for turn in later) / 1000,
-                "counters": {
-                    name: value for name, value in counters.items() if name.startswith("history_")
-                },
-            }
-            results.append(line)
-            console.print(
-                f"{history} at temperature {temperature:g}: {totals['cached']} of "
-                f"{totals['ideal']} tokens of an ideal cache, {100 * line['of_ideal']:.2f}%; "
-                f"{short} of {len(later)} turns below 99%; {line['computed']} tokens computed; "
-                f"{line['seconds']:.0f} s; {line['counters']}",
-                soft_wrap=True,
-            )
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **{
-            name: str(value) if name == "file" else value for name, value in vars(arguments).items()
-        },
-        "file": arguments.file.name,
-        "results": results,
-    }
-    with (ROOT / "benchmarks/history/history_reuse.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+            report(arguments, console, history, temperature, sessions, counters)
     return 0
 
 

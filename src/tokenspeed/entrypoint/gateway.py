@@ -55,6 +55,8 @@ class GatewayConfig:
         parsers: which parsers read tool calls and reasoning.
         api_key: what clients must send as a bearer token; None lets everyone in.
         log_level: "debug", "info", "warn" or "error".
+        encoding_cache: keep what the beginnings of prompts were encoded to, up to where a special
+            token stands; each turn of a conversation then encodes what is new.
         shutdown_timeout_s: how long running requests may take to end when the gateway stops.
     """
 
@@ -66,6 +68,7 @@ class GatewayConfig:
     parsers: Parsers
     api_key: str | None = None
     log_level: str = "warn"
+    encoding_cache: bool = True
     shutdown_timeout_s: int = 10
 
     def __post_init__(self) -> None:
@@ -106,6 +109,8 @@ def gateway_arguments(config: GatewayConfig) -> list[str]:
         *("--shutdown-grace-period-secs", str(config.shutdown_timeout_s)),
         *("--log-level", config.log_level),
     ]
+    if config.encoding_cache:
+        arguments.append("--tokenizer-cache-enable-l1")
     if config.api_key is not None:
         arguments += ["--api-key", config.api_key]
     return arguments

@@ -170,6 +170,16 @@ def test_a_control_token_is_no_text_and_no_text_is_a_control_token() -> None:
         assert recalled(memory, [5, 5, came, 0]).ids.tolist() == [0, 1, 0, 1, came, 0]
 
 
+def test_bytes_that_are_no_text_cannot_pass_for_a_control_token() -> None:
+    # The control token is 3; the bytes before it are how it might be written down.
+    texts = [b"\xff", b"\x00", b"\x03", b"<a>", b"abab"]
+    spelling = TokenSpelling(texts.__getitem__, control=frozenset({3}), vocab_size=len(texts))
+    for raw in ([0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1, 2]):
+        memory = TokenHistory(spelling, block_size_bytes=4)
+        served(memory, [4], raw)
+        assert recalled(memory, [4, 3]).ids.tolist() == [4, 3]
+
+
 def test_a_part_of_a_character_is_compared_by_its_bytes() -> None:
     whole, parts = TEXTS.index("é".encode()), [TEXTS.index(b"b\xc3"), TEXTS.index(b"\xa9a")]
     memory = history()
