@@ -13,6 +13,7 @@ from tokenspeed.cli.kernels import kernels_app
 from tokenspeed.cli.models import models, pull
 from tokenspeed.cli.plan import plan
 from tokenspeed.cli.serve import serve
+from tokenspeed.cli.top import top
 
 __all__ = ["app", "run"]
 
@@ -44,6 +45,7 @@ def _main(
 
 
 app.command()(serve)
+app.command()(top)
 app.command()(chat)
 app.command()(generate)
 app.command()(pull)

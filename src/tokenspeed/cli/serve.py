@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,6 +72,29 @@ def serve(
     shutdown_timeout: Annotated[
         int, typer.Option(min=0, max=3600, help="Seconds that running requests may take to end.")
     ] = 10,
+    operations_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of metrics, health, sessions and the dashboard; 0 for none [default: the "
+            "one after --port, or any that is free].",
+        ),
+    ] = None,
+    operations_host: Annotated[
+        str, typer.Option(help="Its address; beyond loopback only with --api-key.")
+    ] = "127.0.0.1",
+    operations_socket: Annotated[
+        Path | None, typer.Option(help="A Unix socket instead, for you alone.")
+    ] = None,
+    health_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds of waiting work and no step after which /health says 503."),
+    ] = 30.0,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(help="Where to send OpenTelemetry spans of requests [default: nowhere]."),
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C."""
@@ -78,7 +102,19 @@ def serve(
         quiet_grpc_forks()
         # Imported late: gRPC and the gateway's messages take a while, and `--help` should not.
         from tokenspeed.cli.supervisor import ServeOptions, supervise  # noqa: PLC0415
+        from tokenspeed.entrypoint.operations.server import OperationsConfig  # noqa: PLC0415
 
+        operations = None
+        if operations_port != 0 or operations_socket is not None:
+            operations = OperationsConfig(
+                host=operations_host,
+                port=operations_port or None,
+                near_port=min(port + 1, 65535),
+                socket_path=operations_socket,
+                api_key=api_key,
+                health_timeout_s=health_timeout,
+                otlp_endpoint=otlp_endpoint,
+            )
         options = ServeOptions(
             engine=replace(
                 engine(model), tps_floor=tps_floor or None, queue_timeout_s=queue_timeout or None
@@ -93,6 +129,7 @@ def serve(
             curl=curl,
             shutdown_timeout_s=shutdown_timeout,
             log_level=log_level.value,
+            operations=operations,
         )
         code = supervise(options)
         if code:

@@ -27,6 +27,7 @@ from tokenspeed.entrypoint.gateway import (
     check_exposure,
     unused_port,
 )
+from tokenspeed.entrypoint.operations.server import OperationsConfig, OperationsServer
 from tokenspeed.entrypoint.parsers import (
     REASONING_PARSERS,
     TOOL_CALL_PARSERS,
@@ -55,6 +56,7 @@ class ServeOptions:
 
     Attributes:
         curl: print a curl when ready; None for on a terminal.
+        operations: the operations port; None for none.
     """
 
     engine: EngineConfig
@@ -68,6 +70,7 @@ class ServeOptions:
     curl: bool | None
     shutdown_timeout_s: int
     log_level: str
+    operations: OperationsConfig | None = None
 
 
 def supervise(options: ServeOptions) -> int:
@@ -101,6 +104,7 @@ class _Supervisor:
         self._worker_port = 0
         self._engine: EngineProcess | None = None
         self._gateway: Gateway | None = None
+        self._operations: OperationsServer | None = None
         self._stopping = asyncio.Event()
         self._began_s = time.monotonic()
 
@@ -143,11 +147,17 @@ class _Supervisor:
 
     async def _serve(self) -> None:
         self._server, self._worker_port = await start_server(self._servicer)
+        if self._options.operations is not None:
+            self._operations = await OperationsServer.start(
+                self._servicer, self._options.operations
+            )
         await self._start_engine()
         assert self._engine is not None
         info = self._engine.client.info
         self._gateway = await Gateway.launch(self._gateway_config(info))
         await self._gateway.wait_ready(model_name=info.model_name, timeout_s=_GATEWAY_TIMEOUT_S)
+        if self._operations is not None:
+            self._operations.connect(self._gateway.url, info.model_name)
         self._announce(info, self._gateway.url)
         await self._watch(self._gateway)
 
@@ -211,6 +221,8 @@ class _Supervisor:
     def _announce(self, info: EngineInfo, url: str) -> None:
         ready_s = time.monotonic() - self._began_s
         print(f"TokenSpeed serves {info.model_name} at {url}/v1 (ready in {ready_s:.1f} s)")
+        if self._operations is not None:
+            print(f"operations: {self._operations.url}")
         if (line := _floor_line(info)) is not None:
             print(line)
         wanted = self._options.curl
@@ -228,6 +240,8 @@ class _Supervisor:
         self._servicer.draining = True
         if self._gateway is not None:
             await self._gateway.stop(is_idle=lambda: self._servicer.running == 0)
+        if self._operations is not None:
+            await self._operations.stop()
         if self._engine is not None:
             await self._engine.stop()
         if self._server is not None:

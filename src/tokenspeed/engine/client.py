@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tokenspeed.engine.wire import (
     EngineStats,
     Failed,
     FromEngine,
+    LiveRequest,
     LoadProgress,
     Ready,
     Refused,
@@ -37,6 +39,7 @@ from tokenspeed.engine.wire import (
     decode_from_engine,
     encode,
     error_of,
+    live_requests,
 )
 
 __all__ = ["EngineClient"]
@@ -62,7 +65,9 @@ class EngineClient:
         self.messages = 0
         self._socket = socket
         self._streams = StreamTable()
-        self._calls: dict[int, asyncio.Future[EngineStats | bool | str | None]] = {}
+        self._calls: dict[
+            int, asyncio.Future[EngineStats | bool | str | list[list[int]] | None]
+        ] = {}
         self._cache_queues: list[asyncio.Queue[CacheEventBatch | None]] = []
         self._numbers = itertools.count(1)
         self._dead: EngineDead | None = None
@@ -152,6 +157,7 @@ class EngineClient:
             stops = StopStrings(params.stop, self.tokenizer.incremental_detokenizer())
         request = next(self._numbers)
         stream = TokenStream(
+            request=request,
             prompt_tokens=len(ids),
             stop_strings=stops,
             abort=lambda: self._abort(request),
@@ -167,6 +173,7 @@ class EngineClient:
                 salt,
                 priority,
                 None if tenant is None else _tenant_number(tenant),
+                sent_us=time.monotonic_ns() // 1000,
             )
         )
         return stream
@@ -176,6 +183,12 @@ class EngineClient:
         value = await self._call("stats")
         assert isinstance(value, EngineStats)
         return value
+
+    async def live_requests(self) -> list[LiveRequest]:
+        """The requests that have not ended, and where their time goes."""
+        value = await self._call("live_requests")
+        assert isinstance(value, list)
+        return live_requests(value)
 
     async def flush_cache(self, timeout_s: float = 0.0) -> bool:
         """Drop the prefix cache; False if requests still ran after `timeout_s`."""
@@ -253,10 +266,12 @@ class EngineClient:
         if request in self._streams and self.alive:
             self._send(Abort(request))
 
-    async def _call(self, method: str, **arguments: Any) -> EngineStats | bool | str | None:
+    async def _call(
+        self, method: str, **arguments: Any
+    ) -> EngineStats | bool | str | list[list[int]] | None:
         self._check_alive()
         number = next(self._numbers)
-        future: asyncio.Future[EngineStats | bool | str | None] = (
+        future: asyncio.Future[EngineStats | bool | str | list[list[int]] | None] = (
             asyncio.get_running_loop().create_future()
         )
         self._calls[number] = future

@@ -20,10 +20,21 @@ from tokenspeed.core.step import (
     StepPlan,
     StepResult,
 )
-from tokenspeed.engine.wire import EngineInfo, LogprobColumns, Refused, StepOutputs, Submit
+from tokenspeed.engine.ledger import Launched as BookedStep
+from tokenspeed.engine.ledger import Ledger, StepClock
+from tokenspeed.engine.wire import (
+    EngineInfo,
+    LogprobColumns,
+    Refused,
+    StepOutputs,
+    StepTiming,
+    Submit,
+)
 from tokenspeed.grammar import ConstraintCompiler, Grammar, Refusal
 
-__all__ = ["Engine", "EngineCore", "LaunchedStep", "StepRunner"]
+__all__ = ["Engine", "EngineCore", "LaunchedStep", "StepRunner", "step_timing"]
+
+_CLOCK_FIELDS = [name for name in StepClock.__slots__ if not name.startswith("_")]
 
 
 class LaunchedStep(Protocol):
@@ -80,6 +91,7 @@ class _InFlight:
     plan: StepPlan
     launched: LaunchedStep
     confined: dict[int, int]
+    booked: BookedStep
 
 
 class EngineCore:
@@ -92,6 +104,10 @@ class EngineCore:
         constraints: compiles what answers must follow; None to refuse such requests.
         overlap_depth: steps launched ahead of the oldest uncommitted one.
         seed: base of the seeds of requests that bring none; None draws each afresh.
+
+    Attributes:
+        ledger: where the time of each request goes.
+        clock: where the time of steps goes.
     """
 
     def __init__(
@@ -106,6 +122,8 @@ class EngineCore:
     ) -> None:
         self.control = control
         self.runner = runner
+        self.ledger = Ledger(control.interval_bound_us)
+        self.clock = StepClock()
         self._eos_token_ids = eos_token_ids
         self._overlap_depth = overlap_depth
         self._seeds = None if seed is None else np.random.Generator(np.random.Philox(seed))
@@ -146,11 +164,13 @@ class EngineCore:
         wanted = message.params.structured_outputs
         if wanted is None:
             self._admit(message, None)
+            self._open_account(message)
             return
         if self._constraints is None:
             raise InvalidParameter("this engine enforces no constraints; leave them out")
         self._constraints.submit(message.request, wanted)
         self._compiling[message.request] = message
+        self._open_account(message)
 
     def _admit(self, message: Submit, grammar: Grammar | None) -> None:
         params = message.params
@@ -184,6 +204,7 @@ class EngineCore:
         if self._compiling.pop(request, None) is not None:
             assert self._constraints is not None
             self._constraints.cancel(request)
+            self.ledger.drop(request)
             self._refuse(request, RequestError("the request was ended before it began"))
             return
         self.control.abort(request)
@@ -196,28 +217,47 @@ class EngineCore:
 
     def step(self) -> StepOutputs | None:
         """Plan, launch, commit once. None when nothing came of it."""
+        began_us = _now_us()
+        self.clock.begin(began_us)
         # An engine with nothing else to do was woken, and must take what woke it.
         if self._constraints is not None and (self._compiling or not self.busy):
             self._admit_compiled(self._constraints)
         plan = self.control.plan(_now_us())
+        now_us = planned_us = _now_us()
+        self.clock.plan_us += planned_us - began_us
         if plan is not None:
+            booked = self.ledger.launched(plan, planned_us)
             self._bind(plan)
             launched = self.runner.launch(plan)
             self._in_flight.append(
-                _InFlight(plan=plan, launched=launched, confined=self._confined.copy())
+                _InFlight(
+                    plan=plan, launched=launched, confined=self._confined.copy(), booked=booked
+                )
             )
+            now_us = _now_us()
+            self.clock.launch_us += now_us - planned_us
         logprobs = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap_depth):
             done = self._in_flight.popleft()
             result = done.launched.result()
-            self.control.commit(done.plan.step, result.tokens, _now_us())
+            done_us = _now_us()
+            self.clock.forward_us += done_us - now_us
+            self.control.commit(done.plan.step, result.tokens, done_us)
             for transfer in done.plan.transfers.ids.tolist():
                 # The runner does them in the step that begins them.
                 self.control.transferred(transfer, complete=True)
             logprobs = result.logprobs
             for slot, reason in result.failures.items():
                 self._fail(done.confined[slot], reason)
-        return self._outputs(self.control.take_outcome(), logprobs)
+            self.ledger.retired(done.booked, done_us)
+            self.clock.book(done.plan, done_us - done.booked.began_us)
+            now_us = _now_us()
+            self.clock.commit_us += now_us - done_us
+        outputs = self._outputs(self.control.take_outcome(), logprobs)
+        ended_us = _now_us()
+        self.clock.outputs_us += ended_us - now_us
+        self.clock.end(ended_us, busy=self.busy)
+        return outputs
 
     def close(self) -> None:
         """Free the runner, and end what compiles constraints."""
@@ -230,12 +270,23 @@ class EngineCore:
         for compiled in constraints.take():
             message = self._compiling.pop(compiled.request)
             if isinstance(compiled.outcome, Refusal):
+                self.ledger.drop(compiled.request)
                 self._refuse(compiled.request, compiled.outcome.error())
                 continue
             try:
                 self._admit(message, compiled.outcome)
+                self.ledger.queue(compiled.request, _now_us())
             except RequestError as error:
+                self.ledger.drop(compiled.request)
                 self._refuse(compiled.request, error)
+
+    def _open_account(self, message: Submit) -> None:
+        self.ledger.open(
+            message.request,
+            prompt_count=len(message.prompt) // 4,
+            at_us=_now_us() if message.sent_us is None else message.sent_us,
+            constrained=message.request in self._compiling,
+        )
 
     def _refuse(self, request: int, error: RequestError) -> None:
         self._refused.append(Refused(request, type(error).__name__, str(error)))
@@ -280,7 +331,8 @@ class EngineCore:
     ) -> StepOutputs | None:
         if not (len(outcome.requests) or len(outcome.finished) or len(outcome.admitted)):
             return None
-        for request in outcome.finished.tolist():
+        finished = outcome.finished.tolist()
+        for request in finished:
             del self._live[request]
         return StepOutputs(
             requests=outcome.requests.tobytes(),
@@ -291,6 +343,7 @@ class EngineCore:
             retries_ms=outcome.retries_ms.tobytes(),
             admitted=outcome.admitted.tobytes(),
             cache_reports=outcome.cache_reports.tobytes(),
+            times=self.ledger.close(finished, _now_us()).tobytes(),
             logprobs=None if logprobs is None else _columns(outcome, logprobs),
         )
 
@@ -301,6 +354,17 @@ class Engine:
 
     core: EngineCore
     info: EngineInfo
+
+
+def step_timing(core: EngineCore) -> StepTiming:
+    """Where an engine's time went, and how evenly its tokens came."""
+    clock, ledger = core.clock, core.ledger
+    return StepTiming(
+        **{name: getattr(clock, name) for name in _CLOCK_FIELDS},
+        intervals=ledger.intervals.tolist(),
+        intervals_us=ledger.intervals_us,
+        floor_violations=ledger.floor_violations,
+    )
 
 
 def _now_us() -> int:

@@ -178,6 +178,7 @@ class LLM:
         if params.stop:
             stops = StopStrings(params.stop, self.tokenizer.incremental_detokenizer())
         stream = TokenStream(
+            request=message.request,
             prompt_tokens=len(prompt),
             stop_strings=stops,
             abort=lambda: self._core.abort(message.request),

@@ -14,7 +14,7 @@ import zmq
 from tokenspeed import loader
 from tokenspeed.control import CacheEvents
 from tokenspeed.core.errors import RequestError, TokenSpeedError
-from tokenspeed.engine.core import Engine
+from tokenspeed.engine.core import Engine, step_timing
 from tokenspeed.engine.wire import (
     Abort,
     Begun,
@@ -167,11 +167,13 @@ class _Server:
 
     def _answer(self, call: Call) -> Reply:
         runner, control, arguments = self._core.runner, self._core.control, call.arguments
-        value: EngineStats | bool | str | None = None
+        value: EngineStats | bool | str | list[list[int]] | None = None
         try:
             match call.method:
                 case "stats":
                     value = self._stats()
+                case "live_requests":
+                    value = self._core.ledger.live(time.monotonic_ns() // 1000).tolist()
                 case "flush_cache":
                     value = self._core.idle and control.flush_cache()
                 case "start_profile":
@@ -197,6 +199,7 @@ class _Server:
             **{name: getattr(stats, name) for name in type(stats).__dataclass_fields__},
             uptime_s=time.monotonic() - self._started_s,
             output_tokens_per_s=self._rate.per_s(),
+            timing=step_timing(self._core),
         )
 
     def _subscribe_cache(self, *, on: bool) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy as np
 
 from tokenspeed.core.errors import Overloaded
 from tokenspeed.core.step import CacheReport, FinishReason
-from tokenspeed.engine.wire import LogprobColumns, StepOutputs
+from tokenspeed.engine.wire import LogprobColumns, RequestTimes, StepOutputs, request_times
 
 __all__ = ["StopStrings", "StreamTable", "TokenDelta", "TokenLogprob", "TokenStream"]
 
@@ -81,16 +82,30 @@ class TokenStream:
     It ends after the delta that carries a finish reason. Tokens that arrive while nobody waits
     are merged into one delta. Leaving the iteration early does not end the request: call `abort`.
     `cache` says where the prompt came from, and is there with the first delta.
+
+    Attributes:
+        tokens: how many came so far.
+        first_token_s, ended_s: when the first came and when the end did, by the monotonic clock.
+        finish_reason: how the stream ended; None while it has not, and where an error ended it.
+        times: where its time went in the engine; there when the engine is through with it, which
+            is a moment after the end of a stream that was ended on this side.
     """
 
     def __init__(
         self,
         *,
+        request: int,
         prompt_tokens: int,
         stop_strings: StopStrings | None,
         abort: Callable[[], None],
     ) -> None:
+        self.request = request
         self.prompt_tokens = prompt_tokens
+        self.tokens = 0
+        self.first_token_s: float | None = None
+        self.ended_s: float | None = None
+        self.finish_reason: FinishReason | None = None
+        self.times: RequestTimes | None = None
         self.cache: CacheReport | None = None
         self.done = False
         self._stop_strings = stop_strings
@@ -116,13 +131,16 @@ class TokenStream:
         """
         if self.done:
             return
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic()
+        self.tokens += 1
         delta = self._delta()
         delta.token_ids.append(token_id)
         delta.cached_tokens = cached_tokens
         if self._stop_strings is not None and not is_stop:
             delta.stop_string = self._stop_strings.push(token_id)
             if delta.stop_string is not None:
-                delta.finish_reason = FinishReason.STOP
+                delta.finish_reason = self.finish_reason = FinishReason.STOP
                 self._end()
                 self._abort()
         self._wake()
@@ -142,7 +160,7 @@ class TokenStream:
             return
         self._end()
         delta = self._delta()
-        delta.finish_reason = reason
+        delta.finish_reason = self.finish_reason = reason
         delta.stop_token_id = stop_token_id
         self._wake()
 
@@ -195,6 +213,7 @@ class TokenStream:
 
     def _end(self) -> None:
         self.done = True
+        self.ended_s = time.monotonic()
         _release(self._rester)
 
     def _wake(self) -> None:
@@ -259,9 +278,11 @@ class StreamTable:
                 if stop:
                     stop_tokens[request] = token
                 stream.push(token, count, is_stop=stop)
-        for request, reason, retry_ms in zip(finished, reasons, retries, strict=True):
+        times = request_times(outputs)
+        for request, reason, retry_ms, spent in zip(finished, reasons, retries, times, strict=True):
             if (stream := self._streams.pop(request, None)) is None:
                 continue
+            stream.times = spent
             if reason == FinishReason.REFUSED:
                 stream.fail(_refusal(retry_ms / 1000))
             else:

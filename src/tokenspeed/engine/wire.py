@@ -4,13 +4,16 @@ Token arrays travel as raw little-endian bytes in columns, one message a step, s
 makes no Python object per request.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from tokenspeed.core import errors
 from tokenspeed.core.errors import EngineError, TokenSpeedError
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.engine.ledger import TIMES_COLUMNS
 
 __all__ = [
     "Abort",
@@ -21,13 +24,16 @@ __all__ = [
     "EngineStats",
     "Failed",
     "FromEngine",
+    "LiveRequest",
     "LoadProgress",
     "LogprobColumns",
     "Ready",
     "Refused",
     "Reply",
+    "RequestTimes",
     "Shutdown",
     "StepOutputs",
+    "StepTiming",
     "Submit",
     "ToEngine",
     "decode_from_engine",
@@ -35,6 +41,8 @@ __all__ = [
     "encode",
     "endpoint",
     "error_of",
+    "live_requests",
+    "request_times",
 ]
 
 
@@ -69,6 +77,69 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     tps_alone: float | None
 
 
+class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine's time went since its start, and how evenly tokens came.
+
+    Attributes:
+        plan_us to mixed_steps: as in `engine.ledger.StepClock`.
+        intervals: intervals between two tokens of a request, counted by length: the buckets of
+            `engine.ledger.INTERVAL_BOUNDS_US`, and one for all that are longer.
+        intervals_us: their sum.
+        floor_violations: how many were longer than the floor allows.
+    """
+
+    plan_us: int = 0
+    launch_us: int = 0
+    forward_us: int = 0
+    commit_us: int = 0
+    outputs_us: int = 0
+    messages_us: int = 0
+    decode_us: int = 0
+    prefill_us: int = 0
+    mixed_us: int = 0
+    decode_steps: int = 0
+    prefill_steps: int = 0
+    mixed_steps: int = 0
+    intervals: list[int]
+    intervals_us: int = 0
+    floor_violations: int = 0
+
+
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request's time went in the engine, in microseconds; see `engine.ledger.Ledger`.
+
+    Attributes:
+        first_token_at_us, ended_at_us: times of the monotonic clock, which all processes of a
+            machine share; None for what has not been.
+    """
+
+    constraint_us: int
+    queue_us: int
+    restore_us: int
+    prefill_us: int
+    stall_us: int
+    decode_us: int
+    first_token_at_us: int | None
+    ended_at_us: int | None
+
+
+class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that has not ended.
+
+    Attributes:
+        times: where its time went so far.
+        tokens: generated so far.
+        interval_us: its usual time between two tokens of late; None before there were two.
+        floor_interval_us: the longest that keeps the floor; None where none is held.
+    """
+
+    request: int
+    times: RequestTimes
+    tokens: int
+    interval_us: int | None
+    floor_interval_us: int | None
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the engine: the scheduler's, and time."""
 
@@ -99,6 +170,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     refusals: int
     uptime_s: float
     output_tokens_per_s: float
+    timing: StepTiming
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -108,6 +180,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
         prompt: int32 token ids.
         seed: the request's own.
         tenant: 64-bit number of whoever shares its turns; None for that of the salt.
+        sent_us: when it was sent, by the machine's monotonic clock; None for when it is taken.
     """
 
     request: int
@@ -118,6 +191,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     salt: int
     priority: int
     tenant: int | None
+    sent_us: int | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -198,6 +272,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
         finished, reasons: int64, int32 [F], requests that ended and `FinishReason`s.
         retries_ms: int32 [F], when to try again where the reason is REFUSED.
         admitted, cache_reports: int64 [A], int32 [A, 5], as in `core.step.StepOutcome`.
+        times: int64 [F, 8], as `engine.ledger.Ledger.close` gives them.
     """
 
     requests: bytes
@@ -208,6 +283,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     retries_ms: bytes
     admitted: bytes
     cache_reports: bytes
+    times: bytes
     logprobs: LogprobColumns | None
 
 
@@ -233,7 +309,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
     """The answer to a `Call`: `value`, or the kind and text of an error."""
 
     number: int
-    value: EngineStats | bool | str | None
+    value: EngineStats | bool | str | list[list[int]] | None
     error_kind: str | None = None
     error_message: str | None = None
 
@@ -259,6 +335,43 @@ def decode_to_engine(data: bytes) -> ToEngine:
 def decode_from_engine(data: bytes) -> FromEngine:
     """A message that an engine sent. Raises msgspec.DecodeError on anything else."""
     return _from_engine.decode(data)
+
+
+def request_times(outputs: StepOutputs) -> Iterator[RequestTimes]:
+    """Where the time of each request went that ended in a step, in their order."""
+    for row in np.frombuffer(outputs.times, dtype=np.int64).reshape(-1, TIMES_COLUMNS).tolist():
+        *phases, first_us, ended_us = row
+        yield _times(phases, first_us or None, ended_us)
+
+
+def live_requests(rows: list[list[int]]) -> list[LiveRequest]:
+    """What `engine.ledger.Ledger.live` told, [N, 10]."""
+    found = []
+    for request, *phases, tokens, interval_us, floor_interval_us in rows:
+        found.append(
+            LiveRequest(
+                request=request,
+                times=_times(phases, None, None),
+                tokens=tokens,
+                interval_us=interval_us or None,
+                floor_interval_us=floor_interval_us or None,
+            )
+        )
+    return found
+
+
+def _times(phases: list[int], first_us: int | None, ended_us: int | None) -> RequestTimes:
+    constraint_us, queue_us, restore_us, prefill_us, stall_us, decode_us = phases
+    return RequestTimes(
+        constraint_us=constraint_us,
+        queue_us=queue_us,
+        restore_us=restore_us,
+        prefill_us=prefill_us,
+        stall_us=stall_us,
+        decode_us=decode_us,
+        first_token_at_us=first_us,
+        ended_at_us=ended_us,
+    )
 
 
 def endpoint(socket_path: Path) -> str:

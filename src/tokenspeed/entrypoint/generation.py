@@ -56,6 +56,9 @@ class Generation:
         history: what was served before, to be served alike; None to serve prompts as they come.
         salt_key: makes the salts of tenants, which nobody outside can foresee.
 
+    Attributes:
+        prompt: [T] int32, the tokens that are served.
+
     Raises:
         RequestError: the request is wrong; nothing runs in the engine then.
         EngineDead: there is no engine.
@@ -84,6 +87,7 @@ class Generation:
             most = served_tokens_max(len(ids), params, client.info)
             self._prompt = history.recall(ids, tenant=tenant, tokens_max=most)
         self.request_id: str = request.request_id
+        self.prompt = self._prompt.ids
         self._streamed = bool(request.stream)
         self._keeps_stop_token = bool(request.sampling_params.no_stop_trim)
         self._marks = client.tokenizer.control_token_ids
@@ -108,6 +112,11 @@ class Generation:
         """End every sample that still runs; those streams end with the reason "abort"."""
         for stream in self._streams:
             stream.abort()
+
+    @property
+    def streams(self) -> "tuple[TokenStream, ...]":
+        """One for each sample."""
+        return tuple(self._streams)
 
     @property
     def samples(self) -> int:

@@ -18,9 +18,10 @@ from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 from tokenspeed import __version__
 from tokenspeed.core.errors import EngineDead, InvalidParameter, Overloaded, TokenSpeedError
 from tokenspeed.entrypoint.cache_events import event_messages
-from tokenspeed.entrypoint.generation import Generation, GenerationTable
+from tokenspeed.entrypoint.generation import Generation, GenerationTable, tenant_of
 from tokenspeed.entrypoint.history import HistoryStats, TokenHistory
 from tokenspeed.entrypoint.loads import loads_response
+from tokenspeed.entrypoint.operations.records import RequestBook
 from tokenspeed.entrypoint.spelling import TokenSpelling
 from tokenspeed.entrypoint.status import status_of
 from tokenspeed.entrypoint.tokenizer_archive import archive_chunks
@@ -53,6 +54,7 @@ class Servicer:
             as; see `history`.
 
     Attributes:
+        book: the requests, for the operations port.
         draining: whether new requests are refused, with 429 and a time to come back; those that
             run go on.
     """
@@ -64,6 +66,8 @@ class Servicer:
         self._history: TokenHistory | None = None
         self._client: EngineClient | None = None
         self._absence = "the engine is starting"
+        self.book = RequestBook()
+        self.draining = False
         self._generations = GenerationTable()
         self._started_at_s = time.time()
         self._heard_at_s = 0.0
@@ -89,6 +93,16 @@ class Servicer:
         self._absence = reason
 
     @property
+    def client(self) -> "EngineClient | None":
+        """The engine's; None while there is none, for the reason in `absence`."""
+        return self._client
+
+    @property
+    def absence(self) -> str:
+        """Why there was last no engine."""
+        return self._absence
+
+    @property
     def running(self) -> int:
         """How many Generate calls are in flight."""
         return len(self._generations)
@@ -110,12 +124,16 @@ class Servicer:
         went away cancels this call. Both end the engine's requests.
         """
         try:
-            if self.draining:
-                raise Overloaded("the server is draining", retry_after_s=_DRAINING_RETRY_S)
-            self._generations.check_free(request.request_id)
-            generation = Generation(request, self._live(), self._history, salt_key=self._salt_key)
-            with self._generations.listed(generation):
-                await generation.relay(context, self._generations.pause_s)
+            with self.book.observed(request.request_id, tenant_of(request.request_id)) as record:
+                if self.draining:
+                    raise Overloaded("the server is draining", retry_after_s=_DRAINING_RETRY_S)
+                self._generations.check_free(request.request_id)
+                generation = Generation(
+                    request, self._live(), self._history, salt_key=self._salt_key
+                )
+                record.begin(generation.prompt, generation.streams)
+                with self._generations.listed(generation):
+                    await generation.relay(context, self._generations.pause_s)
         except Exception as error:
             await _refuse(context, error)
 

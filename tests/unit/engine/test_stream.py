@@ -29,7 +29,7 @@ class Aborts:
 def stream_with(*stops: str) -> tuple[TokenStream, Aborts]:
     aborts = Aborts()
     strings = StopStrings(stops, Letters()) if stops else None
-    return TokenStream(prompt_tokens=1, stop_strings=strings, abort=aborts), aborts
+    return TokenStream(request=1, prompt_tokens=1, stop_strings=strings, abort=aborts), aborts
 
 
 def step(
@@ -48,6 +48,7 @@ def step(
         np.array([2500 for _ in ended], dtype=np.int32).tobytes(),
         np.array(admitted, dtype=np.int64).tobytes(),
         np.array([[r, 1, 2, 3, 4] for r in admitted], dtype=np.int32).tobytes(),
+        np.array([[1, 2, 3, 4, 5, 6, 0, r] for r, _ in ended], dtype=np.int64).tobytes(),
         logprobs,
     )
 

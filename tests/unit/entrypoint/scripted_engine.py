@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from tokenspeed.core.errors import EngineDead
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import FinishReason
+from tokenspeed.engine.ledger import INTERVAL_BOUNDS_US
 from tokenspeed.engine.stream import TokenStream
-from tokenspeed.engine.wire import CacheEventBatch, EngineInfo, EngineStats
+from tokenspeed.engine.wire import CacheEventBatch, EngineInfo, EngineStats, LiveRequest, StepTiming
 
 EOS = 2
 
@@ -55,6 +56,7 @@ class ScriptedEngine:
         self.aborted: list[int] = []
         self.cache: asyncio.Queue[CacheEventBatch] = asyncio.Queue()
         self.dead = False
+        self.steps = 5
 
     def generate(
         self,
@@ -69,6 +71,7 @@ class ScriptedEngine:
             raise EngineDead("the engine is gone")
         index = len(self.streams)
         stream = TokenStream(
+            request=index,
             prompt_tokens=len(prompt),
             stop_strings=None,
             abort=lambda: self.aborted.append(index),
@@ -110,7 +113,7 @@ class ScriptedEngine:
             pages_active=16,
             host_pages_total=0,
             host_pages_cached=0,
-            steps=5,
+            steps=self.steps,
             prompt_tokens=100,
             cached_tokens=25,
             missed_evicted_tokens=10,
@@ -126,7 +129,11 @@ class ScriptedEngine:
             refusals=0,
             uptime_s=2.0,
             output_tokens_per_s=25.0,
+            timing=StepTiming(intervals=[0] * (len(INTERVAL_BOUNDS_US) + 1)),
         )
+
+    async def live_requests(self) -> list[LiveRequest]:
+        return []
 
     async def flush_cache(self, timeout_s: float) -> bool:
         return timeout_s > 0
