@@ -40,7 +40,7 @@ def ask(server: Serve, words: str, *, request_id: str, max_tokens: int = 24) -> 
         f"{server.url}/v1/chat/completions",
         json={**CHAT, "messages": [{"role": "user", "content": words}], "max_tokens": max_tokens},
         headers={"x-request-id": request_id},
-        timeout=120,
+        timeout=500,
         trust_env=False,
     )
 
@@ -113,7 +113,7 @@ def test_turns_are_a_session_whose_prefix_comes_from_cache(
             f"{server.url}/v1/chat/completions",
             json={**CHAT, "messages": messages, "max_tokens": 20},
             headers={"x-request-id": f"tenant=fox/{turn}"},
-            timeout=120,
+            timeout=500,
             trust_env=False,
         )
         messages.append(answer.json()["choices"][0]["message"])

@@ -13,10 +13,10 @@ from tokenspeed.core.errors import EngineDead, Overloaded, RequestError
 from tokenspeed.entrypoint.operations.sessions import SessionIndex
 
 if TYPE_CHECKING:
-    from tokenspeed.entrypoint.history import TokenIds
     from tokenspeed.core.step import CacheReport
     from tokenspeed.engine.stream import TokenStream
     from tokenspeed.engine.wire import RequestTimes
+    from tokenspeed.entrypoint.history import TokenIds
 
 __all__ = ["EndedRequest", "RequestBook", "RequestRecord", "SampleRecord", "SessionView"]
 
