@@ -67,7 +67,6 @@ class Servicer:
         self._client: EngineClient | None = None
         self._absence = "the engine is starting"
         self.book = RequestBook()
-        self.draining = False
         self._generations = GenerationTable()
         self._started_at_s = time.time()
         self._heard_at_s = 0.0
