@@ -106,6 +106,12 @@ def replay(
     return turns
 
 
+def sums(sessions: list[list[dict[str, int]]]) -> dict[str, int]:
+    """Tokens of all turns but the first of each session."""
+    later = [turn for turns in sessions for turn in turns[1:]]
+    return {name: sum(turn[name] for turn in later) for name in ("prompt", "cached", "ideal")}
+
+
 def report(
     arguments: argparse.Namespace,
     console: Console,
@@ -116,9 +122,7 @@ def report(
 ) -> None:
     """Print and append what the turns after the first of each session had."""
     later = [turn for turns in sessions for turn in turns[1:]]
-    prompt, cached, ideal = (
-        sum(turn[name] for turn in later) for name in ("prompt", "cached", "ideal")
-    )
+    prompt, cached, ideal = sums(sessions).values()
     short = sum(turn["cached"] < 0.99 * turn["ideal"] for turn in later)
     took_s = sum(turn["took_ms"] for turn in later) / 1000
     remembered = {name: value for name, value in counters.items() if name.startswith("history_")}
@@ -176,17 +180,19 @@ def main() -> int:
                 ) as server,
                 httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client,
             ):
-                sessions = [
-                    replay(
-                        client,
-                        tokenizer,
-                        session,
-                        temperature=temperature,
-                        output_tokens=arguments.output_tokens,
-                        context_max=arguments.max_context,
+                sessions = []
+                for session in workload.sessions:
+                    sessions.append(
+                        replay(
+                            client,
+                            tokenizer,
+                            session,
+                            temperature=temperature,
+                            output_tokens=arguments.output_tokens,
+                            context_max=arguments.max_context,
+                        )
                     )
-                    for session in workload.sessions
-                ]
+                    console.print(f"{session.name}: {sums(sessions)}", soft_wrap=True)
                 with server.servicer() as channel:
                     counters = server.counters(channel)
             report(arguments, console, history, temperature, sessions, counters)
