@@ -128,7 +128,6 @@ def test_shared_experts_are_added_before_sums_of_both_are_made() -> None:
 
 
 DEEPSEEK = {**PUBLISHED["DeepSeek-V3"], "num_hidden_layers": 2, "first_k_dense_replace": 1}
-del DEEPSEEK["quantization_config"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,6 @@ def test_a_configuration_of_transformers_5_is_read() -> None:
         ({"architectures": None}, CorruptCheckpoint, "names no architecture"),
         ({"hidden_act": "gelu"}, UnsupportedModel, "silu is supported"),
         ({"use_sliding_window": True}, UnsupportedModel, "full attention"),
-        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModel, "awq"),
         (
             {"rope_scaling": {"rope_type": "longrope"}},
             UnsupportedModel,

@@ -130,9 +130,6 @@ def outline(
         ConfigError: it cannot be divided over so many ranks.
     """
     name, hf_config, size_bytes, quantisation = _described(model)
-    if quantisation is None and hf_config.get("quantization_config"):
-        # Weights that no loader reads yet are counted as what they would be dequantised to.
-        hf_config = {k: v for k, v in hf_config.items() if k != "quantization_config"}
     config = ModelConfig.from_hf(hf_config)
     context_max = min(max_context or config.context_max, config.context_max)
     device = torch.device("cpu")

@@ -45,8 +45,8 @@ class Checkpoint(Protocol):
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, by its Hugging Face name.
 
-        One tensor is held at a time. Those of GGUF files are float32; those of safetensors have
-        the type they are stored in.
+        One tensor is held at a time. Those of GGUF files and quantised ones of safetensors are
+        float32; others have the type they are stored in.
 
         Args:
             progress: told of the bytes read.

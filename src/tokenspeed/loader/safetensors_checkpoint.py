@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.kernels import Stored
 from tokenspeed.loader.files import read_json_object
 from tokenspeed.loader.progress import Progress
+from tokenspeed.loader.schemes import read_scheme
 
 __all__ = ["SafetensorsCheckpoint"]
 
@@ -28,20 +31,22 @@ class SafetensorsCheckpoint:
     Raises:
         CorruptCheckpoint: a file is missing, damaged or truncated, or the index names a tensor
             that its file lacks.
-        UnsupportedModel: quantised, pickled, or elements of a type that is not handled.
+        UnsupportedModel: quantised in a way that is not read, pickled, or elements of a type that
+            is not handled.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.hf_config: dict[str, Any] = read_json_object(path / "config.json")
-        if (scheme := self.hf_config.get("quantization_config")) is not None:
-            method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
-            raise UnsupportedModel(
-                f"{path} is quantised with {method!r}; safetensors can be read in "
-                f"{', '.join(_DTYPES)}, quantised weights only from GGUF files"
-            )
+        self._scheme = read_scheme(self.hf_config)
         self.sampling_defaults: dict[str, float | int] = _sampling_defaults(path)
         self._shards = self._inspect(self._files())
+        self._file_of = {name: file for file, shard in self._shards.items() for name in shard}
+        # Of each tensor, the names of its parts: one, where it is not quantised.
+        self._parts = {name: {"": name} for name in self._file_of}
+        if self._scheme is not None:
+            self._parts = self._scheme.matrices(self._file_of)
+            self._require_plain()
 
     @property
     def size_bytes(self) -> int:
@@ -51,11 +56,13 @@ class SafetensorsCheckpoint:
     @property
     def tensor_count(self) -> int:
         """How many tensors `tensors` gives."""
-        return sum(map(len, self._shards.values()))
+        return len(self._parts)
 
     @property
     def quantisation(self) -> str:
-        """The commonest element type."""
+        """The format of quantised matrices, or the commonest element type."""
+        if self._scheme is not None:
+            return self._scheme.name
         sizes: Counter[str] = Counter()
         for shard in self._shards.values():
             for dtype, size_bytes in shard.values():
@@ -64,24 +71,53 @@ class SafetensorsCheckpoint:
 
     @property
     def packable(self) -> bool:
-        """No: what is quantised is refused."""
+        """No: what is quantised is dequantised."""
         return False
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Give every tensor once, in the type it is stored in; see `Checkpoint`."""
+        """Give every tensor once, in the type it is stored in, or float32; see `Checkpoint`."""
         for name, stored in self.blocks(progress):
             yield name, stored[()]
 
-    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, "_StoredTensor"]]:
+    def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Stored]]:
         """Every tensor once, to be read where it is indexed; nothing lies in blocks."""
         total, done = self.size_bytes, 0
-        for file, shard in self._shards.items():
-            with _opened(self._path / file) as weights:
-                for name, (_, size_bytes) in shard.items():
-                    done += size_bytes
-                    if progress is not None:
-                        progress.update("Loading weights", done, total, "bytes")
-                    yield name, _StoredTensor(weights.get_slice(name))
+        order = {file: place for place, file in enumerate(self._shards)}
+        opened: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def raw(name: str) -> _StoredTensor:
+                file = self._file_of[name]
+                if file not in opened:
+                    opened[file] = stack.enter_context(_opened(self._path / file))
+                return _StoredTensor(opened[file].get_slice(name))
+
+            # What belongs together may lie in several files, but hardly ever does.
+            for name, parts in sorted(
+                self._parts.items(),
+                key=lambda item: order[self._file_of[next(iter(item[1].values()))]],
+            ):
+                done += sum(self._shards[self._file_of[part]][part][1] for part in parts.values())
+                if progress is not None:
+                    progress.update("Loading weights", done, total, "bytes")
+                if "" in parts:
+                    yield name, raw(parts[""])
+                else:
+                    assert self._scheme is not None
+                    yield (
+                        name,
+                        self._scheme.make(name, {end: raw(part) for end, part in parts.items()}),
+                    )
+
+    def _require_plain(self) -> None:
+        """What is no part of a quantised matrix must be a number as it stands."""
+        for name, parts in self._parts.items():
+            dtype, _ = self._shards[self._file_of[name]][name] if "" in parts else ("F32", 4)
+            if dtype not in _DTYPES:
+                raise CorruptCheckpoint(
+                    f"tensor {name!r} of {self._path} has the type {dtype}, but nothing beside it "
+                    "says what its numbers stand for"
+                )
 
     def _files(self) -> dict[str, set[str] | None]:
         """Files of weights, and which tensors the index expects in each."""
@@ -133,12 +169,13 @@ class SafetensorsCheckpoint:
     def _tensor(self, weights: Any, file: str, name: str) -> tuple[str, int]:
         part = weights.get_slice(name)
         dtype = part.get_dtype()
-        if dtype not in _DTYPES:
+        supported = {**_DTYPES, **(self._scheme.dtypes if self._scheme else {})}
+        if dtype not in supported:
             raise UnsupportedModel(
                 f"tensor {name!r} of {self._path / file} has the type {dtype}; the supported types "
-                f"are {', '.join(_DTYPES)}"
+                f"are {', '.join(supported)}"
             )
-        size_bytes: int = _DTYPES[dtype]
+        size_bytes: int = supported[dtype]
         for dim in part.get_shape():
             size_bytes *= dim
         return dtype, size_bytes

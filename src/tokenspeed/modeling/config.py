@@ -148,13 +148,6 @@ def _refuse(config: Mapping[str, Any], architecture: str) -> None:
             raise UnsupportedModel(f"{architecture} with {name}; logits are not capped here")
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel(f"{architecture} with use_bidirectional_attention")
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise UnsupportedModel(
-            f"a checkpoint quantised by {method!r}; supported are float32, float16 and bfloat16 "
-            "safetensors, and GGUF files"
-        )
 
 
 def _windowed_layers(config: Mapping[str, Any]) -> frozenset[int]:

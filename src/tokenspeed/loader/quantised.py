@@ -1,0 +1,241 @@
+"""Matrices of quantised safetensors checkpoints as tensors: dequantised where they are indexed.
+
+Each format is what its makers have published: FP8 in blocks (DeepSeek-V3, 2024, section 3.3),
+GPTQ (Frantar et al. 2022) and AWQ (Lin et al. 2023) as their tools write them, compressed-tensors,
+and MXFP4 (OCP Microscaling Formats 1.0, 2023). Values are computed in float32.
+
+Legend: O outputs, I inputs, E experts, G groups of inputs that share a scale.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenspeed.core.errors import CorruptCheckpoint
+
+__all__ = ["Raw", "awq", "compressed_int4", "fp8_blocks", "gptq", "mxfp4"]
+
+# Which output of eight each four bits of an AWQ word hold, from the lowest on.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_IN_ORDER = tuple(range(8))
+_WORD = 8
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FP4_GROUP = 32
+_E8M0_BIAS = 127
+
+_Span = tuple[int, int]
+
+
+class Raw(Protocol):
+    """A tensor of a file, read where it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
+        """first:end of each dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Dequantised:
+    """A `kernels.Stored` of float32.
+
+    Attributes:
+        shape: sizes.
+        read: values of a span of each dimension.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[Sequence[_Span]], Tensor]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        """first:end of each dimension."""
+        chosen = index or (slice(None),) * len(self.shape)
+        bounds = [of.indices(size)[:2] for of, size in zip(chosen, self.shape, strict=True)]
+        return self.read(bounds)
+
+
+def fp8_blocks(name: str, parts: Mapping[str, Raw], block: tuple[int, int]) -> _Dequantised:
+    """weight [O, I] of float8_e4m3, times weight_scale_inv, one for each block.
+
+    Args:
+        name: the tensor's, for errors.
+        parts: by role.
+        block: outputs and inputs of a block.
+
+    Raises:
+        CorruptCheckpoint: the parts do not fit together.
+    """
+    weight, scales = parts["weight"], parts["weight_scale_inv"]
+    wanted = tuple(-(-size // of) for size, of in zip(weight.shape, block, strict=True))
+    _require_shape(name, "weight_scale_inv", scales, wanted)
+
+    def read(spans: Sequence[_Span]) -> Tensor:
+        values = weight[tuple(slice(*span) for span in spans)].float()
+        found = scales[
+            tuple(
+                slice(first // of, -(-end // of))
+                for (first, end), of in zip(spans, block, strict=True)
+            )
+        ].float()
+        for dim, (span, of) in enumerate(zip(spans, block, strict=True)):
+            found = _repeated(found, span, of, dim)
+        return values * found
+
+    return _Dequantised(weight.shape, read)
+
+
+def compressed_int4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
+    """weight_packed int32 [O, I / 8], eight inputs a word, less 8 or less weight_zero_point
+    [O / 8, G], eight outputs a word; times weight_scale [O, G].
+
+    Raises:
+        CorruptCheckpoint: the parts do not fit together.
+    """
+    packed, scales, zeros = (
+        parts["weight_packed"],
+        parts["weight_scale"],
+        parts.get("weight_zero_point"),
+    )
+    outputs, inputs = parts["weight_shape"][(slice(None),)].tolist()
+    _require_shape(name, "weight_packed", packed, (outputs, -(-inputs // _WORD)))
+    group = _group(name, inputs, scales.shape[1])
+    _require_shape(name, "weight_scale", scales, (outputs, inputs // group))
+    if zeros is not None:
+        _require_shape(name, "weight_zero_point", zeros, (-(-outputs // _WORD), inputs // group))
+
+    def read(spans: Sequence[_Span]) -> Tensor:
+        rows, columns = spans
+        words, groups = _whole(columns, _WORD), _whole(columns, group)
+        values = _unpacked(packed[slice(*rows), words], 1, columns)
+        less = torch.full((1, 1), 8.0)
+        if zeros is not None:
+            less = _unpacked(zeros[_whole(rows, _WORD), groups], 0, rows)
+        return _scaled(values, scales[slice(*rows), groups], less, columns, group)
+
+    return _Dequantised((outputs, inputs), read)
+
+
+def gptq(name: str, parts: Mapping[str, Raw], zero_offset: int) -> _Dequantised:
+    """qweight int32 [I / 8, O], eight inputs a word, less qzeros [G, O / 8], eight outputs a word;
+    times scales [G, O].
+
+    Args:
+        name: the tensor's, for errors.
+        parts: by role.
+        zero_offset: what is added to qzeros.
+
+    Raises:
+        CorruptCheckpoint: the parts do not fit together, or inputs are not in order.
+    """
+    packed, scales, zeros = parts["qweight"], parts["scales"], parts["qzeros"]
+    inputs, outputs = packed.shape[0] * _WORD, packed.shape[1]
+    group = _group(name, inputs, scales.shape[0])
+    _require_shape(name, "scales", scales, (inputs // group, outputs))
+    _require_shape(name, "qzeros", zeros, (inputs // group, -(-outputs // _WORD)))
+    if "g_idx" in parts:
+        groups_I = parts["g_idx"][(slice(None),)]
+        if not torch.equal(groups_I.long(), torch.arange(inputs) // group):
+            raise CorruptCheckpoint(
+                f"{name}: g_idx puts inputs in another order, but the checkpoint says desc_act "
+                "is false"
+            )
+
+    def read(spans: Sequence[_Span]) -> Tensor:
+        rows, columns = spans
+        groups = _whole(columns, group)
+        values = _unpacked(packed[_whole(columns, _WORD), slice(*rows)], 0, columns).T
+        less = _unpacked(zeros[groups, _whole(rows, _WORD)], 1, rows).T + zero_offset
+        return _scaled(values, scales[groups, slice(*rows)].T, less, columns, group)
+
+    return _Dequantised((outputs, inputs), read)
+
+
+def awq(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
+    """qweight int32 [I, O / 8], eight outputs a word in an order of their own, less qzeros
+    [G, O / 8] likewise; times scales [G, O].
+
+    Raises:
+        CorruptCheckpoint: the parts do not fit together.
+    """
+    packed, scales, zeros = parts["qweight"], parts["scales"], parts["qzeros"]
+    inputs, outputs = packed.shape[0], packed.shape[1] * _WORD
+    group = _group(name, inputs, scales.shape[0])
+    _require_shape(name, "scales", scales, (inputs // group, outputs))
+    _require_shape(name, "qzeros", zeros, (inputs // group, packed.shape[1]))
+
+    def read(spans: Sequence[_Span]) -> Tensor:
+        rows, columns = spans
+        words, groups = _whole(rows, _WORD), _whole(columns, group)
+        values = _unpacked(packed[slice(*columns), words], 1, rows, _AWQ_ORDER).T
+        less = _unpacked(zeros[groups, words], 1, rows, _AWQ_ORDER).T
+        return _scaled(values, scales[groups, slice(*rows)].T, less, columns, group)
+
+    return _Dequantised((outputs, inputs), read)
+
+
+def mxfp4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
+    """blocks uint8 [E, O, G, 16], two elements a byte, the lower half first; times two to the power
+    of scales uint8 [E, O, G] less 127. As models have it: [E, I, O].
+
+    Raises:
+        CorruptCheckpoint: the parts do not fit together.
+    """
+    blocks, scales = parts["_blocks"], parts["_scales"]
+    if len(blocks.shape) != 4 or blocks.shape[3] != _FP4_GROUP // 2:
+        raise CorruptCheckpoint(f"{name}: blocks are {list(blocks.shape)}, not [E, O, G, 16]")
+    _require_shape(name, "scales", scales, blocks.shape[:3])
+    experts, outputs, groups, _ = blocks.shape
+    table = torch.tensor((*_FP4, *(-value for value in _FP4)))
+
+    def read(spans: Sequence[_Span]) -> Tensor:
+        expert, columns, rows = spans
+        chosen = (slice(*expert), slice(*rows), _whole(columns, _FP4_GROUP))
+        bytes_EOGX = blocks[(*chosen, slice(0, _FP4_GROUP // 2))]
+        values = table[torch.stack((bytes_EOGX & 15, bytes_EOGX >> 4), dim=-1).int()].flatten(3)
+        powers = scales[chosen].int() - _E8M0_BIAS
+        values = torch.ldexp(values, powers[..., None]).flatten(2)
+        first = columns[0] % _FP4_GROUP
+        return values[..., first : first + columns[1] - columns[0]].transpose(1, 2)
+
+    return _Dequantised((experts, groups * _FP4_GROUP, outputs), read)
+
+
+def _whole(span: _Span, of: int) -> slice:
+    """Which groups or words of `of` elements have a part of a span."""
+    return slice(span[0] // of, -(-span[1] // of))
+
+
+def _unpacked(words: Tensor, dim: int, span: _Span, order: Sequence[int] = _IN_ORDER) -> Tensor:
+    """The four-bit numbers of a span that lie in int32 words along a dimension, as float32."""
+    shifts = torch.tensor([4 * order.index(element) for element in range(_WORD)])
+    apart = (words.unsqueeze(dim + 1) >> shifts.view(_WORD, *[1] * (1 - dim))) & 15
+    first = span[0] % _WORD
+    return apart.flatten(dim, dim + 1).narrow(dim, first, span[1] - span[0]).float()
+
+
+def _scaled(values: Tensor, scales: Tensor, less: Tensor, columns: _Span, group: int) -> Tensor:
+    if less.numel() > 1:
+        less = _repeated(less, columns, group, 1)
+    return (values - less) * _repeated(scales.float(), columns, group, 1)
+
+
+def _repeated(values: Tensor, span: _Span, of: int, dim: int) -> Tensor:
+    """What groups of `of` elements share, for each element of a span."""
+    each = values.repeat_interleave(of, dim)
+    return each.narrow(dim, span[0] % of, span[1] - span[0])
+
+
+def _group(name: str, inputs: int, groups: int) -> int:
+    if not groups or inputs % groups:
+        raise CorruptCheckpoint(f"{name}: {inputs} inputs are no {groups} equal groups")
+    return inputs // groups
+
+
+def _require_shape(name: str, what: str, part: Any, wanted: tuple[int, ...]) -> None:
+    if tuple(part.shape) != wanted:
+        raise CorruptCheckpoint(f"{name}: {what} is {list(part.shape)}, not {list(wanted)}")
