@@ -157,7 +157,7 @@ class _Supervisor:
         self._gateway = await Gateway.launch(self._gateway_config(info))
         await self._gateway.wait_ready(model_name=info.model_name, timeout_s=_GATEWAY_TIMEOUT_S)
         if self._operations is not None:
-            self._operations.connect(self._gateway.url, info.model_name)
+            self._operations.connect(self._gateway.url, info)
         self._announce(info, self._gateway.url)
         await self._watch(self._gateway)
 

@@ -339,7 +339,7 @@ def test_hostile_requests_are_refused_and_the_port_lives_on() -> None:
         assert (await http.post("/chat", content=b"x" * 2_000_000)).status_code == 413
         # The chat box has no gateway here.
         assert (await http.post("/chat", json={})).status_code == 503
-        scene.operations.connect("http://127.0.0.1:1", "scripted")
+        scene.operations.connect("http://127.0.0.1:1", scene.engine.info)
         for body, status in (
             (b"{", 400),
             (b'{"messages": []}', 400),
@@ -379,7 +379,7 @@ async def _raw(url: str, data: bytes) -> bytes:
 
 def test_a_chunked_body_that_never_ends_is_cut_off() -> None:
     async def case(scene: Scene) -> None:
-        scene.operations.connect("http://127.0.0.1:1", "scripted")
+        scene.operations.connect("http://127.0.0.1:1", scene.engine.info)
 
         async def endless() -> Any:
             while True:

@@ -22,6 +22,7 @@ from tokenspeed.entrypoint.operations.records import RequestBook, RequestRecord
 from tokenspeed.entrypoint.operations.timeline import ended_view, live_view
 
 if TYPE_CHECKING:
+    from tokenspeed.engine.wire import EngineInfo
     from tokenspeed.entrypoint.servicer import Servicer
 
 __all__ = ["Operations", "guarded_app"]
@@ -123,12 +124,13 @@ class Operations:
         running: dict[int | None, list[dict[str, object]]] = {}
         for record in self._book.live():
             running.setdefault(record.session, []).append(live_view(record, known))
-        floor = self._monitor.info.tps_floor if self._monitor.info is not None else None
         views = [
             {**asdict(view), "running": running.get(view.session, [])}
             for view in self._book.sessions()
         ]
-        return JSONResponse({"floor_tokens_per_s": floor, "sessions": views})
+        return JSONResponse(
+            {"floor_tokens_per_s": _floor_of(self._monitor.info), "sessions": views}
+        )
 
     async def cache(self, request: Request) -> Response:
         """Pages by tier and state, hits, and why the rest missed."""
@@ -210,11 +212,19 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
+def _floor_of(info: "EngineInfo | None") -> float | None:
+    """The floor of a short context: what was asked for, or 90% of what one user alone gets."""
+    if info is None or info.tps_floor is None:
+        return None
+    alone = info.tps_alone
+    return info.tps_floor if alone is None else round(min(info.tps_floor, 0.9 * alone), 2)
+
+
 def _get(path: str, handler: Callable[[Request], Awaitable[Response]]) -> Route:
     return Route(path, handler, methods=["GET"])
 
 
-def _engine_view(info: object) -> dict[str, object]:
+def _engine_view(info: "EngineInfo") -> dict[str, object]:
     """What the page shows of an engine: no paths of this machine."""
     names = (
         *("model_name", "architecture", "quantisation", "dtype", "context_max", "pages"),

@@ -37,11 +37,17 @@ class ChatProxy:
 
     Args:
         api_key: the gateway's; None where it wants none.
+
+    Attributes:
+        gateway_url: where it listens; None before it does.
+        model: the served model's name.
+        temperature: of conversations that bring none; None for the model's own.
     """
 
     def __init__(self, api_key: str | None) -> None:
         self.gateway_url: str | None = None
         self.model: str | None = None
+        self.temperature: float | None = None
         self._api_key = api_key
 
     async def chat(self, request: Request) -> Response:
@@ -60,6 +66,8 @@ class ChatProxy:
         body = {**msgspec.to_builtins(chat), "model": self.model, "stream": True}
         if chat.temperature is None:
             del body["temperature"]
+            if self.temperature is not None:
+                body["temperature"] = self.temperature
         # A proxy of the environment has no way to this machine's loopback.
         client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S), trust_env=False

@@ -25,6 +25,7 @@ from tokenspeed.entrypoint.operations.records import EndedRequest
 from tokenspeed.entrypoint.operations.spans import SpanExport, otlp_provider
 
 if TYPE_CHECKING:
+    from tokenspeed.engine.wire import EngineInfo
     from tokenspeed.entrypoint.servicer import Servicer
 
 __all__ = ["OperationsConfig", "OperationsServer"]
@@ -34,6 +35,7 @@ _STOP_TIMEOUT_S = 5.0
 _CONNECTIONS_MAX = 64
 _KEEP_ALIVE_S = 15
 _BACKLOG = 64
+_CALM_TEMPERATURE = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +127,11 @@ class OperationsServer:
             raise EngineError("the operations port did not come up; see the log")
         return made
 
-    def connect(self, gateway_url: str, model_name: str) -> None:
+    def connect(self, gateway_url: str, info: "EngineInfo") -> None:
         """Let the chat box speak to the gateway from now on."""
-        self._chat.model = model_name
+        self._chat.model = info.model_name
+        # Small models that bring no defaults lose the thread at temperature 1.
+        self._chat.temperature = None if info.default_sampling else _CALM_TEMPERATURE
         self._chat.gateway_url = gateway_url
 
     async def stop(self) -> None:
