@@ -100,6 +100,7 @@ class OperationsServer:
             uvicorn.Config(
                 guarded_app(routes, api_key=config.api_key, loopback_only=loopback_only),
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 lifespan="off",
                 ws="none",
