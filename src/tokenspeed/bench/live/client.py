@@ -82,10 +82,9 @@ class ChatClient:
                 headers=headers,
                 timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
                 # As many users as there are; the system's proxies are not between us and a server.
-                # A connection left idle is let go: servers close theirs, perhaps just as we write.
-                limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=None, keepalive_expiry=1.0
-                ),
+                # Each request has a connection of its own: llama-server closes one that was used,
+                # at times just as the next request is written to it.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                 trust_env=False,
             )
         except (httpx.InvalidURL, ValueError) as error:
