@@ -77,7 +77,9 @@ class SafetensorsCheckpoint:
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, in the type it is stored in, or float32; see `Checkpoint`."""
         for name, stored in self.blocks(progress):
-            yield name, stored[()]
+            tensor = stored[()]
+            assert isinstance(tensor, Tensor)
+            yield name, tensor
 
     def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Stored]]:
         """Every tensor once, to be read where it is indexed; nothing lies in blocks."""
