@@ -70,8 +70,9 @@ def test_engines_alternate_and_broken_off_comparisons_go_on(
     starts.clear()
     for path in (tmp_path / "theirs" / "runs").glob("users-2-*.json"):
         path.unlink()
-    peers.measure_peers(TALK, comparison("ours", "theirs"), tmp_path, settings={})
+    again = peers.measure_peers(TALK, comparison("ours", "theirs"), tmp_path, settings={})
     assert starts == [("theirs", 2)] * 2
+    assert [report.launches for report in again] == [ours.launches, theirs.launches]
 
 
 def test_an_engine_that_does_not_start_is_left_out_and_the_rest_goes_on(

@@ -78,6 +78,7 @@ class Run:
         calibration: None where the server was not measured alone.
         stopped: why the run ended before its time; None if it did not.
         answers: in order of `sent_us`.
+        launch: how the server was started; None where it was not started for the run.
     """
 
     users: int | None
@@ -91,3 +92,4 @@ class Run:
     calibration: Calibration | None
     stopped: str | None
     answers: tuple[AnswerRecord, ...]
+    launch: str | None = None

@@ -115,7 +115,6 @@ class _Engine:
         )
         self.store = live.RunStore(folder, self._plan)
         self._runs: list[live.Run] = []
-        self._launches: dict[str, None] = {}
         self._failed: str | None = None
         self._forced = True
 
@@ -150,10 +149,10 @@ class _Engine:
             threads=asked.threads,
             context=asked.context,
         )
-        self._launches.setdefault(_without_port(launch, port))
         _log.info("%s: %s", self._name, launch)
         with Server(launch, port=port, log=self.store.folder / "server.log") as server:
-            return asyncio.run(self._replay(server, each, watcher))
+            run = asyncio.run(self._replay(server, each, watcher))
+        return dataclasses.replace(run, launch=_without_port(launch, port))
 
     async def _replay(self, server: Server, each: live.Pass, watcher: live.Watcher) -> live.Run:
         async with live.ChatClient(server.url, model=self._asked.model) as client:
@@ -183,7 +182,7 @@ class _Engine:
             began_at=began_at,
             forced_lengths=self._forced,
             incomplete=self._failed,
-            launches=tuple(self._launches),
+            launches=tuple(dict.fromkeys(run.launch for run in self._runs if run.launch)),
         )
 
 
