@@ -286,7 +286,7 @@ NB_MODULE(_cpu, module) {
         "attend",
         [](cpu::Runtime& runtime, nb::handle q, nb::handle k_pool, nb::handle v_pool,
            HostInts query_starts, HostInts context_lens, HostInts row_slots, nb::handle page_table,
-           float scale, std::int64_t window, float soft_cap, nb::handle y) {
+           float scale, std::int64_t window, float soft_cap, nb::handle sinks, nb::handle y) {
             cpu::Attention call{};
             call.heads = tensors.borrow(q, "q").shape[1];
             call.q = tensors.heads<const void*>(q, "q");
@@ -305,11 +305,16 @@ NB_MODULE(_cpu, module) {
             call.scale = scale;
             call.window = window;
             call.soft_cap = soft_cap;
+            if (!sinks.is_none()) {
+                call.sinks =
+                    tensors.floats(sinks, "sinks", static_cast<std::size_t>(call.heads)).data();
+            }
             const nb::gil_scoped_release release;
             cpu::attend(runtime, call, rows);
         },
         "runtime"_a, "q"_a, "k_pool"_a, "v_pool"_a, "query_starts"_a, "context_lens"_a,
-        "row_slots"_a, "page_table"_a, "scale"_a, "window"_a, "soft_cap"_a, "y"_a);
+        "row_slots"_a, "page_table"_a, "scale"_a, "window"_a, "soft_cap"_a, "sinks"_a.none(),
+        "y"_a);
     module.def(
         "append_latents",
         [](cpu::Runtime& runtime, nb::handle latents, nb::handle pool, nb::handle slots) {

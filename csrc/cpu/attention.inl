@@ -7,6 +7,7 @@
 //         m = max s;  p = 2^(s log2(e) - m), rounded to V's type;  l = sum of p
 //         o = sum of p v, over pairs of positions in their order
 //     M, L, O = the blocks' m, l and o merged from the first to the last;  y = O / L
+// where a head with a sink begins with M = sink log2(e), L = 1 and O = 0.
 //
 // Of rounded K and V (kv.inl) q is rounded as K is, and p times the scale of its position's V to
 // whole numbers of 32767ths of the largest of the block; l is the sum of p itself. Sums of products
@@ -409,8 +410,9 @@ void merge_block(float& peak, float& total, float* output, float block_peak, flo
 template <KvFormat format>
 void begin_rows(const AttentionView<format>& view, AttentionScratch& scratch) {
     for (std::int64_t row = 0; row < view.rows; ++row) {
-        scratch.peaks[row] = nothing_seen;
-        scratch.sums[row] = 0.0f;
+        const float* const sinks = view.call.sinks;
+        scratch.peaks[row] = sinks ? sinks[view.head_of(row)] * log2_e : nothing_seen;
+        scratch.sums[row] = sinks ? 1.0f : 0.0f;
         for (std::int64_t at = 0; at < view.call.kv.value_dim; at += lanes) {
             store(splat(0.0f), scratch.outputs[row] + at);
         }

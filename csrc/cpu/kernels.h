@@ -220,6 +220,7 @@ struct Attention {
     float scale;
     float soft_cap;       // scores are soft_cap * tanh(score / soft_cap); 0 for as they are
     std::int64_t window;  // a token sees so many positions, itself among them; 0 for all
+    const float* sinks;   // of each head, a score that takes its part of softmax and gives nothing
 };
 
 // A part of one row's attention: some of its tokens, for the query heads of one KV head, over some

@@ -94,6 +94,7 @@ def attend(
     scale: float,
     window: int,
     soft_cap: float,
+    sinks: torch.Tensor | None,
     y: torch.Tensor,
 ) -> None: ...
 def append_latents(

@@ -95,6 +95,7 @@ def attend(
     *,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(case.q)
     rows = case.rows
@@ -109,6 +110,7 @@ def attend(
         case.scale,
         window,
         soft_cap,
+        sinks,
         out,
     )
     return out
@@ -295,3 +297,17 @@ def test_what_does_not_fit_is_refused() -> None:
         append(token, token, *pools, torch.tensor([64]), runtime=runtime)
     with pytest.raises(KernelError, match="queries for rows"):
         attend(replace(case, q=case.q[:4]), (case.k, case.v), runtime)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_sinks_count_once_however_a_long_row_is_cut(isa: str) -> None:
+    length = 3000
+    case = make_case(
+        [(length - 1, 1)], heads=6, kv_heads=2, head_dim=64, page_size=32, dtype=torch.float32
+    )
+    sinks = torch.linspace(-3.0, 9.0, 6)
+    alone, both = (CpuRuntime(threads=threads, isa=isa) for threads in (1, 2))
+    pools = interleave(case, alone, kv="float32")
+    whole = attend(case, pools, alone, sinks=sinks)
+    assert torch.equal(attend(case, pools, both, sinks=sinks), whole)
+    assert not torch.allclose(attend(case, pools, alone), whole, rtol=1e-2)

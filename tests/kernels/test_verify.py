@@ -99,18 +99,35 @@ def logits_of_another_type(x_SI: Any, weight_VI: Any) -> torch.Tensor:
 
 
 def one_position_unseen(
-    q_TQD: Any, k_PCHD: Any, v_PCHD: Any, rows: Any, scale: Any, *, window: Any = None
+    q_TQD: Any,
+    k_PCHD: Any,
+    v_PCHD: Any,
+    rows: Any,
+    scale: Any,
+    *,
+    window: Any = None,
+    sinks_Q: Any = None,
 ) -> Any:
-    out = attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window)
+    out = attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
     # As if each query saw the value at its own position a little less.
     return out - 1e-4 * out[:1]
 
 
 def what_was_never_written(
-    q_TQD: Any, k_PCHD: Any, v_PCHD: Any, rows: Any, scale: Any, *, window: Any = None
+    q_TQD: Any,
+    k_PCHD: Any,
+    v_PCHD: Any,
+    rows: Any,
+    scale: Any,
+    *,
+    window: Any = None,
+    sinks_Q: Any = None,
 ) -> Any:
     # Multiplied by zero, as if it were masked.
-    return attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window) + 0 * v_PCHD.sum()
+    return (
+        attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
+        + 0 * v_PCHD.sum()
+    )
 
 
 def rows_taken_as_contiguous(

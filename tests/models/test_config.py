@@ -91,7 +91,8 @@ def test_every_architecture_has_its_class() -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-linear", "llama-llama3", "llama-yarn"])
 def test_frequencies_equal_those_of_transformers(name: str) -> None:
     theirs = CONFIGS[name]
-    rope = ModelConfig.from_hf({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]}).rope
+    config = ModelConfig.from_hf({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]})
+    rope = config.rope
     kernels = KernelSelector(device=torch.device("cpu"), dtype=torch.float32)
     rotary = RotaryEmbedding(rope, head_dim=theirs.head_dim, kernels=kernels)
     angles = rotary(torch.arange(300))
@@ -101,8 +102,11 @@ def test_frequencies_equal_those_of_transformers(name: str) -> None:
     else:
         frequencies, length = ROPE_INIT_FUNCTIONS[rope.type](theirs, torch.device("cpu"))
     expected = torch.arange(300)[:, None] * frequencies
-    torch.testing.assert_close(angles.cos_TE, length * expected.cos(), atol=2e-5, rtol=0)
-    torch.testing.assert_close(angles.sin_TE, length * expected.sin(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(angles.cos_TE, expected.cos(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(angles.sin_TE, expected.sin(), atol=2e-5, rtol=0)
+    # Where whole heads are rotated the length of both is in the scale of their products.
+    scale = config.attention_scale or theirs.head_dim**-0.5
+    assert scale == pytest.approx(theirs.head_dim**-0.5 * length**2)
 
 
 def test_a_model_on_the_meta_device_knows_its_sizes_without_memory() -> None:

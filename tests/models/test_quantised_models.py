@@ -15,9 +15,9 @@ from tests.models.test_ranks import load
 from tests.models.test_tiny_models import assert_close, prompt
 from tests.models.tiny import build, read_tensors, write_tiny
 from tests.support.forward import Driver
-from tests.support.quantising import Packed, pack_fp8
+from tests.support.quantising import Packed, pack_fp8, pack_mxfp4
 from tests.support.ranks import in_threads
-from tests.unit.loader.test_quantised import FORMATS, FP8
+from tests.unit.loader.test_quantised import FORMATS, FP8, MXFP4
 from tokenspeed.distributed import Mesh
 
 Pack = Callable[[torch.Tensor], Packed]
@@ -55,6 +55,13 @@ def kinds() -> Iterator[tuple[str, str, dict[str, Any], Callable[[str], bool], P
         FP8,
         lambda name: linear(name) or "_proj_with_mqa.weight" in name,
         lambda values: pack_fp8(values, (16, 24)),
+    )
+    yield (
+        "mxfp4-gpt-oss",
+        "gpt-oss",
+        MXFP4,
+        lambda name: name.endswith(("gate_up_proj", "down_proj")),
+        pack_mxfp4,
     )
 
 

@@ -80,6 +80,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         ("qwen3-moe", Mesh(tp=4, ep=4)),
         ("glm4-moe", Mesh(tp=2, ep=2)),
         ("gemma3", Mesh(tp=2)),
+        # Windows and sinks; a bias inside experts that is added once.
+        ("gpt-oss", Mesh(tp=2)),
+        ("gpt-oss", Mesh(tp=4)),
+        ("gpt-oss", Mesh(tp=2, ep=2)),
+        ("gpt-oss", Mesh(tp=4, ep=2)),
         # Latents are the same on all ranks, heads and experts divided.
         ("deepseek-v2-lite", Mesh(tp=2)),
         ("deepseek-v2", Mesh(tp=2, ep=2)),

@@ -12,6 +12,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -124,6 +125,29 @@ CONFIGS: dict[str, Any] = {
         use_qk_norm=True,
         partial_rotary_factor=0.5,
     ),
+    "gpt-oss": GptOssConfig(
+        **{
+            **_SIZES,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "hidden_size": 96,
+            "intermediate_size": 64,
+            "initializer_range": 0.2,
+        },
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        sliding_window=9,
+        swiglu_limit=1.5,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "beta_fast": 6.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     # Latents of sizes for which there is no native attention.
     "deepseek-v2-lite": DeepseekV2Config(
         **{
@@ -220,7 +244,7 @@ def write_tiny(name: str, path: Path, *, seed: int = 0) -> Tiny:
     theirs = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
     with torch.no_grad():
         for key, value in theirs.named_parameters():
-            if value.dim() == 1:
+            if value.dim() == 1 or "bias" in key:
                 value.copy_(torch.randn_like(value) * 0.2 + (0.0 if "bias" in key else 1.0))
         for key, value in theirs.named_buffers():
             if "correction_bias" in key:

@@ -1,7 +1,7 @@
 """What a model is: sizes and constants, read from a Hugging Face `config.json`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
@@ -102,9 +102,14 @@ class ModelConfig:
         windowed = _windowed_layers(config)
         if latent is None and head_dim % 2:
             raise CorruptCheckpoint(f"config.json has an odd head_dim, {head_dim}")
+        rope = read_rope(config)
         scale = None if latent is None else head_dim**-0.5 * stretched(config)
         if "query_pre_attn_scalar" in config:
             scale = read_number(config, "query_pre_attn_scalar") ** -0.5
+        if rope.length != 1.0 and latent is None and rope.fraction == 1.0:
+            # Queries and keys are longer, both and all of them: so are only their products here.
+            scale = (head_dim**-0.5 if scale is None else scale) * rope.length**2
+            rope = replace(rope, length=1.0)
         return cls(
             architecture=architecture,
             vocab_size=read_count(config, "vocab_size"),
@@ -115,7 +120,7 @@ class ModelConfig:
             heads=heads,
             kv_heads=kv_heads,
             norm_epsilon=read_number(config, "rms_norm_eps", default=1e-6),
-            rope=read_rope(config),
+            rope=rope,
             context_max=read_count(config, "max_position_embeddings"),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
@@ -151,17 +156,19 @@ def _refuse(config: Mapping[str, Any], architecture: str) -> None:
 
 
 def _windowed_layers(config: Mapping[str, Any]) -> frozenset[int]:
-    """Layers whose queries see a window; of Gemma, and of a Mistral that has one."""
+    """Layers whose queries see a window; of Gemma and gpt-oss, and of a Mistral that has one."""
     layers = range(read_count(config, "num_hidden_layers"))
     model_type = config.get("model_type")
     if model_type == "mistral":
         return frozenset(layers if config.get("sliding_window") else ())
-    if model_type not in ("gemma3_text", "gemma3"):
+    if model_type not in ("gemma3_text", "gemma3", "gpt_oss"):
         return frozenset()
     types = config.get("layer_types")
     if isinstance(types, list) and len(types) == len(layers):
         return frozenset(layer for layer in layers if types[layer] == "sliding_attention")
-    every = read_count(config, "sliding_window_pattern", default=6)
+    every = read_count(
+        config, "sliding_window_pattern", default=2 if model_type == "gpt_oss" else 6
+    )
     return frozenset(layer for layer in layers if (layer + 1) % every)
 
 

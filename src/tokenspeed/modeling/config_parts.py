@@ -95,6 +95,8 @@ class ExpertsConfig:
         dense_layers: layers that have one network for all tokens instead.
         shared: experts that every token goes to, which are one network of their features.
         bias: whether experts are chosen with a bias that they are not weighed with.
+        biased: whether the router and the experts' projections add a bias.
+        limit: of what their gates take, as `kernels.ops.moe.experts` has it; None for none.
         scoring, normalise, scale, groups, groups_kept: as `kernels.ops.moe.route` takes them.
     """
 
@@ -104,6 +106,8 @@ class ExpertsConfig:
     dense_layers: frozenset[int] = frozenset()
     shared: int = 0
     bias: bool = False
+    biased: bool = False
+    limit: float | None = None
     scoring: str = "softmax"
     normalise: bool = False
     scale: float = 1.0
@@ -138,6 +142,15 @@ def read_experts(config: Mapping[str, Any], architecture: str) -> ExpertsConfig 
         groups = 1
     if count % groups:
         raise CorruptCheckpoint(f"config.json has {count} experts in {groups} equal groups")
+    if architecture == "GptOssForCausalLM":
+        return ExpertsConfig(
+            count=count,
+            per_token=per_token,
+            intermediate_size=read_count(config, "intermediate_size"),
+            biased=True,
+            limit=read_number(config, "swiglu_limit", default=7.0),
+            scoring="chosen",
+        )
     return ExpertsConfig(
         count=count,
         per_token=per_token,
@@ -161,6 +174,8 @@ def _require_routing(config: Mapping[str, Any], architecture: str, *, sigmoid: b
         "topk_method": methods,
         "moe_layer_freq": (1,),
     }
+    if architecture == "GptOssForCausalLM":
+        refused["swiglu_alpha"] = (1.702,)
     if architecture == "DeepseekV2ForCausalLM":
         # Implementations do not agree on what scales weights that were normalised.
         refused["norm_topk_prob"] = (False,)

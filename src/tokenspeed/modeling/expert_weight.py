@@ -14,7 +14,7 @@ from tokenspeed.kernels.ops.moe import ExpertMatrices
 from tokenspeed.modeling.cut import Cut, Division
 from tokenspeed.modeling.module import Weight
 
-__all__ = ["ExpertWeight"]
+__all__ = ["ExpertBias", "ExpertWeight", "StackedExpert"]
 
 
 class ExpertWeight(Weight):
@@ -135,3 +135,73 @@ class ExpertWeight(Weight):
         cut = self._cuts.get("outputs", Cut())
         what = "outputs of an expert" + (f" ({piece})" if piece else "")
         return cut.spans(size, division.shards, what=what)[division.index]
+
+
+class ExpertBias(ExpertWeight):
+    """What products of E experts add: vectors [O], which checkpoints bring one by one.
+
+    Args:
+        experts: E.
+        outputs: O.
+        kernels: gives the element type.
+        pieces, cut: as of the products' weights.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        outputs: int,
+        *,
+        kernels: KernelSelector,
+        pieces: Mapping[str, int] | None = None,
+        cut: Cut | None = None,
+    ) -> None:
+        super().__init__(experts, outputs, 1, kernels=kernels, pieces=pieces, cut=cut)
+
+    @cached_property
+    def data(self) -> Any:
+        """What a kernel takes: a tensor [E, O] of this rank's experts."""
+        made = torch.zeros if self._absent else torch.empty
+        return made(self.local_shape[:2], dtype=self._kernels.dtype, device=self._device)
+
+    def part_shape(self, name: str | None) -> tuple[int, ...]:
+        """Sizes of a part of the whole."""
+        shape = super().part_shape(name)
+        return shape if name is None else shape[:1]
+
+    def fill(self, name: str | None, stored: Stored) -> None:
+        """Take this rank's share of a part."""
+        assert name is not None
+        expert, _, piece = name.partition(".")
+        first, end = self._span(0, None)
+        if self._absent or not first <= int(expert) < end:
+            return
+        values = stored[(slice(*self._piece_span(piece or None)),)]
+        assert isinstance(values, torch.Tensor)
+        index = list(self._local_pieces).index(piece or None)
+        start = sum(list(self._local_pieces.values())[:index])
+        self.data[int(expert) - first, start : start + len(values)].copy_(values)
+
+
+class StackedExpert:
+    """One expert's tensor of a checkpoint that has those of all experts in one, as a `Stored`.
+
+    Args:
+        stored: [E, O], or [E, I, O], which is [O, I] of each expert transposed.
+        expert: which one.
+        first, step: its outputs are those with numbers first, first + step and so on.
+    """
+
+    def __init__(self, stored: Stored, expert: int, *, first: int = 0, step: int = 1) -> None:
+        self._stored = stored
+        self._expert, self._first, self._step = expert, first, step
+        _, *inputs, outputs = stored.shape
+        self.shape = (len(range(first, outputs, step)), *inputs)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        outputs, *inputs = index or (slice(None),) * len(self.shape)
+        first, end, _ = outputs.indices(self.shape[0])
+        beside = slice(first * self._step, end * self._step)
+        found = self._stored[(slice(self._expert, self._expert + 1), *inputs, beside)]
+        values = found if isinstance(found, torch.Tensor) else found.to_float()
+        return values[0, ..., self._first :: self._step].movedim(-1, 0)

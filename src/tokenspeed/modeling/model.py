@@ -136,11 +136,17 @@ class Model(Module):
         Raises:
             CorruptCheckpoint: tensors are missing, unexpected or misshapen; names them.
         """
+        weights = (pair for name, stored in weights for pair in self.parts_of(name, stored))
         if self.later_layers_ignored:
             weights = (pair for pair in weights if self._layer_of(pair[0]) < self.config.layers)
         fill_weights(
             dict(self.weights()), weights, names=self.weight_names, ignored=self.ignored_names
         )
+
+    def parts_of(self, name: str, stored: Stored) -> Iterable[tuple[str, Stored]]:
+        """What `weight_names` names of a checkpoint's tensor: itself, where a family does not keep
+        things in one tensor that others have apart."""
+        return ((name, stored),)
 
     def _layer_of(self, name: str) -> int:
         found = _LAYER.match(name)

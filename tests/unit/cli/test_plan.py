@@ -15,6 +15,7 @@ from tokenspeed.cli.main import app
 SIZES = {
     "DeepSeek-V3": (671.03e9, 61 * (512 + 64) * 2),
     "Kimi-K2": (1026.4e9, 61 * (512 + 64) * 2),
+    "gpt-oss-120b": (116.83e9, 36 * 2 * 2 * 64 * 2),
     "Qwen3-235B-A22B": (235.09e9, 94 * 2 * 128 * 2),
 }
 

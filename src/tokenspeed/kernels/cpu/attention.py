@@ -41,6 +41,7 @@ def paged_mha(
     scale: float,
     *,
     window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
     runtime: CpuRuntime,
 ) -> torch.Tensor:
     """Blocks of 256 positions, softmax over each, merged from the first to the last."""
@@ -57,6 +58,7 @@ def paged_mha(
         scale,
         window or 0,
         0.0,
+        sinks_Q,
         out_TQD,
     )
     return out_TQD

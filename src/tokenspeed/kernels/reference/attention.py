@@ -30,13 +30,16 @@ def paged_mha(
     scale: float,
     *,
     window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gather each row's pages, then attend in float32 with a mask that says who sees what.
 
     PyTorch's attention would take bfloat16 too, but rounds the probabilities to it, and on a
     CPU is no faster for that.
     """
-    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, read=_as_they_are, window=window)
+    return attend(
+        q_TQD, k_PCHD, v_PCHD, rows, scale, read=_as_they_are, window=window, sinks_Q=sinks_Q
+    )
 
 
 def attend(
@@ -48,6 +51,7 @@ def attend(
     *,
     read: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     window: int | None,
+    sinks_Q: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of each row over its pages, which `read` turns into plain numbers."""
     heads, head_dim = k_PCHD.shape[2], q_TQD.shape[2]
@@ -66,7 +70,11 @@ def attend(
         )
         allowed_LN = _within(row, first, window)
         q_LQD = q_TQD[row.start : row.end].float()
-        if allowed_LN is None:
+        if sinks_Q is not None:
+            out_TQD[row.start : row.end] = _with_sinks(
+                q_LQD, k_HND[0], v_HND[0], allowed_LN, scale=scale, sinks_Q=sinks_Q
+            )
+        elif allowed_LN is None:
             # The query heads of a KV head stand where tokens would: K and V are read once.
             q_HGD = q_LQD.reshape(heads, group, head_dim)
             out_HGD = F.scaled_dot_product_attention(q_HGD[None], k_HND, v_HND, scale=scale)
@@ -82,6 +90,26 @@ def attend(
             )
             out_TQD[row.start : row.end] = out_1QLD[0].transpose(0, 1)
     return out_TQD
+
+
+def _with_sinks(
+    q_LQD: torch.Tensor,
+    k_HND: torch.Tensor,
+    v_HND: torch.Tensor,
+    allowed_LN: torch.Tensor | None,
+    *,
+    scale: float,
+    sinks_Q: torch.Tensor,
+) -> torch.Tensor:
+    """out_LQD where each head has one score more, whose part of the softmax is left out."""
+    group = q_LQD.shape[1] // len(k_HND)
+    k_QND, v_QND = (of_HND.repeat_interleave(group, dim=0) for of_HND in (k_HND, v_HND))
+    scores_QLN = q_LQD.transpose(0, 1) @ k_QND.transpose(1, 2) * scale
+    if allowed_LN is not None:
+        scores_QLN = scores_QLN.masked_fill(~allowed_LN, -torch.inf)
+    sinks_QL1 = sinks_Q.float()[:, None, None].expand(-1, len(q_LQD), 1)
+    weights_QLN = torch.cat((scores_QLN, sinks_QL1), dim=-1).softmax(-1)[..., :-1]
+    return (weights_QLN @ v_QND).transpose(0, 1)
 
 
 def _within(row: PagedRow, first: int, window: int | None) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ F features of an expert, G groups of experts.
 import torch
 import torch.nn.functional as F
 
+from tokenspeed.kernels.ops.moe import GATE_SLOPE
 from tokenspeed.kernels.reference.gemm import DENSE
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 
@@ -62,17 +63,29 @@ def experts(
     weights_TK: torch.Tensor,
     *,
     first: int,
+    gate_up_bias_E2F: torch.Tensor | None = None,
+    down_bias_EM: torch.Tensor | None = None,
+    limit: float | None = None,
 ) -> torch.Tensor:
     """Two products an expert that has tokens."""
     out_TM = torch.zeros(x_TM.shape, dtype=torch.float32, device=x_TM.device)
     for index, (gate_up_2FM, down_MF) in enumerate(zip(gate_up_E2FM, down_EMF, strict=True)):
         tokens_N, places_N = torch.where(experts_TK == first + index)
         if len(tokens_N):
-            gate_NF, up_NF = F.linear(x_TM[tokens_N], gate_up_2FM).float().chunk(2, dim=-1)
-            hidden_NF = (F.silu(gate_NF) * up_NF).to(x_TM.dtype)
-            found_NM = F.linear(hidden_NF, down_MF).float()
+            bias_2F = None if gate_up_bias_E2F is None else gate_up_bias_E2F[index]
+            both_N2F = F.linear(x_TM[tokens_N], gate_up_2FM, bias_2F).float()
+            bias_M = None if down_bias_EM is None else down_bias_EM[index]
+            found_NM = F.linear(_gated(both_N2F, limit).to(x_TM.dtype), down_MF, bias_M).float()
             out_TM.index_add_(0, tokens_N, found_NM * weights_TK[tokens_N, places_N, None])
     return out_TM.to(x_TM.dtype)
+
+
+def _gated(both_N2F: torch.Tensor, limit: float | None) -> torch.Tensor:
+    gate_NF, up_NF = both_N2F.chunk(2, dim=-1)
+    if limit is None:
+        return F.silu(gate_NF) * up_NF
+    gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit)
+    return gate_NF * torch.sigmoid(GATE_SLOPE * gate_NF) * (up_NF + 1)
 
 
 def _first(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -77,9 +77,12 @@ def paged_mha_rounded(
     scale: float,
     *,
     window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Undo rounding and transform of each row's pages, then attend in float32."""
-    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, read=read_rounded, window=window)
+    return attend(
+        q_TQD, k_PCHD, v_PCHD, rows, scale, read=read_rounded, window=window, sinks_Q=sinks_Q
+    )
 
 
 def read_rounded(k_PCHD: torch.Tensor, v_PCHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

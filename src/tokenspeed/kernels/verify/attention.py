@@ -91,6 +91,13 @@ class Operands:
     heads: _Heads
     lengths: _Lengths
     window: int | None = None
+    has_sinks: bool = False
+
+    def sinks(self) -> torch.Tensor | None:
+        """A sink of each query head, some of which take more than all positions do."""
+        if not self.has_sinks:
+            return None
+        return 4 * noise(self.heads.query, dtype=torch.float32, seed=5)
 
 
 def paged_mha_cases() -> Iterator[Case]:
@@ -114,6 +121,18 @@ def paged_mha_cases() -> Iterator[Case]:
                 traits={"head_dim": heads.dim},
                 check=partial(
                     _paged_mha, Operands(format_name, dtype, heads, ROWS["mixed"], window)
+                ),
+            )
+        for of_window in (None, WINDOWS[1]):
+            yield Case(
+                op="attention.paged_mha",
+                format_name=format_name,
+                dtype=dtype,
+                name=f"mixed, sinks, {heads}" + (f", windows of {of_window}" if of_window else ""),
+                traits={"head_dim": heads.dim},
+                check=partial(
+                    _paged_mha,
+                    Operands(format_name, dtype, heads, ROWS["mixed"], of_window, has_sinks=True),
                 ),
             )
 
@@ -203,6 +222,7 @@ def exact_attention(
     scale: float,
     *,
     window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition in float64, a row at a time, over plain pools."""
     group = q_TQD.shape[1] // k_PCHD.shape[2]
@@ -222,7 +242,12 @@ def exact_attention(
             unseen_LN |= at_N <= at_N[context:, None] - window
             # Nobody's number may come through a weight of zero.
             v_NQD[unseen_LN.all(0)] = 0
-        weights_QLN = scores_QLN.masked_fill(unseen_LN, -torch.inf).softmax(-1)
+        scores_QLN = scores_QLN.masked_fill(unseen_LN, -torch.inf)
+        if sinks_Q is None:
+            weights_QLN = scores_QLN.softmax(-1)
+        else:
+            sinks_QL1 = sinks_Q.double()[:, None, None].expand(-1, end - start, 1)
+            weights_QLN = torch.cat((scores_QLN, sinks_QL1), -1).softmax(-1)[..., :-1]
         out_TQD[start:end] = torch.einsum("qln,nqd->lqd", weights_QLN, v_NQD)
     return out_TQD
 
@@ -244,9 +269,11 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     for pool in (k_PCHD, v_PCHD):
         pool[unwritten_PC] = torch.nan
     scale = 1.3 / math.sqrt(heads.dim)
-    exact_TQD = exact_attention(q_TQD, k_PCHD, v_PCHD, rows, scale, window=of.window)
+    exact_TQD = exact_attention(
+        q_TQD, k_PCHD, v_PCHD, rows, scale, window=of.window, sinks_Q=of.sinks()
+    )
     pools = _laid_out(of, k_PCHD, v_PCHD, rows)
-    found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window)
+    found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window, sinks_Q=of.sinks())
     yield compare("out", found_TQD, exact_TQD, of.dtype)
 
 

@@ -20,6 +20,7 @@ __all__ = ["experts_cases", "route_cases"]
 
 # Experts held, and the number of the first: tokens ask for others too.
 _HELD, _FIRST, _EXPERTS, _CHOSEN = 3, 2, 6, 4
+_LIMIT = 1.5
 _ROUTINGS: tuple[Mapping[str, Any], ...] = (
     {"scoring": "softmax", "normalise": False, "scale": 1.0, "groups": 1, "groups_kept": 1},
     {"scoring": "softmax", "normalise": True, "scale": 1.0, "groups": 1, "groups_kept": 1},
@@ -74,7 +75,14 @@ def experts_cases() -> Iterator[Case]:
                     format_name=format_name,
                     dtype=dtype,
                     name=f"{tokens} x {features} x {hidden}, {named(dtype)}",
-                    check=partial(_experts, sizes),
+                    check=partial(_experts, sizes, None),
+                )
+                yield Case(
+                    op="moe.experts",
+                    format_name=format_name,
+                    dtype=dtype,
+                    name=f"{tokens} x {features} x {hidden}, {named(dtype)}, biases and a limit",
+                    check=partial(_experts, sizes, _LIMIT),
                 )
 
 
@@ -91,23 +99,39 @@ def route_cases() -> Iterator[Case]:
             )
 
 
-def _experts(sizes: _Sizes, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+def _experts(
+    sizes: _Sizes, limit: float | None, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
     x_TM = noise(sizes.tokens, sizes.features, dtype=sizes.dtype)
     gate_up, gate_up_E2FM = sizes.matrices(2 * sizes.hidden, sizes.features, runtime)
     down, down_EMF = sizes.matrices(sizes.features, sizes.hidden, runtime)
     order_TE = noise(sizes.tokens, _EXPERTS, dtype=torch.float32, seed=3).argsort(-1)
     experts_TK = order_TE[:, :_CHOSEN].contiguous()
     weights_TK = noise(sizes.tokens, _CHOSEN, dtype=torch.float32, seed=4).abs()
+    biases: dict[str, torch.Tensor] = {}
+    if limit is not None:
+        biases = {
+            "gate_up_bias_E2F": noise(_HELD, 2 * sizes.hidden, dtype=sizes.dtype, seed=5),
+            "down_bias_EM": noise(_HELD, sizes.features, dtype=sizes.dtype, seed=6),
+        }
     exact_TM = torch.zeros(sizes.tokens, sizes.features, dtype=torch.float64)
     for token, place in torch.cartesian_prod(
         torch.arange(sizes.tokens), torch.arange(_CHOSEN)
     ).tolist():
         expert = int(experts_TK[token, place]) - _FIRST
         if 0 <= expert < _HELD:
-            gate_F, up_F = (gate_up_E2FM[expert] @ x_TM[token].double()).chunk(2)
-            hidden_F = gate_F / (1 + torch.exp(-gate_F)) * up_F
-            exact_TM[token] += down_EMF[expert] @ hidden_F * weights_TK[token, place].double()
-    found_TM = kernel(x_TM, gate_up, down, experts_TK, weights_TK, first=_FIRST)
+            both_2F = gate_up_E2FM[expert] @ x_TM[token].double()
+            if limit is None:
+                gate_F, up_F = both_2F.chunk(2)
+                found_M = down_EMF[expert] @ (gate_F / (1 + torch.exp(-gate_F)) * up_F)
+            else:
+                gate_F, up_F = (both_2F + biases["gate_up_bias_E2F"][expert].double()).chunk(2)
+                gate_F, up_F = gate_F.clamp(max=limit), up_F.clamp(-limit, limit)
+                hidden_F = gate_F / (1 + torch.exp(-1.702 * gate_F)) * (up_F + 1)
+                found_M = down_EMF[expert] @ hidden_F + biases["down_bias_EM"][expert].double()
+            exact_TM[token] += found_M * weights_TK[token, place].double()
+    how = {"first": _FIRST, "limit": limit, **biases}
+    found_TM = kernel(x_TM, gate_up, down, experts_TK, weights_TK, **how)
     # One token may meet no expert that is held, and then the result is zero.
     yield compare("out", found_TM, exact_TM, sizes.dtype)
 

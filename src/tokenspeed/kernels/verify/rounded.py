@@ -6,6 +6,7 @@ Legend: T tokens, Q query heads, H KV heads, D elements of a head, P pages, C po
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -46,6 +47,16 @@ def paged_mha_cases() -> Iterator[Case]:
                     traits={"head_dim": heads.dim},
                     check=partial(_paged_mha, Operands(ROUNDED, dtype, heads, lengths, window)),
                 )
+            yield Case(
+                op="attention.paged_mha",
+                format_name=ROUNDED,
+                dtype=dtype,
+                name=f"mixed, sinks, {heads}",
+                traits={"head_dim": heads.dim},
+                check=partial(
+                    _paged_mha, Operands(ROUNDED, dtype, heads, ROWS["mixed"], has_sinks=True)
+                ),
+            )
 
 
 def append_cases() -> Iterator[Case]:
@@ -85,8 +96,9 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     append_rounded(k_THD, v_THD, *pools, written)
     q_TQD = noise(int(rows.query_starts[-1]), heads.query, heads.dim, dtype=of.dtype)
     scale = 1.3 / math.sqrt(heads.dim)
-    exact_TQD = exact_attention(q_TQD, *read_rounded(*pools), rows, scale, window=of.window)
-    found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window)
+    how: dict[str, Any] = {"window": of.window, "sinks_Q": of.sinks()}
+    exact_TQD = exact_attention(q_TQD, *read_rounded(*pools), rows, scale, **how)
+    found_TQD = kernel(q_TQD, *pools, rows, scale, **how)
     yield compare("out", found_TQD, exact_TQD, of.dtype)
 
 

@@ -151,8 +151,12 @@ def _append(tracer: Tracer, k_THD: Symbol, v_THD: Symbol, **pools: Any) -> None:
     tracer.record(Flow(name="kvcache.append", mixes_tokens=True), (k_THD, v_THD), [])
 
 
-def _paged_mha(tracer: Tracer, q_TQD: Symbol, **others: Any) -> Symbol:
+def _paged_mha(
+    tracer: Tracer, q_TQD: Symbol, sinks_Q: WeightSymbol | None = None, **others: Any
+) -> Symbol:
     _whole_features(tracer, "attention.paged_mha", q_TQD)
+    if sinks_Q is not None:
+        tracer.divide(sinks_Q, {sinks_Q.weight.dims[0]: q_TQD.dims[-2].cells}, frozenset())
     flow = Flow(name="attention.paged_mha", mixes_tokens=True)
     (made,) = tracer.record(flow, (q_TQD,), [(q_TQD.dims, q_TQD.dtype)])
     return made
@@ -179,7 +183,9 @@ def _experts(
     down_EMF: WeightSymbol,
     experts_TK: Symbol,
     weights_TK: Symbol,
-    first: int,
+    gate_up_bias_E2F: WeightSymbol | None,
+    down_bias_EM: WeightSymbol | None,
+    **how: Any,
 ) -> Symbol:
     _whole_features(tracer, "moe.experts", x_TM)
     by_axis: dict[str, tuple[int, ...]] = {"ep": (), "tp": ()}
@@ -189,6 +195,11 @@ def _experts(
     experts, features = by_axis["ep"], by_axis["tp"]
     tracer.divide(gate_up_E2FM, {"experts": experts, "outputs": features}, frozenset())
     tracer.divide(down_EMF, {"experts": experts, "inputs": features}, frozenset())
+    if gate_up_bias_E2F is not None:
+        tracer.divide(gate_up_bias_E2F, {"experts": experts, "outputs": features}, frozenset())
+    if down_bias_EM is not None:
+        # One of the ranks that add up shares of an expert's features has it.
+        tracer.divide(down_bias_EM, {"experts": experts}, frozenset(features))
     flow = Flow(name="moe.experts", makes_partial=frozenset((*experts, *features)))
     (made,) = tracer.record(flow, (x_TM, experts_TK, weights_TK), [(x_TM.dims, x_TM.dtype)])
     return made

@@ -14,7 +14,7 @@ from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.modeling.layers.norm import HeadNorm
 from tokenspeed.modeling.layers.rotary import Angles, rotary_order
-from tokenspeed.modeling.module import Module
+from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, Replicate, boundary
 
 __all__ = ["Attention"]
@@ -35,6 +35,7 @@ class Attention(Module):
         head_norm_offset: added to the weights of those norms.
         scale: what products of queries and keys are multiplied by; the inverse root of D if None.
         window: tokens that a query sees, itself included; all if None.
+        sinks: whether each head has a score that takes its part of the softmax and gives nothing.
         rotated: how many leading elements of a head are rotated; all if None.
         kernels: chooses the ops.
     """
@@ -52,6 +53,7 @@ class Attention(Module):
         head_norm_offset: float = 0.0,
         scale: float | None = None,
         window: int | None = None,
+        sinks: bool = False,
         rotated: int | None = None,
         kernels: KernelSelector,
     ) -> None:
@@ -86,6 +88,15 @@ class Attention(Module):
                     offset=head_norm_offset,
                 )
                 for _ in range(2)
+            )
+        self.sinks: Weight | None = None
+        if sinks:
+            self.sinks = Weight(
+                (heads,),
+                dims=("heads",),
+                kernels=kernels,
+                cuts={"heads": Cut(groups=kv_heads)},
+                dtype=torch.float32,
             )
         traits = {"head_dim": head_dim}
         self._rotate = kernels.select(ops.rope.rotate, traits=traits)
@@ -124,6 +135,9 @@ class Attention(Module):
         bias = self.qkv.bias
         if self._kv_format != ROUNDED or bias is None or self.k_norm is not None:
             return None
+        if self.sinks is not None:
+            # A sink is no product with K: it would not move with the other scores.
+            return None
         if not isinstance(bias.data, torch.Tensor):
             return None
         first = bias.local_parts["q"]
@@ -148,6 +162,13 @@ class Attention(Module):
             k_THD = self._rotate(self.k_norm(qkv_TXD[:, -2 * kv_heads : -kv_heads]), *angles)
         v_THD = qkv_TXD[:, -kv_heads:]
         self._append(k_THD, v_THD, *kv, rows.kv_slots_T, k_offset_HD=self._k_offset())
-        out_TQD = self._attend(q_TQD, *kv, rows, self._scale, window=self.window)
+        out_TQD = self._attend(
+            q_TQD,
+            *kv,
+            rows,
+            self._scale,
+            window=self.window,
+            sinks_Q=self.sinks.tensor if self.sinks else None,
+        )
         out_TM: torch.Tensor = self.output(out_TQD.flatten(1))
         return out_TM

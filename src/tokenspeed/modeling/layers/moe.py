@@ -7,7 +7,7 @@ import torch
 
 from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.modeling.config import ExpertsConfig
-from tokenspeed.modeling.expert_weight import ExpertWeight
+from tokenspeed.modeling.expert_weight import ExpertBias, ExpertWeight
 from tokenspeed.modeling.layers.linear import Linear, features_cut
 from tokenspeed.modeling.layers.mlp import GatedMLP
 from tokenspeed.modeling.module import Module, Weight
@@ -28,7 +28,7 @@ class Router(Module):
 
     def __init__(self, hidden_size: int, config: ExpertsConfig, *, kernels: KernelSelector) -> None:
         self._config = config
-        self.scores = Linear(hidden_size, config.count, kernels=kernels)
+        self.scores = Linear(hidden_size, config.count, kernels=kernels, bias=config.biased)
         self.bias: Weight | None = None
         if config.bias:
             # Experts whose scores are close are told apart by it, so it is kept as it comes.
@@ -84,6 +84,18 @@ class Experts(Module):
         self.down = ExpertWeight(
             config.count, hidden_size, size, kernels=kernels, cut=cut, format_name=format_name
         )
+        self.gate_up_bias: ExpertBias | None = None
+        self.down_bias: ExpertBias | None = None
+        if config.biased:
+            self.gate_up_bias = ExpertBias(
+                config.count,
+                2 * size,
+                kernels=kernels,
+                pieces={"gate": size, "up": size},
+                cut=cut,
+            )
+            self.down_bias = ExpertBias(config.count, hidden_size, kernels=kernels)
+        self._limit = config.limit
         self._experts = kernels.select(ops.moe.experts, format_name=format_name)
 
     def forward(
@@ -92,7 +104,15 @@ class Experts(Module):
         """out_TM."""
         first = self.gate_up.local_first or 0
         return self._experts(
-            x_TM, self.gate_up.data, self.down.data, experts_TK, weights_TK, first=first
+            x_TM,
+            self.gate_up.data,
+            self.down.data,
+            experts_TK,
+            weights_TK,
+            first=first,
+            gate_up_bias_E2F=self.gate_up_bias.data if self.gate_up_bias else None,
+            down_bias_EM=self.down_bias.data if self.down_bias else None,
+            limit=self._limit,
         )
 
 

@@ -35,6 +35,7 @@ class Glm4Moe(Qwen3Moe):
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
+            scale=config.attention_scale,
             qkv_bias=config.attention_bias,
             output_bias=False,
             head_norm_epsilon=config.norm_epsilon if config.head_norm else None,

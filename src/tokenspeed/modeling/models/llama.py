@@ -136,6 +136,7 @@ class Llama(Model):
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
+            scale=config.attention_scale,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             window=config.window if layer in config.windowed_layers else None,

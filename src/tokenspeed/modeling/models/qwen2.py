@@ -20,6 +20,7 @@ class Qwen2(Llama):
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
+            scale=config.attention_scale,
             qkv_bias=True,
             output_bias=False,
             kernels=kernels,

@@ -30,6 +30,7 @@ class Qwen3(Llama):
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
+            scale=config.attention_scale,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             head_norm_epsilon=config.norm_epsilon,

@@ -17,6 +17,7 @@ _MODELS = {
     "DeepseekV3ForCausalLM": ("deepseek", "DeepSeek"),
     "Gemma3ForCausalLM": ("gemma3", "Gemma3"),
     "Glm4MoeForCausalLM": ("glm4_moe", "Glm4Moe"),
+    "GptOssForCausalLM": ("gpt_oss", "GptOss"),
     "LlamaForCausalLM": ("llama", "Llama"),
     "MistralForCausalLM": ("llama", "Llama"),
     "Qwen2ForCausalLM": ("qwen2", "Qwen2"),

@@ -22,20 +22,22 @@ def paged_mha(
     scale: float,
     *,
     window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every row of a mixed batch; gives out_TQD.
 
     The KV of the step's own tokens is in the pages already. A token at position p of its row
     attends to positions 0..p of it, or to the last `window` of these; what pages that no token of
     the row sees hold does not matter. Query head i reads KV head i * H // Q (grouped-query
-    attention, Ainslie et al. 2023). Softmax and sums are float32. A row's result does not
-    depend on the other rows.
+    attention, Ainslie et al. 2023). A head's sink, float32, is one more score that takes its part
+    of the softmax, is not scaled, and gives nothing (gpt-oss, 2025). Softmax and sums are float32.
+    A row's result does not depend on the other rows.
 
     Traits:
         head_dim: D.
     """
     kernel = paged_mha.best(q_TQD, format_name=pool_format(k_PCHD), head_dim=q_TQD.shape[2])
-    return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window)
+    return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
 
 
 @declare_op("attention.paged_mla", traits=("latent_dim", "value_dim"))

@@ -32,7 +32,7 @@ def append(
     k_offset_HD is what K of all positions have in common, as far as it is known. Formats that
     round take it off first, which moves all scores of a query by one number: softmax is the same,
     and less is lost. It must be the same for all that a pool ever holds, and None where scores are
-    capped. Other formats do not look at it.
+    capped or heads have sinks. Other formats do not look at it.
 
     Traits:
         head_dim: D.

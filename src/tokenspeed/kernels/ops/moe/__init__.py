@@ -12,7 +12,10 @@ import torch
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.weights import PackedWeight
 
-__all__ = ["ExpertMatrices", "experts", "route"]
+__all__ = ["GATE_SLOPE", "ExpertMatrices", "experts", "route"]
+
+GATE_SLOPE = 1.702
+"""What the gate of experts with a limit is multiplied by within its sigmoid."""
 
 ExpertMatrices: TypeAlias = torch.Tensor | Sequence[PackedWeight]
 """A matrix of each expert: a tensor [E, outputs, inputs], or packed ones in order."""
@@ -69,8 +72,14 @@ def experts(
     weights_TK: torch.Tensor,
     *,
     first: int,
+    gate_up_bias_E2F: torch.Tensor | None = None,
+    down_bias_EM: torch.Tensor | None = None,
+    limit: float | None = None,
 ) -> torch.Tensor:
     """The weighed sum of down(silu(gate(x)) * up(x)) over each token's experts; gives out_TM.
+
+    With a limit it is down(g * sigmoid(1.702 g) * (u + 1)), where g is gate(x), at most the limit,
+    and u is up(x) between the limit and its negative (gpt-oss, 2025).
 
     The sum is float32, in the order of experts, and rounded once, to x's type. Experts that
     the matrices do not hold add nothing.
@@ -82,8 +91,20 @@ def experts(
         experts_TK: int64, as `route` gives them.
         weights_TK: float32, as `route` gives them.
         first: the number of the first expert that the matrices hold.
+        gate_up_bias_E2F, down_bias_EM: what products add, of x's type; None for nothing.
+        limit: see above; None for none.
     """
     operand = x_TM if isinstance(gate_up_E2FM, torch.Tensor) else None
     weight = None if operand is not None else gate_up_E2FM[0]
     kernel = experts.best(x_TM, weight=weight)
-    return kernel(x_TM, gate_up_E2FM, down_EMF, experts_TK, weights_TK, first=first)
+    return kernel(
+        x_TM,
+        gate_up_E2FM,
+        down_EMF,
+        experts_TK,
+        weights_TK,
+        first=first,
+        gate_up_bias_E2F=gate_up_bias_E2F,
+        down_bias_EM=down_bias_EM,
+        limit=limit,
+    )
