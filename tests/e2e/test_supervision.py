@@ -45,7 +45,10 @@ def under_load(server: Serve, pool: ThreadPoolExecutor) -> list[Future[str]]:
     """Four streams that have begun."""
     with server.servicer() as channel:
         streams = [pool.submit(long_stream, server) for _ in range(4)]
-        wait_for(lambda: server.counters(channel), lambda found: found["output_tokens"] >= 8)
+        wait_for(
+            lambda: server.counters(channel),
+            lambda found: found["running"] == len(streams) and found["output_tokens"] >= 8,
+        )
     return streams
 
 
