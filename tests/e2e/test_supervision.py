@@ -24,14 +24,14 @@ BODY = {
 }
 
 
-def long_stream(server: Serve) -> str:
+def long_stream(server: Serve, tokens: int) -> str:
     """Stream until the end; the error that ended it."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         try:
             for _ in client.chat.completions.create(
                 model=BODY["model"],
                 messages=BODY["messages"],
-                max_tokens=400,
+                max_tokens=tokens,
                 stream=True,
                 extra_body={"ignore_eos": True},
             ):
@@ -41,10 +41,10 @@ def long_stream(server: Serve) -> str:
     return ""
 
 
-def under_load(server: Serve, pool: ThreadPoolExecutor) -> list[Future[str]]:
+def under_load(server: Serve, pool: ThreadPoolExecutor, tokens: int = 400) -> list[Future[str]]:
     """Four streams that have begun."""
     with server.servicer() as channel:
-        streams = [pool.submit(long_stream, server) for _ in range(4)]
+        streams = [pool.submit(long_stream, server, tokens) for _ in range(4)]
         wait_for(
             lambda: server.counters(channel),
             lambda found: found["running"] == len(streams) and found["output_tokens"] >= 8,
@@ -153,7 +153,8 @@ def test_a_second_sigterm_ends_all_at_once(smollm2: ModelFiles, tmp_path: Path) 
         ThreadPoolExecutor(4) as pool,
     ):
         family = server.family()
-        streams = under_load(server, pool)
+        # More than they get to.
+        streams = under_load(server, pool, tokens=6000)
         server.process.send_signal(signal.SIGTERM)
         wait_for(
             lambda: server.post("/v1/chat/completions", BODY | {"max_tokens": 1}),
