@@ -217,47 +217,44 @@ class EngineCore:
 
     def step(self) -> StepOutputs | None:
         """Plan, launch, commit once. None when nothing came of it."""
-        began_us = _now_us()
-        self.clock.begin(began_us)
+        self.clock.begin(_now_us())
         # An engine with nothing else to do was woken, and must take what woke it.
         if self._constraints is not None and (self._compiling or not self.busy):
             self._admit_compiled(self._constraints)
         plan = self.control.plan(_now_us())
-        now_us = planned_us = _now_us()
-        self.clock.plan_us += planned_us - began_us
+        planned_us = self.clock.lap("plan_us", _now_us())
         if plan is not None:
-            booked = self.ledger.launched(plan, planned_us)
-            self._bind(plan)
-            launched = self.runner.launch(plan)
-            self._in_flight.append(
-                _InFlight(
-                    plan=plan, launched=launched, confined=self._confined.copy(), booked=booked
-                )
-            )
-            now_us = _now_us()
-            self.clock.launch_us += now_us - planned_us
+            self._launch(plan, planned_us)
         logprobs = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap_depth):
-            done = self._in_flight.popleft()
-            result = done.launched.result()
-            done_us = _now_us()
-            self.clock.forward_us += done_us - now_us
-            self.control.commit(done.plan.step, result.tokens, done_us)
-            for transfer in done.plan.transfers.ids.tolist():
-                # The runner does them in the step that begins them.
-                self.control.transferred(transfer, complete=True)
-            logprobs = result.logprobs
-            for slot, reason in result.failures.items():
-                self._fail(done.confined[slot], reason)
-            self.ledger.retired(done.booked, done_us)
-            self.clock.book(done.plan, done_us - done.booked.began_us)
-            now_us = _now_us()
-            self.clock.commit_us += now_us - done_us
+            logprobs = self._retire(self._in_flight.popleft())
         outputs = self._outputs(self.control.take_outcome(), logprobs)
-        ended_us = _now_us()
-        self.clock.outputs_us += ended_us - now_us
-        self.clock.end(ended_us, busy=self.busy)
+        self.clock.end(self.clock.lap("outputs_us", _now_us()), busy=self.busy)
         return outputs
+
+    def _launch(self, plan: StepPlan, now_us: int) -> None:
+        booked = self.ledger.launched(plan, now_us)
+        self._bind(plan)
+        launched = self.runner.launch(plan)
+        self._in_flight.append(
+            _InFlight(plan=plan, launched=launched, confined=self._confined.copy(), booked=booked)
+        )
+        self.clock.lap("launch_us", _now_us())
+
+    def _retire(self, done: _InFlight) -> SampledLogprobs | None:
+        """Wait for a step and commit it."""
+        result = done.launched.result()
+        done_us = self.clock.lap("forward_us", _now_us())
+        self.control.commit(done.plan.step, result.tokens, done_us)
+        for transfer in done.plan.transfers.ids.tolist():
+            # The runner does them in the step that begins them.
+            self.control.transferred(transfer, complete=True)
+        for slot, reason in result.failures.items():
+            self._fail(done.confined[slot], reason)
+        self.ledger.retired(done.booked, done_us)
+        self.clock.book(done.plan, done_us - done.booked.began_us)
+        self.clock.lap("commit_us", _now_us())
+        return result.logprobs
 
     def close(self) -> None:
         """Free the runner, and end what compiles constraints."""

@@ -258,16 +258,25 @@ class StepClock:
     decode_steps: int = 0
     prefill_steps: int = 0
     mixed_steps: int = 0
-    _ended_us: int | None = field(default=None, repr=False)
+    _mark_us: int | None = field(default=None, repr=False)
 
     def begin(self, now_us: int) -> None:
         """A step begins; what passed since the last one of a busy engine went to messages."""
-        if self._ended_us is not None:
-            self.messages_us += now_us - self._ended_us
+        if self._mark_us is not None:
+            self.messages_us += now_us - self._mark_us
+        self._mark_us = now_us
+
+    def lap(self, part: str, now_us: int) -> int:
+        """What passed since the last call went to a part of the step, by its name here; the time
+        again."""
+        assert self._mark_us is not None
+        setattr(self, part, getattr(self, part) + now_us - self._mark_us)
+        self._mark_us = now_us
+        return now_us
 
     def end(self, now_us: int, *, busy: bool) -> None:
         """A step ended; `busy` tells whether another follows at once."""
-        self._ended_us = now_us if busy else None
+        self._mark_us = now_us if busy else None
 
     def book(self, plan: StepPlan, took_us: int) -> None:
         """Count a step by what it ran."""
