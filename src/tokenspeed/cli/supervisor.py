@@ -237,7 +237,7 @@ class _Supervisor:
         The gateway goes on listening for seconds, so that whoever routes to it sees it unready
         first; what it still lets in is refused.
         """
-        self._servicer.draining = True
+        self._servicer.draining = self._servicer.ending = True
         if self._gateway is not None:
             await self._gateway.stop(is_idle=lambda: self._servicer.running == 0)
         if self._operations is not None:

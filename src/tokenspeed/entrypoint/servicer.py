@@ -57,10 +57,12 @@ class Servicer:
         book: the requests, for the operations port.
         draining: whether new requests are refused, with 429 and a time to come back; those that
             run go on.
+        ending: whether the server is going down, after which it drains for good.
     """
 
     def __init__(self, *, token_exact_history: bool = True) -> None:
         self.draining = False
+        self.ending = False
         self._salt_key = os.urandom(16)
         self._token_exact_history = token_exact_history
         self._history: TokenHistory | None = None

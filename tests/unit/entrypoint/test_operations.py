@@ -208,6 +208,17 @@ def test_a_drained_server_ends_what_runs_and_takes_nothing_new_until_it_is_resum
     watched(case)
 
 
+def test_a_server_that_goes_down_is_not_resumed() -> None:
+    async def case(scene: Scene) -> None:
+        scene.servicer.draining = scene.servicer.ending = True
+        answer = await scene.http.post("/resume")
+        assert answer.status_code == 409
+        assert answer.json() == {"error": "the server is going down"}
+        assert (await scene.http.get("/ready")).status_code == 503
+
+    watched(case)
+
+
 def test_health_follows_progress_not_answers() -> None:
     async def case(scene: Scene) -> None:
         # The script's engine has work, and its steps stand still.

@@ -194,7 +194,9 @@ class Operations:
         return JSONResponse({"draining": True, "in_flight": self._servicer.running})
 
     async def resume(self, request: Request) -> Response:
-        """Take new requests again."""
+        """Take new requests again, unless the server is going down."""
+        if self._servicer.ending:
+            raise HTTPException(409, "the server is going down")
         self._servicer.draining = False
         return JSONResponse({"draining": False, "in_flight": self._servicer.running})
 
