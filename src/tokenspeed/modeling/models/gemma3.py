@@ -15,7 +15,6 @@ from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.layers import (
     Angles,
-    Attention,
     BranchNorm,
     Embedding,
     GatedMLP,
@@ -24,7 +23,7 @@ from tokenspeed.modeling.layers import (
     RotaryEmbedding,
 )
 from tokenspeed.modeling.model import Model
-from tokenspeed.modeling.models.llama import Llama
+from tokenspeed.modeling.models.llama import Llama, attention_of
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import PerToken, Shard, boundary
 
@@ -43,18 +42,8 @@ class Gemma3Block(Module):
 
     def __init__(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> None:
         hidden_size, epsilon = config.hidden_size, config.norm_epsilon
-        self.attention = Attention(
-            hidden_size=hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            head_norm_epsilon=epsilon,
-            head_norm_offset=_OFFSET,
-            scale=config.attention_scale,
-            window=config.window if layer in config.windowed_layers else None,
-            kernels=kernels,
+        self.attention = attention_of(
+            config, kernels, layer, head_norm_epsilon=epsilon, head_norm_offset=_OFFSET
         )
         self.mlp = GatedMLP(
             hidden_size=hidden_size,

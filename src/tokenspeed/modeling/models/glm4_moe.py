@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.layers import Attention, AttentionLayer
+from tokenspeed.modeling.layers import AttentionLayer
+from tokenspeed.modeling.models.llama import attention_of
 from tokenspeed.modeling.models.qwen3 import Qwen3Moe
 from tokenspeed.modeling.placement import Shard, boundary
 
@@ -30,15 +31,11 @@ class Glm4Moe(Qwen3Moe):
 
     def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
-        return Attention(
-            hidden_size=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            qkv_bias=config.attention_bias,
+        return attention_of(
+            config,
+            kernels,
+            layer,
             output_bias=False,
             head_norm_epsilon=config.norm_epsilon if config.head_norm else None,
             rotated=config.rope.rotated(config.head_dim),
-            kernels=kernels,
         )

@@ -6,8 +6,8 @@ from typing import ClassVar
 from tokenspeed.kernels import KernelSelector, Stored
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.expert_weight import StackedExpert
-from tokenspeed.modeling.layers import Attention, AttentionLayer
-from tokenspeed.modeling.models.llama import Llama
+from tokenspeed.modeling.layers import AttentionLayer
+from tokenspeed.modeling.models.llama import Llama, attention_of
 from tokenspeed.modeling.models.qwen3 import Qwen3Moe
 from tokenspeed.modeling.placement import Shard, boundary
 
@@ -40,18 +40,7 @@ class GptOss(Qwen3Moe):
 
     def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
-        return Attention(
-            hidden_size=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            window=config.window if layer in config.windowed_layers else None,
-            sinks=True,
-            kernels=kernels,
-        )
+        return attention_of(config, kernels, layer, sinks=True)
 
     def parts_of(self, name: str, stored: Stored) -> Iterable[tuple[str, Stored]]:
         """Each expert's tensors; gates and ups take turns as outputs of one product."""

@@ -4,7 +4,7 @@ Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,7 +26,31 @@ from tokenspeed.modeling.model import Model
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Partial, PerToken, Shard, boundary
 
-__all__ = ["Llama", "LlamaBlock"]
+__all__ = ["Llama", "LlamaBlock", "attention_of"]
+
+
+def attention_of(
+    config: ModelConfig, kernels: KernelSelector, layer: int, **differences: Any
+) -> Attention:
+    """A block's attention as the config has it.
+
+    Args:
+        config: of the model.
+        kernels: chooses the ops.
+        layer: of the block, 0 the first.
+        differences: arguments of `Attention` that a family has otherwise.
+    """
+    arguments: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "scale": config.attention_scale,
+        "qkv_bias": config.attention_bias,
+        "output_bias": config.attention_bias,
+        "window": config.window if layer in config.windowed_layers else None,
+    }
+    return Attention(**arguments | differences, kernels=kernels)
 
 
 @boundary(
@@ -131,17 +155,7 @@ class Llama(Model):
 
     def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
-        return Attention(
-            hidden_size=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            window=config.window if layer in config.windowed_layers else None,
-            kernels=kernels,
-        )
+        return attention_of(config, kernels, layer)
 
     def mlp(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Module:
         """A block's feed-forward network."""

@@ -2,8 +2,8 @@
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.layers import Attention
-from tokenspeed.modeling.models.llama import Llama
+from tokenspeed.modeling.layers import AttentionLayer
+from tokenspeed.modeling.models.llama import Llama, attention_of
 from tokenspeed.modeling.placement import Shard, boundary
 
 __all__ = ["Qwen2"]
@@ -13,15 +13,6 @@ __all__ = ["Qwen2"]
 class Qwen2(Llama):
     """Embedding, blocks, norm, head."""
 
-    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> Attention:
+    def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
-        return Attention(
-            hidden_size=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            qkv_bias=True,
-            output_bias=False,
-            kernels=kernels,
-        )
+        return attention_of(config, kernels, layer, qkv_bias=True, output_bias=False)

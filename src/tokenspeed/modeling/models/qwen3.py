@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.config import ModelConfig
-from tokenspeed.modeling.layers import Attention, AttentionLayer, SparseMLP
-from tokenspeed.modeling.models.llama import Llama
+from tokenspeed.modeling.layers import AttentionLayer, SparseMLP
+from tokenspeed.modeling.models.llama import Llama, attention_of
 from tokenspeed.modeling.module import Module
 from tokenspeed.modeling.placement import Shard, boundary
 
@@ -25,17 +25,7 @@ class Qwen3(Llama):
 
     def attention(self, config: ModelConfig, kernels: KernelSelector, layer: int) -> AttentionLayer:
         """A block's attention."""
-        return Attention(
-            hidden_size=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            head_norm_epsilon=config.norm_epsilon,
-            kernels=kernels,
-        )
+        return attention_of(config, kernels, layer, head_norm_epsilon=config.norm_epsilon)
 
 
 @boundary(out=Shard("tp", "vocabulary"))
