@@ -103,7 +103,8 @@ nb::object take_outcome(control::Scheduler& scheduler) {
     return nb::make_tuple(
         outcome.requests.size(), outcome.finished.size(), outcome.admitted.size(),
         join<std::int32_t>(outcome.tokens, outcome.sample_indices, outcome.cached_counts,
-                           outcome.reasons, outcome.retries_ms, outcome.reports),
+                           outcome.reasons, outcome.retries_ms, outcome.draft_reports,
+                           outcome.reports),
         join<std::int64_t>(outcome.requests, outcome.finished, outcome.admitted));
 }
 
@@ -117,12 +118,12 @@ nb::object take_cache_events(control::Scheduler& scheduler) {
 
 nb::tuple stats(const control::Scheduler& scheduler) {
     const auto s = scheduler.stats();
-    return nb::make_tuple(s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens,
-                          s.pages_total, s.pages_free, s.pages_cached, s.pages_active,
-                          s.host_pages_total, s.host_pages_cached, s.steps, s.prompt_tokens,
-                          s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
-                          s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens,
-                          s.retractions, s.parkings, s.evictions, s.stores, s.loads, s.refusals);
+    return nb::make_tuple(
+        s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens, s.pages_total,
+        s.pages_free, s.pages_cached, s.pages_active, s.host_pages_total, s.host_pages_cached,
+        s.steps, s.prompt_tokens, s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
+        s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens, s.drafted_tokens,
+        s.accepted_tokens, s.retractions, s.parkings, s.evictions, s.stores, s.loads, s.refusals);
 }
 
 }  // namespace
@@ -140,15 +141,16 @@ NB_MODULE(_control, module) {
             [](control::Scheduler* self, const std::vector<Group>& groups, std::int32_t page_size,
                std::int32_t slots_max, std::int32_t step_tokens_max, std::int32_t context_max,
                std::int32_t overlap_depth, bool prefix_cache, std::int32_t cache_policy,
-               std::optional<double> tps_floor, std::optional<std::int64_t> queue_timeout_us) {
+               std::optional<double> tps_floor, std::optional<std::int64_t> queue_timeout_us,
+               std::int32_t step_drafts_max) {
                 new (self) control::Scheduler(
                     {group_configs(groups), page_size, slots_max, step_tokens_max, context_max,
                      overlap_depth, prefix_cache, static_cast<control::CachePolicy>(cache_policy),
-                     tps_floor, queue_timeout_us});
+                     tps_floor, queue_timeout_us, step_drafts_max});
             },
             nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
             "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "cache_policy"_a,
-            "tps_floor"_a.none(), "queue_timeout_us"_a.none())
+            "tps_floor"_a.none(), "queue_timeout_us"_a.none(), "step_drafts_max"_a)
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,
@@ -192,20 +194,24 @@ NB_MODULE(_control, module) {
         .def(
             "observe",
             [](control::Scheduler& self, std::int64_t prefill_tokens, std::int64_t decode_rows,
-               std::int64_t context_tokens, double prefill_pairs, std::int64_t took_us) {
-                self.observe({prefill_tokens, decode_rows, context_tokens, prefill_pairs}, took_us);
+               std::int64_t draft_tokens, std::int64_t context_tokens, double prefill_pairs,
+               std::int64_t took_us) {
+                self.observe(
+                    {prefill_tokens, decode_rows, draft_tokens, context_tokens, prefill_pairs},
+                    took_us);
             },
-            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "context_tokens"_a,
-            "prefill_pairs"_a, "took_us"_a)
+            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "draft_tokens"_a,
+            "context_tokens"_a, "prefill_pairs"_a, "took_us"_a)
         .def(
             "predict_us",
             [](const control::Scheduler& self, std::int64_t prefill_tokens,
-               std::int64_t decode_rows, std::int64_t context_tokens, double prefill_pairs) {
+               std::int64_t decode_rows, std::int64_t draft_tokens, std::int64_t context_tokens,
+               double prefill_pairs) {
                 return self.step_times().predict_us(
-                    {prefill_tokens, decode_rows, context_tokens, prefill_pairs});
+                    {prefill_tokens, decode_rows, draft_tokens, context_tokens, prefill_pairs});
             },
-            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "context_tokens"_a,
-            "prefill_pairs"_a)
+            nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "draft_tokens"_a,
+            "context_tokens"_a, "prefill_pairs"_a)
         .def(
             "interval_bound_us",
             [](const control::Scheduler& self, std::int32_t context) {

@@ -42,7 +42,7 @@ void Scheduler::submit(Submission&& wish) {
     Queued queued(RequestBox(std::move(wish), order, page_size_));
     const LineId line = turns_.join(order.priority, queued.request->tenant());
     try {
-        places_.emplace(id, Place{order, line, {}, {}, {}});
+        places_.emplace(id, Place{order, line, {}, {}, {}, {}, {}});
         arrivals_.emplace_back(std::move(queued));
     } catch (...) {
         places_.erase(id);

@@ -102,8 +102,9 @@ struct Outcome {
     std::vector<std::int32_t> reasons;
     // Requests that took a slot for the first time, and where their prompts came from.
     std::vector<std::int64_t> admitted;
-    std::vector<std::int32_t> reports;     // kReportColumns for each: see core.step.CacheReport
-    std::vector<std::int32_t> retries_ms;  // when to come back, for those refused; else 0
+    std::vector<std::int32_t> reports;        // kReportColumns for each: see core.step.CacheReport
+    std::vector<std::int32_t> retries_ms;     // when to come back, for those refused; else 0
+    std::vector<std::int32_t> draft_reports;  // of each finished: tokens drafted, and accepted
 };
 
 struct Stats {
@@ -112,6 +113,7 @@ struct Stats {
     std::int64_t host_pages_total, host_pages_cached;
     std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, missed_evicted_tokens,
         missed_unseen_tokens, missed_other_salt_tokens, missed_tail_tokens, retractions, parkings;
+    std::int64_t drafted_tokens, accepted_tokens;
     std::int64_t evictions, stores, loads, refusals;
 };
 

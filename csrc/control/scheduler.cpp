@@ -66,6 +66,10 @@ const Config& checked(const Config& config) {
     if (config.overlap_depth < 0) {
         throw ConfigError("overlap_depth must be at least 0, but is " + text(config.overlap_depth));
     }
+    if (config.step_drafts_max < 0) {
+        throw ConfigError("step_drafts_max must be at least 0, but is " +
+                          text(config.step_drafts_max));
+    }
     if (config.step_tokens_max < config.slots_max) {
         throw ConfigError("step_tokens_max (" + text(config.step_tokens_max) +
                           ") must be at least slots_max (" + text(config.slots_max) + ")");
@@ -158,12 +162,16 @@ void Scheduler::reserve_endings(std::size_t more) {
     make_room_for(outcome_.finished, more);
     make_room_for(outcome_.reasons, more);
     make_room_for(outcome_.retries_ms, more);
+    make_room_for(outcome_.draft_reports, 2 * more);
 }
 
 void Scheduler::report_end(RequestId request, FinishReason reason, std::int32_t retry_ms) noexcept {
     outcome_.finished.push_back(request.value);
     outcome_.reasons.push_back(static_cast<std::int32_t>(reason));
     outcome_.retries_ms.push_back(retry_ms);
+    const Place& place = places_.find(request.value)->second;
+    outcome_.draft_reports.push_back(place.drafted.value);
+    outcome_.draft_reports.push_back(place.accepted.value);
     // A plan that failed may have given it a slot: nobody is told of that any more.
     for (std::size_t i = bound_requests_.size(); i-- > 0;) {
         if (bound_requests_[i] != request.value) continue;
@@ -275,6 +283,8 @@ Stats Scheduler::stats() const {
     stats.missed_other_salt_tokens = missed_other_salt_tokens_;
     stats.missed_tail_tokens = missed_tail_tokens_;
     stats.output_tokens = output_tokens_;
+    stats.drafted_tokens = drafted_tokens_;
+    stats.accepted_tokens = accepted_tokens_;
     stats.retractions = retractions_;
     stats.parkings = parkings_;
     stats.evictions = store_.index.evictions();

@@ -48,6 +48,7 @@ struct Config {
     CachePolicy cache_policy;
     std::optional<double> tps_floor;               // the least tokens a second of whoever decodes
     std::optional<std::int64_t> queue_timeout_us;  // the longest wait before a request is refused
+    std::int32_t step_drafts_max;                  // drafted tokens of a step; 0: no drafts
 };
 
 class Scheduler {
@@ -121,6 +122,7 @@ class Scheduler {
         std::optional<SlotId> slot;
         std::optional<BranchId> branch;  // once it is queued
         TokenCount outputs;              // once it ended
+        TokenCount drafted, accepted;    // guesses made for it, and those that were right
     };
     // An abort is of the request that had the id when it came.
     struct Aborted {
@@ -302,7 +304,7 @@ class Scheduler {
     std::int64_t arrivals_seen_ = 0;
     std::int64_t steps_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, missed_evicted_tokens_ = 0,
                  missed_unseen_tokens_ = 0, missed_other_salt_tokens_ = 0, missed_tail_tokens_ = 0,
-                 output_tokens_ = 0;
+                 output_tokens_ = 0, drafted_tokens_ = 0, accepted_tokens_ = 0;
     std::int64_t retractions_ = 0, parkings_ = 0, loads_ = 0, refusals_ = 0;
 };
 

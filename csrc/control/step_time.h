@@ -23,6 +23,7 @@ namespace tokenspeed::control {
 struct StepWork {
     std::int64_t prefill_tokens = 0;
     std::int64_t decode_rows = 0;
+    std::int64_t draft_tokens = 0;    // guesses of decode rows, beyond one token each
     std::int64_t context_tokens = 0;  // contexts of all rows, which attention reads
     double prefill_pairs = 0;         // sum over chunks of chunk * (context + chunk / 2)
 

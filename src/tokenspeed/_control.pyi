@@ -17,6 +17,7 @@ class Scheduler:
         cache_policy: int,
         tps_floor: float | None,
         queue_timeout_us: int | None,
+        step_drafts_max: int,
     ) -> None: ...
     def submit(
         self,
@@ -62,12 +63,19 @@ class Scheduler:
         *,
         prefill_tokens: int,
         decode_rows: int,
+        draft_tokens: int,
         context_tokens: int,
         prefill_pairs: float,
         took_us: int,
     ) -> None: ...
     def predict_us(
-        self, *, prefill_tokens: int, decode_rows: int, context_tokens: int, prefill_pairs: float
+        self,
+        *,
+        prefill_tokens: int,
+        decode_rows: int,
+        draft_tokens: int,
+        context_tokens: int,
+        prefill_pairs: float,
     ) -> float: ...
     def interval_bound_us(self, context: int) -> float | None: ...
     def flush_cache(self) -> bool: ...

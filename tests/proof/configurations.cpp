@@ -52,7 +52,8 @@ control::Config sizes(std::vector<control::GroupConfig> groups, std::int32_t pag
             .prefix_cache = cache,
             .cache_policy = policy,
             .tps_floor = std::nullopt,
-            .queue_timeout_us = std::nullopt};
+            .queue_timeout_us = std::nullopt,
+            .step_drafts_max = 0};
 }
 
 }  // namespace

@@ -90,7 +90,8 @@ control::Config configuration(Bytes& bytes) {
                            .prefix_cache = bytes.below(4) > 0,
                            .cache_policy = static_cast<control::CachePolicy>(bytes.below(2)),
                            .tps_floor = std::nullopt,
-                           .queue_timeout_us = std::nullopt};
+                           .queue_timeout_us = std::nullopt,
+                           .step_drafts_max = 0};
     if (bytes.below(3) == 0) config.tps_floor = static_cast<double>(bytes.number());
     if (bytes.below(3) == 0) config.queue_timeout_us = bytes.number();
     const std::int32_t kinds = bytes.below(8) > 4 ? bytes.below(16) : 1;

@@ -46,7 +46,8 @@ class RandomRun {
                   .cache_policy =
                       seed % 7 == 6 ? control::CachePolicy::kLru : control::CachePolicy::kSession,
                   .tps_floor = seed % 5 == 4 ? std::optional(40.0) : std::nullopt,
-                  .queue_timeout_us = seed % 3 == 2 ? std::optional(5'000'000) : std::nullopt},
+                  .queue_timeout_us = seed % 3 == 2 ? std::optional(5'000'000) : std::nullopt,
+                  .step_drafts_max = 0},
           world_(config_, {.scribble = false, .audit_every = audit_every, .step_us = 9'000}) {}
 
     void run(std::int64_t events) {

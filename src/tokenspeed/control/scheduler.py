@@ -49,6 +49,8 @@ class SchedulerStats:
             salt: the most that sharing between salts could have saved. No request is told.
         missed_tail_tokens: they fill no page, or share one with the prompt's last token.
         output_tokens: tokens sampled that belong to a request's output.
+        drafted_tokens, accepted_tokens: guesses that steps were given to verify, and those of
+            them that were sampled as guessed and belong to a request's output.
         retractions: requests sent back to the queue for want of pages.
         parkings: requests that gave up their slot.
         evictions: cached pages of the device that made room for others.
@@ -75,6 +77,8 @@ class SchedulerStats:
     missed_other_salt_tokens: int
     missed_tail_tokens: int
     output_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     retractions: int
     parkings: int
     evictions: int
@@ -134,6 +138,7 @@ class Scheduler:
             cache_policy=config.cache_policy,
             tps_floor=config.tps_floor,
             queue_timeout_us=config.queue_timeout_us,
+            step_drafts_max=config.step_drafts_max,
         )
 
     def submit(
@@ -233,7 +238,8 @@ class Scheduler:
     def take_outcome(self) -> StepOutcome:
         """What happened to requests since the last call."""
         count, finished, admitted, parts, ids = self._native.take_outcome()
-        end = 3 * count + 2 * finished
+        ended = 3 * count + 2 * finished
+        end = ended + 2 * finished
         return StepOutcome(
             requests=ids[:count],
             tokens=parts[:count],
@@ -242,7 +248,8 @@ class Scheduler:
             finished=ids[count : count + finished],
             admitted=ids[count + finished :],
             reasons=parts[3 * count : 3 * count + finished],
-            retries_ms=parts[3 * count + finished : end],
+            retries_ms=parts[3 * count + finished : ended],
+            draft_reports=parts[ended:end].reshape(finished, 2),
             cache_reports=parts[end:].reshape(admitted, 5),
         )
 
@@ -261,6 +268,7 @@ class Scheduler:
         self._native.observe(
             prefill_tokens=work.prefill_tokens,
             decode_rows=work.decode_rows,
+            draft_tokens=work.draft_tokens,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
             took_us=took_us,
@@ -271,6 +279,7 @@ class Scheduler:
         return self._native.predict_us(
             prefill_tokens=work.prefill_tokens,
             decode_rows=work.decode_rows,
+            draft_tokens=work.draft_tokens,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
         )

@@ -136,6 +136,7 @@ class SchedulerConfig:
         cache_policy: which unused pages go first.
         tps_floor: tokens a second that whoever decodes is to get; None to hold no floor.
         queue_timeout_us: the longest wait before a request is refused; None to let all wait.
+        step_drafts_max: drafted tokens of a step, over all its rows; 0 for no drafts.
     """
 
     groups: tuple[CacheGroup, ...]
@@ -148,8 +149,13 @@ class SchedulerConfig:
     cache_policy: CachePolicy = CachePolicy.SESSION
     tps_floor: float | None = None
     queue_timeout_us: int | None = None
+    step_drafts_max: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.step_drafts_max < 2**20:
+            raise ConfigError(
+                f"step_drafts_max must be in [0, 2^20), but is {self.step_drafts_max}"
+            )
         for name in ("page_size", "slots_max", "step_tokens_max", "context_max"):
             value = getattr(self, name)
             if not 1 <= value < 2**31:

@@ -158,18 +158,22 @@ class StepPlan:
 
     Attributes:
         step: the step's number; plans are committed in this order.
-        decode_count: the first `decode_count` rows are decode rows: one token each, which is the
-            last token sampled for the row's slot and lives in the execution plane; their entry
+        decode_count: the first `decode_count` rows are decode rows. The first token of each is
+            the last one sampled for the row's slot and lives in the execution plane; its entry
             in `token_ids` is 0 and not to be read. So a step can be planned before the one
-            before it is committed.
+            before it is committed. Any tokens after the first are the row's draft: guesses of
+            what will be sampled, which stand in `token_ids`. While a row with a draft flies, its
+            request is in no later plan: how far it came is not known.
         row_slots: [R] the running slot of each row's request.
         query_starts: [R + 1] row r runs tokens query_starts[r] : query_starts[r + 1].
         context_lens: [R] positions of the row's request already in the KV cache, which is the
             position of the row's first token.
         token_ids: [T] input tokens.
-        sample_rows: [S] rows whose last token's logits are sampled, ascending.
+        sample_rows: [S] whose logits are sampled, ascending: a decode row stands here once for
+            each of its tokens, in order; a chunk at most once, for its last token. S is at most
+            slots_max + step_drafts_max.
         sample_positions: [S] index of the output token about to be sampled (0 for the first):
-            the counter of the request's random stream.
+            the counter of the request's random stream. Consecutive within a row.
         bound_slots, bound_requests: [B] requests that took a slot since the last plan.
         transfers: transfers that begin now. A plan may begin some and have no rows.
         groups: the KV side, one entry per cache group, in the order of their kinds.
@@ -195,7 +199,8 @@ class StepWork:
 
     Attributes:
         prefill_tokens: prompt tokens, of all chunks.
-        decode_rows: rows of one token each.
+        decode_rows: rows that decode.
+        draft_tokens: drafted tokens of decode rows, beyond the one that each of them has.
         context_tokens: tokens of KV that attention reads: the contexts of all rows.
         prefill_pairs: what prefill attention visits, the sum over chunks of
             chunk * (context + chunk / 2).
@@ -203,6 +208,7 @@ class StepWork:
 
     prefill_tokens: int = 0
     decode_rows: int = 0
+    draft_tokens: int = 0
     context_tokens: int = 0
     prefill_pairs: float = 0.0
 
@@ -215,6 +221,7 @@ class StepWork:
         return cls(
             prefill_tokens=int(chunks.sum()),
             decode_rows=decodes,
+            draft_tokens=int(plan.query_starts[decodes]) - decodes,
             context_tokens=int(plan.context_lens.sum(dtype=np.int64)),
             prefill_pairs=float((chunks * (contexts + chunks / 2)).sum()),
         )
@@ -243,7 +250,9 @@ class StepResult:
     """What one forward pass gave.
 
     Attributes:
-        tokens: [S].
+        tokens: [S] what was sampled at each. Sample i of a row counts if the i samples before it
+            equal the row's first i drafts; the last that counts is the slot's last token from
+            then on. Those that do not count may be any token ids.
         logprobs: where asked for.
         failures: slots whose request cannot go on, and why; their tokens mean nothing.
     """
@@ -279,11 +288,14 @@ class StepOutcome:
     """What happened to requests since the last outcome was taken.
 
     Attributes:
-        requests, tokens: [K] a token that belongs to its request's output.
+        requests, tokens: [K] a token that belongs to its request's output. A request stands here
+            as often as it got tokens, in their order.
         sample_indices: [K] which sample of the committed step it was.
         cached_counts: [K] prompt tokens of the request served from cache at its admission.
         finished, reasons: [F] requests that reached their terminal event, and `FinishReason`s.
         retries_ms: [F] when to try again, for those that were REFUSED; 0 for the others.
+        draft_reports: [F, 2] tokens that were drafted for the request, and those of them that
+            were accepted: sampled as guessed, and part of its output.
         admitted: [A] requests that took a slot for the first time.
         cache_reports: [A, 5] the fields of their `CacheReport`s.
     """
@@ -295,5 +307,6 @@ class StepOutcome:
     finished: Int64Array
     reasons: Int32Array
     retries_ms: Int32Array
+    draft_reports: Int32Array
     admitted: Int64Array
     cache_reports: Int32Array

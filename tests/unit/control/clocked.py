@@ -41,6 +41,7 @@ class Machine:
             "cache_policy": CachePolicy.SESSION,
             "tps_floor": None,
             "queue_timeout_us": None,
+            "step_drafts_max": 0,
         }
         self.scheduler = Scheduler(SimpleNamespace(**{**config, **changes}))
         self.now_us = 0

@@ -91,6 +91,7 @@ def test_steps_are_committed_in_order_and_once() -> None:
         ({"groups": ()}, "at least one cache group"),
         ({"tps_floor": 0.0}, "tps_floor must be above 0"),
         ({"queue_timeout_us": 0}, "queue_timeout_us must be at least 1"),
+        ({"step_drafts_max": -1}, "step_drafts_max must be at least 0"),
         ({"groups": (CacheGroup(pages=9), CacheGroup(pages=9))}, "two full cache groups"),
         (
             {"groups": (CacheGroup(kind=CacheGroupKind.WINDOW, pages=4, window=9),)},

@@ -22,5 +22,6 @@ def world(**changes: Any) -> Simulation:
         "cache_policy": CachePolicy.SESSION,
         "tps_floor": None,
         "queue_timeout_us": None,
+        "step_drafts_max": 0,
     }
     return Simulation(SimpleNamespace(**{**config, **changes}))
