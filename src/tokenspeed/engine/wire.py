@@ -162,6 +162,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     missed_other_salt_tokens: int
     missed_tail_tokens: int
     output_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     retractions: int
     parkings: int
     evictions: int

@@ -122,6 +122,8 @@ class ScriptedEngine:
             missed_tail_tokens=20,
             output_tokens=50,
             retractions=0,
+            drafted_tokens=0,
+            accepted_tokens=0,
             parkings=0,
             evictions=0,
             stores=0,
