@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
 MODEL ?= smollm2-135m
 
-.PHONY: setup build serve demo test test-all check check-control format bench bench-peers clean
+.PHONY: setup build serve demo test test-all check check-control fuzz format bench bench-peers clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +44,11 @@ check: setup
 # sanitizers, fuzzing. QUICK=1 makes it short.
 check-control: setup
 	$(BIN)/python -m tests.proof.check $(if $(QUICK),--quick)
+
+# Random calls to the servicer and random HTTP requests to the gateway of a served model.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.servicer
+	$(BIN)/python -m tests.fuzz.gateway
 
 format: setup
 	$(BIN)/ruff check --fix .

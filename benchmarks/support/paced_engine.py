@@ -71,7 +71,7 @@ def build(config: EngineConfig) -> Engine:
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         default_sampling={},
-        pages=scheduler.pages,
+        pages=scheduler.groups[0].pages,
         page_size=scheduler.page_size,
         slots_max=scheduler.slots_max,
         step_tokens_max=scheduler.step_tokens_max,
