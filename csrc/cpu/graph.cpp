@@ -49,13 +49,19 @@ void StepRecording::fill(const RecordedPlan& plan) const {
         inputs_.query_starts[row + 1] = end;
         const bool decodes = static_cast<std::int64_t>(row) < plan.decode_count;
         for (auto token = static_cast<std::size_t>(begin); std::cmp_less(token, end); ++token) {
-            inputs_.token_ids[token] = decodes ? inputs_.last_tokens[slot] : plan.token_ids[token];
+            const bool sampled_before = decodes && std::cmp_equal(token, begin);
+            inputs_.token_ids[token] =
+                sampled_before ? inputs_.last_tokens[slot] : plan.token_ids[token];
             inputs_.positions[token] = context + static_cast<std::int64_t>(token) - begin;
         }
     }
+    std::int64_t of_row = 0;
     for (std::size_t sample = 0; sample < plan.sample_rows.size(); ++sample) {
-        const auto row = static_cast<std::size_t>(plan.sample_rows[sample]);
-        inputs_.sampled[sample] = plan.query_starts[row + 1] - 1;
+        const std::int32_t row = plan.sample_rows[sample];
+        of_row = sample > 0 && plan.sample_rows[sample - 1] == row ? of_row + 1 : 0;
+        inputs_.sampled[sample] = row < plan.decode_count
+                                      ? plan.query_starts[static_cast<std::size_t>(row)] + of_row
+                                      : plan.query_starts[static_cast<std::size_t>(row) + 1] - 1;
     }
     for (std::size_t index = 0; index < plan.groups.size(); ++index) {
         const RecordedPlan::Group& from = plan.groups[index];
@@ -75,17 +81,30 @@ void StepRecording::run(const RecordedPlan& plan, std::span<std::int32_t> tokens
     const StepSize size{std::ssize(plan.token_ids), std::ssize(plan.row_slots),
                         std::ssize(plan.sample_rows)};
     if (size.tokens > most.tokens || size.rows > most.rows || size.samples > most.samples) {
-        throw KernelError("a step of " + std::to_string(size.tokens) + " tokens and " +
-                          std::to_string(size.rows) + " rows; recorded were " +
-                          std::to_string(most.tokens) + " and " + std::to_string(most.rows));
+        throw KernelError("a step of " + std::to_string(size.tokens) + " tokens, " +
+                          std::to_string(size.rows) + " rows and " + std::to_string(size.samples) +
+                          " samples; recorded were " + std::to_string(most.tokens) + ", " +
+                          std::to_string(most.rows) + " and " + std::to_string(most.samples));
     }
     fill(plan);
     for (const StepCall& call : calls_) {
         if (const std::int64_t rows = size.*call.count; rows > 0) call.work(rows);
     }
+    take_out(plan, tokens);
+}
+
+void StepRecording::take_out(const RecordedPlan& plan, std::span<std::int32_t> tokens) const {
+    bool counts = false;
     for (std::size_t sample = 0; sample < plan.sample_rows.size(); ++sample) {
         const auto row = static_cast<std::size_t>(plan.sample_rows[sample]);
-        inputs_.last_tokens[plan.row_slots[row]] = chosen_[sample];
+        if (sample == 0 || plan.sample_rows[sample - 1] != plan.sample_rows[sample]) {
+            counts = true;
+        } else {
+            // The token before was guessed where this one's logits are from.
+            const auto guess = static_cast<std::size_t>(inputs_.sampled[sample]);
+            counts = counts && chosen_[sample - 1] == inputs_.token_ids[guess];
+        }
+        if (counts) inputs_.last_tokens[plan.row_slots[row]] = chosen_[sample];
         tokens[sample] = static_cast<std::int32_t>(chosen_[sample]);
     }
 }

@@ -36,8 +36,9 @@ struct StepInputs {
     }
 };
 
-// A step as the control plane planned it; the first `decode_count` rows run the last token of their
-// slots.
+// A step as the control plane planned it. The first `decode_count` rows run the last token of their
+// slots and then their drafts, and stand in `sample_rows` once for each of their tokens; other rows
+// stand there once, if at all, for their last.
 struct RecordedPlan {
     std::int64_t decode_count;
     std::span<const std::int32_t> row_slots, query_starts, context_lens, token_ids, sample_rows;
@@ -67,13 +68,15 @@ class StepRecording {
     bool end(const std::int64_t* chosen);
     std::size_t size() const { return calls_.size(); }
 
-    // Takes a plan's inputs in, runs what was recorded for its sizes, and makes the chosen tokens
-    // their slots' last; writes them to `tokens`, too.
-    // Throws KernelError: more of something than was recorded for, or what a kernel throws.
+    // Takes a plan's inputs in, runs what was recorded for its sizes, and writes the chosen tokens
+    // to `tokens`. The last one of a row that counts becomes its slot's last: one counts if those
+    // of the row before it are what the row's draft guessed. Throws KernelError: more of something
+    // than was recorded for, or what a kernel throws.
     void run(const RecordedPlan& plan, std::span<std::int32_t> tokens) const;
 
   private:
     void fill(const RecordedPlan& plan) const;
+    void take_out(const RecordedPlan& plan, std::span<std::int32_t> tokens) const;
 
     Runtime& runtime_;
     StepInputs inputs_;

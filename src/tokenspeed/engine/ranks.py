@@ -37,7 +37,7 @@ from tokenspeed.engine.rank_wire import (
     receive,
     send,
 )
-from tokenspeed.execution import Runner
+from tokenspeed.execution import Runner, Samples
 from tokenspeed.execution.runner import LaunchedStep
 from tokenspeed.grammar import Grammar
 
@@ -221,7 +221,8 @@ class GroupRunner:
             EngineError: a rank is gone, or takes no plan any more.
         """
         token_ids = plan.token_ids.copy()
-        token_ids[: plan.decode_count] = self._last_token_X[plan.row_slots[: plan.decode_count]]
+        decodes = slice(plan.decode_count)
+        token_ids[plan.query_starts[decodes]] = self._last_token_X[plan.row_slots[decodes]]
         self._group.send(Launch(encode_plan(replace(plan, token_ids=token_ids))))
         return GroupStep(self._runner.launch(plan), self._group, plan, self._last_token_X)
 
@@ -268,7 +269,9 @@ class GroupStep:
             result = self._step.result()
         except EngineError as error:
             raise self._group.failure(error) from error
-        self._last_token_X[self._plan.row_slots[self._plan.sample_rows]] = result.tokens
+        lasts = Samples.of(self._plan).lasts(result.tokens)
+        slots = self._plan.row_slots[self._plan.sample_rows[lasts]]
+        self._last_token_X[slots] = result.tokens[lasts]
         return result
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tokenspeed.core.errors import InvalidParameter
@@ -110,6 +111,12 @@ class Confinement:
         """Whether none of the slots has a grammar."""
         return self._confined.keys().isdisjoint(slots_S.tolist())
 
+    def held(self, slots_S: Int32Array) -> npt.NDArray[np.bool_]:
+        """Which of the slots have a grammar."""
+        if not self._confined:
+            return np.zeros(len(slots_S), dtype=np.bool_)
+        return np.isin(slots_S, list(self._confined))
+
     def bitmasks(self, slots_S: Int32Array) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
         """Wait for the bitmasks of a step's samples.
 
@@ -132,17 +139,27 @@ class Confinement:
             bitmasks[row] = self._bitmask_XW[slot : slot + 1].to(self._device)
         return bitmasks, failures
 
-    def advance(self, slots_S: Int32Array, tokens_S: Int32Array) -> None:
-        """Begin with the bitmasks that follow the tokens just sampled."""
+    def advance(self, slots_S: Int32Array, tokens_S: Int32Array) -> npt.NDArray[np.bool_]:
+        """Begin with the bitmasks that follow the tokens just sampled.
+
+        Returns:
+            Of each, whether a token may follow.
+        """
+        going_on_S = np.ones(len(slots_S), dtype=np.bool_)
         if not self._confined:
-            return
-        for slot, token in zip(slots_S.tolist(), tokens_S.tolist(), strict=True):
+            return going_on_S
+        for sample, (slot, token) in enumerate(
+            zip(slots_S.tolist(), tokens_S.tolist(), strict=True)
+        ):
             confined = self._confined.get(slot)
-            if confined is None or confined.ready.exception() is not None:
+            if confined is None:
                 continue
-            # A token that ends the request has none after it.
-            if token not in confined.ends:
+            # A token that ends the request has none after it, nor has one that has failed.
+            if token in confined.ends or confined.ready.exception() is not None:
+                going_on_S[sample] = False
+            else:
                 self._begin(confined, [token])
+        return going_on_S
 
     def close(self) -> None:
         """End the thread."""

@@ -142,14 +142,15 @@ class StepGraph:
         Args:
             model: loaded.
             pools: the KV storage that plans name pages of.
-            config: gives the greatest numbers of tokens and rows, and the page size.
+            config: gives the greatest numbers of tokens, rows and drafted tokens, and the page
+                size.
             tables: int32 [X, P] of each cache group, which runs keep up to date.
             last_token_X: int64, the last token of each slot, likewise.
         """
         # By its number of rows a recorded kernel is known to work on tokens, on rows or on samples,
         # so these must differ.
         rows_max = config.slots_max
-        samples_max = rows_max + 1
+        samples_max = rows_max + config.step_drafts_max + 1
         tokens_max = max(config.step_tokens_max, samples_max + 1)
         token_ids_T = torch.zeros(tokens_max, dtype=torch.int64)
         positions_T = torch.zeros(tokens_max, dtype=torch.int64)
@@ -211,8 +212,8 @@ class StepGraph:
         """Compute a plan.
 
         Returns:
-            logits_SV in float32, valid until the next run, and the likeliest token of each sample,
-            which is its slot's last one from now on.
+            logits_SV in float32, valid until the next run, and the likeliest token of each sample.
+            The last that counts of each row is its slot's last one from now on.
         """
         tokens = np.empty(len(plan.sample_rows), dtype=np.int32)
         self._recording.run(

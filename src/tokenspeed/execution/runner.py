@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tokenspeed.cache import KVPools
@@ -18,6 +19,7 @@ from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
 from tokenspeed.execution.confinement import Confinement
+from tokenspeed.execution.drafts import Samples, joined
 from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
@@ -106,7 +108,8 @@ class Runner:
         )
         self._token_ids = InputBuffer(config.step_tokens_max, device=device)
         self._positions = InputBuffer(config.step_tokens_max, device=device)
-        self._sampled = InputBuffer(config.slots_max, device=device)
+        samples_max = config.slots_max + config.step_drafts_max
+        self._sampled = InputBuffer(samples_max, device=device)
         self._sampled_slots = InputBuffer(config.slots_max, device=device)
         self._decode_slots = InputBuffer(config.slots_max, device=device)
         self._last_token_X = torch.zeros(config.slots_max, dtype=torch.int64, device=device)
@@ -281,8 +284,9 @@ class Runner:
         """
         self._move(plan)
         decode_slots = plan.row_slots[: plan.decode_count]
+        last_tokens = plan.token_ids[plan.query_starts[: plan.decode_count]]
         self._last_token_X[self._decode_slots.fill(decode_slots)] = torch.from_numpy(
-            plan.token_ids[: plan.decode_count].astype(np.int64)
+            last_tokens.astype(np.int64)
         ).to(self._device)
         batch = self._batch(plan)
         if len(plan.row_slots):
@@ -294,16 +298,38 @@ class Runner:
 
     @torch.inference_mode()
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
+        samples = Samples.of(plan)
         slots_S = plan.row_slots[plan.sample_rows]
-        # The bitmasks were made while the forward ran.
-        bitmasks, failures = self._confinement.bitmasks(slots_S)
-        tokens_S, logprobs = self._sampler.sample(
-            logits_SV, slots_S, plan.sample_positions, bitmasks
+        # What a request may say next hangs on more than logits where it has a grammar or a history:
+        # behind a guess it is sampled once the guess has been found right.
+        waiting_S = samples.later_S & (
+            self._sampler.one_by_one(slots_S) | self._confinement.held(slots_S)
         )
-        self._last_token_X[self._sampled_slots.fill(slots_S)] = tokens_S
-        tokens = tokens_S.cpu().numpy().astype(np.int32)
-        self._confinement.advance(slots_S, tokens)
-        return StepResult(tokens=tokens, logprobs=logprobs, failures=failures)
+        tokens_S = np.zeros(len(slots_S), dtype=np.int32)
+        failures: dict[int, str] = {}
+        logprobs = []
+        wave = np.flatnonzero(~waiting_S)
+        while len(wave):
+            # The bitmasks were made while the forward ran, or since the wave before.
+            bitmasks, failed = self._confinement.bitmasks(slots_S[wave])
+            found, of_wave = self._sampler.sample(
+                _rows(logits_SV, wave),
+                slots_S[wave],
+                plan.sample_positions[wave],
+                bitmasks,
+            )
+            tokens_S[wave] = found.cpu().numpy()
+            failures |= failed
+            if of_wave is not None:
+                logprobs.append((wave, of_wave))
+            going_on = self._confinement.advance(slots_S[wave], tokens_S[wave])
+            wave = samples.following(wave[going_on], tokens_S)
+            wave = wave[waiting_S[wave]]
+        lasts = samples.lasts(tokens_S)
+        self._last_token_X[self._sampled_slots.fill(slots_S[lasts])] = torch.from_numpy(
+            tokens_S[lasts].astype(np.int64)
+        ).to(self._device)
+        return StepResult(tokens=tokens_S, logprobs=joined(logprobs), failures=failures)
 
     def _confine(self, binding: _Binding) -> None:
         output: list[int] = []
@@ -327,7 +353,8 @@ class Runner:
         )
         token_ids_T = self._token_ids.fill(plan.token_ids)
         decode_slots_D = self._decode_slots.fill(plan.row_slots[: plan.decode_count])
-        token_ids_T[: plan.decode_count] = self._last_token_X[decode_slots_D]
+        last_tokens_D = self._last_token_X[decode_slots_D]
+        token_ids_T[torch.from_numpy(starts[: plan.decode_count]).to(self._device)] = last_tokens_D
         groups = []
         for group, table, kv_slots in zip(plan.groups, self._tables, self._kv_slots, strict=True):
             table.apply(group)
@@ -345,5 +372,13 @@ class Runner:
             token_ids_T=token_ids_T,
             positions_T=self._positions.fill(positions_T),
             groups=tuple(groups),
-            sample_token_indices_S=self._sampled.fill(ends[plan.sample_rows] - 1),
+            sample_token_indices_S=self._sampled.fill(Samples.of(plan).tokens_S),
         )
+
+
+def _rows(logits_SV: torch.Tensor, samples: npt.NDArray[np.intp]) -> torch.Tensor:
+    """The logits of ascending samples, in place where they lie together."""
+    first, end = int(samples[0]), int(samples[-1]) + 1
+    if end - first == len(samples):
+        return logits_SV[first:end]
+    return logits_SV[torch.from_numpy(samples).to(logits_SV.device)]

@@ -72,6 +72,7 @@ class Sampler:
         self._edited_X = np.zeros(slots_max, dtype=np.bool_)
         self._reports_X = np.zeros(slots_max, dtype=np.bool_)
         self._top_logprobs_X = np.zeros(slots_max, dtype=np.int32)
+        self._one_by_one_X = np.zeros(slots_max, dtype=np.bool_)
         # Slots of requests that want more than the likeliest token.
         self._others: set[int] = set()
         # Only slots whose requests need them have an entry.
@@ -108,6 +109,7 @@ class Sampler:
         self._edited_X[slot] = params.needs_history or bool(params.logit_bias)
         self._reports_X[slot] = params.logprobs is not None
         self._top_logprobs_X[slot] = min(params.logprobs or 0, self._vocabulary)
+        self._one_by_one_X[slot] = params.needs_history or params.logprobs is not None
         for table in (self._stops, self._bias, self._history):
             table.pop(slot, None)
         self._others.discard(slot)
@@ -139,6 +141,11 @@ class Sampler:
     def takes_likeliest(self, slots_S: Int32Array) -> bool:
         """Whether `sample` without a bitmask is the likeliest token of each row, and no more."""
         return self._others.isdisjoint(slots_S.tolist())
+
+    def one_by_one(self, slots_S: Int32Array) -> BoolArray:
+        """Whose tokens are sampled one after the other, so that each has those before it as its
+        history, or none is sampled, and reported, in vain."""
+        return self._one_by_one_X[slots_S]
 
     def sample(
         self,

@@ -1,6 +1,6 @@
 """A small Llama of random weights, and plans for it made by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -92,7 +92,8 @@ class Request:
 
 
 class Planner:
-    """Plans as a control plane would, of one cache group; pages are taken from the top."""
+    """Plans as a control plane would, whose cache groups all keep every page; pages are taken from
+    the top."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
@@ -100,15 +101,25 @@ class Planner:
         self.step = 0
 
     def plan(
-        self, decodes: Sequence[Request] = (), prefills: Sequence[tuple[Request, int]] = ()
+        self,
+        decodes: Sequence[Request] = (),
+        prefills: Sequence[tuple[Request, int]] = (),
+        *,
+        drafts: Mapping[int, Sequence[int]] | None = None,
     ) -> StepPlan:
-        """Decode rows, then chunks of prompts, sampled where they end the prompt."""
-        rows = [(request, 1) for request in decodes] + list(prefills)
+        """Decode rows, with drafts by their slots; then chunks of prompts, sampled where they end
+        the prompt. A request with a draft is then to be told what `landed`."""
+        drafts = drafts or {}
+        rows = [(request, 1 + len(drafts.get(request.slot, ()))) for request in decodes]
+        rows += prefills
         starts, tokens, samples, slots, table = [0], [], [], [], []
         for row, (request, count) in enumerate(rows):
             end = request.length + count
             decoding = row < len(decodes)
-            tokens += [0] if decoding else request.prompt[request.length : end]
+            if decoding:
+                tokens += [0, *drafts.get(request.slot, ())]
+            else:
+                tokens += request.prompt[request.length : end]
             while len(request.pages) * self.config.page_size < end:
                 table.append((request.slot, len(request.pages), self.free[-1]))
                 request.pages.append(self.free.pop())
@@ -116,8 +127,9 @@ class Planner:
                 page = request.pages[position // self.config.page_size]
                 slots.append(page * self.config.page_size + position % self.config.page_size)
             if end >= len(request.prompt):
-                samples.append((row, request.sampled))
-                request.sampled += 1
+                for _ in range(count if decoding else 1):
+                    samples.append((row, request.sampled))
+                    request.sampled += 1
             starts.append(starts[-1] + count)
         context = [request.length for request, _ in rows]
         for request, count in rows:
@@ -141,8 +153,16 @@ class Planner:
                     table_indices=ints([change[1] for change in table]),
                     table_pages=ints([change[2] for change in table]),
                 ),
-            ),
+            )
+            * len(self.config.groups),
         )
+
+    @staticmethod
+    def landed(request: Request, draft: Sequence[int], counting: int) -> None:
+        """So many of a request's samples counted; the rest of its draft is forgotten."""
+        wrong = 1 + len(draft) - counting
+        request.length -= wrong
+        request.sampled -= wrong
 
 
 def ints(values: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,100 @@
+"""Which samples of a step count. A row with a draft is sampled behind each of its tokens; a sample
+counts if those of its row before it are what the draft guessed.
+
+Drafts of Leviathan et al. 2023 and Chen et al. 2023 are accepted with the probability that the
+model gives a guess. Here a position is sampled as it would be without a draft, and the guess is
+accepted if it is what was sampled: with the same probability, and with the same text.
+
+Legend: R rows, S samples, L log-probabilities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenspeed.core.step import Int32Array, SampledLogprobs, StepPlan
+
+__all__ = ["Samples", "joined"]
+
+BoolArray = npt.NDArray[np.bool_]
+IndexArray = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """The samples of a step.
+
+    Attributes:
+        tokens_S: the token of the step behind which each is sampled.
+        later_S: whether it is sampled behind a guess.
+        guesses_S: that guess, where it is.
+    """
+
+    tokens_S: IndexArray
+    later_S: BoolArray
+    guesses_S: Int32Array
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Self:
+        """The samples of a plan."""
+        rows_S, starts = plan.sample_rows, plan.query_starts
+        later_S = np.zeros(len(rows_S), dtype=np.bool_)
+        np.equal(rows_S[1:], rows_S[:-1], out=later_S[1:])
+        tokens_S = (starts[rows_S + 1] - 1).astype(np.intp)
+        if later_S.any():
+            indices_S = np.arange(len(rows_S))
+            of_row_S = indices_S - np.maximum.accumulate(np.where(later_S, 0, indices_S))
+            decodes_S = rows_S < plan.decode_count
+            tokens_S[decodes_S] = (starts[rows_S] + of_row_S)[decodes_S]
+        return cls(tokens_S=tokens_S, later_S=later_S, guesses_S=plan.token_ids[tokens_S])
+
+    def following(self, samples: IndexArray, sampled_S: Int32Array) -> IndexArray:
+        """Of the samples right behind the given ones, those of whose row all guesses up to there
+        were right, as the given ones' were."""
+        behind = samples + 1
+        behind = behind[behind < len(self.later_S)]
+        right = self.later_S[behind] & (sampled_S[behind - 1] == self.guesses_S[behind])
+        return behind[right]
+
+    def counting(self, sampled_S: Int32Array) -> BoolArray:
+        """Whether each sample counts."""
+        right_S = ~self.later_S
+        right_S[1:] |= sampled_S[:-1] == self.guesses_S[1:]
+        wrongs_S = np.cumsum(~right_S)
+        # So many there were before the row began.
+        before_S = np.maximum.accumulate(np.where(self.later_S, 0, wrongs_S))
+        return wrongs_S == before_S
+
+    def lasts(self, sampled_S: Int32Array) -> IndexArray:
+        """The last sample of each row that counts, ascending."""
+        counts_S = self.counting(sampled_S)
+        ends_S = counts_S.copy()
+        ends_S[:-1] &= ~(self.later_S[1:] & counts_S[1:])
+        return np.flatnonzero(ends_S)
+
+
+def joined(parts: Sequence[tuple[IndexArray, SampledLogprobs]]) -> SampledLogprobs | None:
+    """The log-probabilities of samples that were taken in several parts.
+
+    Args:
+        parts: the samples of each, and its log-probabilities, which count these.
+    """
+    if not parts:
+        return None
+    indices_L = np.concatenate([samples[found.sample_indices] for samples, found in parts])
+    order_L = np.argsort(indices_L)
+    width = max(found.top_values.shape[1] for _, found in parts)
+
+    def wide(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return np.pad(values, ((0, 0), (0, width - values.shape[1])))
+
+    return SampledLogprobs(
+        sample_indices=indices_L[order_L].astype(np.int32),
+        chosen=np.concatenate([found.chosen for _, found in parts])[order_L],
+        top_token_ids=np.concatenate([wide(found.top_token_ids) for _, found in parts])[order_L],
+        top_values=np.concatenate([wide(found.top_values) for _, found in parts])[order_L],
+        top_counts=np.concatenate([found.top_counts for _, found in parts])[order_L],
+    )
