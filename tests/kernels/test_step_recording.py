@@ -89,6 +89,34 @@ def test_a_plan_is_taken_in_and_its_tokens_become_the_last_of_their_slots() -> N
     assert inputs.last_token_X.tolist() == [2, 101, 102, 103, 5, 105]
 
 
+def test_of_a_row_with_a_draft_the_last_sample_that_counts_is_its_slots_last_token() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    recording = inputs.recording(runtime)
+    recording.begin()
+    _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
+    assert recording.end(inputs.chosen_S)
+    for sample, token in enumerate((5, 2, 5, 3)):
+        inputs.logits_SV[sample, token] = 1.0
+
+    def run(draft: tuple[int, int]) -> list[int]:
+        """A decode row with a draft of two tokens, a chunk of two of which the last is sampled."""
+        tokens = np.full(4, -1, dtype=np.int32)
+        recording.run(
+            1, ints(4, 2), ints(0, 3, 5), ints(20, 6), ints(0, *draft, 1, 2), ints(0, 0, 0, 1),
+            [], tokens,
+        )  # fmt: skip
+        assert tokens.tolist() == [5, 2, 5, 3]
+        assert inputs.positions_T.tolist()[:5] == [20, 21, 22, 6, 7]
+        assert inputs.sampled_S.tolist() == [0, 1, 2, 4]
+        assert inputs.last_token_X[2] == 3
+        return [int(inputs.last_token_X[4]), *inputs.token_ids_T.tolist()[:5]]
+
+    # Wrong at once, and right behind, which does not count; right once; right to the end.
+    assert run((4, 2)) == [5, 104, 4, 2, 1, 2]
+    assert run((5, 1)) == [2, 5, 5, 1, 1, 2]
+    assert run((5, 2)) == [5, 2, 5, 2, 1, 2]
+
+
 def test_numbers_that_cannot_be_told_apart_are_refused() -> None:
     runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
     inputs.sampled_S = inputs.sampled_S[:ROWS_MAX]
@@ -126,6 +154,6 @@ def test_more_samples_than_recorded_are_refused() -> None:
     assert recording.end(inputs.chosen_S)
     sampled = ints(*[0] * (SAMPLES_MAX + 1))
     tokens = np.zeros_like(sampled)
-    with pytest.raises(KernelError, match="a step of 1 tokens and 1 rows"):
+    with pytest.raises(KernelError, match="a step of 1 tokens, 1 rows and 5 samples"):
         recording.run(0, ints(1), ints(0, 1), ints(0), ints(5), sampled, [], tokens)
     assert inputs.token_ids_T.tolist() == [-7] * TOKENS_MAX

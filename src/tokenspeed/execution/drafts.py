@@ -56,7 +56,7 @@ class Samples:
         were right, as the given ones' were."""
         behind = samples + 1
         behind = behind[behind < len(self.later_S)]
-        right = self.later_S[behind] & (sampled_S[behind - 1] == self.guesses_S[behind])
+        right: BoolArray = self.later_S[behind] & (sampled_S[behind - 1] == self.guesses_S[behind])
         return behind[right]
 
     def counting(self, sampled_S: Int32Array) -> BoolArray:
@@ -66,7 +66,8 @@ class Samples:
         wrongs_S = np.cumsum(~right_S)
         # So many there were before the row began.
         before_S = np.maximum.accumulate(np.where(self.later_S, 0, wrongs_S))
-        return wrongs_S == before_S
+        counts_S: BoolArray = wrongs_S == before_S
+        return counts_S
 
     def lasts(self, sampled_S: Int32Array) -> IndexArray:
         """The last sample of each row that counts, ascending."""

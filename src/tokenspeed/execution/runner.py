@@ -112,6 +112,7 @@ class Runner:
         self._sampled = InputBuffer(samples_max, device=device)
         self._sampled_slots = InputBuffer(config.slots_max, device=device)
         self._decode_slots = InputBuffer(config.slots_max, device=device)
+        self._decode_starts = InputBuffer(config.slots_max, device=device)
         self._last_token_X = torch.zeros(config.slots_max, dtype=torch.int64, device=device)
         groups = range(len(pools.pools))
         self._kv_slots = [InputBuffer(config.step_tokens_max, device=device) for _ in groups]
@@ -353,8 +354,8 @@ class Runner:
         )
         token_ids_T = self._token_ids.fill(plan.token_ids)
         decode_slots_D = self._decode_slots.fill(plan.row_slots[: plan.decode_count])
-        last_tokens_D = self._last_token_X[decode_slots_D]
-        token_ids_T[torch.from_numpy(starts[: plan.decode_count]).to(self._device)] = last_tokens_D
+        decode_starts_D = self._decode_starts.fill(starts[: plan.decode_count])
+        token_ids_T[decode_starts_D] = self._last_token_X[decode_slots_D]
         groups = []
         for group, table, kv_slots in zip(plan.groups, self._tables, self._kv_slots, strict=True):
             table.apply(group)
