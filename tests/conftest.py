@@ -1,9 +1,16 @@
 """Real models, fetched once into the user's cache."""
 
+import os
+
 import pytest
 
 from tokenspeed import loader
 from tokenspeed.core.environment import let_threads_sleep
+
+# GPU kernels run in Triton's interpreter, which is asked for before anything imports them; on a GPU
+# (`make gpu-check`) they are compiled.
+if os.environ.get("TOKENSPEED_TEST_DEVICE") != "cuda":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Tests run beside the servers they start.
 let_threads_sleep()

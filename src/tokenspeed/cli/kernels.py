@@ -171,6 +171,45 @@ def _verify_and_tell(runs: "Sequence[Run]", runtime: "CpuRuntime") -> int:
     return failed
 
 
+@kernels_app.command("compile")
+def compile_kernels(
+    *,
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops [default: all].")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="sm_90 or gfx942; may be repeated [default: both]. No GPU is needed."),
+    ] = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Compile Triton's kernels for a GPU, at sizes of large models, and say what each takes of it.
+
+    The exit code is 1 where one does not compile or takes more than there is.
+    """
+    with reported(log_level):
+        from tokenspeed.kernels.triton.compile_only import TARGETS, compiling  # noqa: PLC0415
+        from tokenspeed.kernels.triton.samples import samples  # noqa: PLC0415
+
+        chosen = [sample for sample in samples() if not ops or sample.op in ops]
+        if not chosen:
+            known = ", ".join(sorted({sample.op for sample in samples()}))
+            raise KernelError(f"no kernel of {', '.join(ops or ())}; there are those of {known}")
+        for name in target or TARGETS:
+            with compiling(name) as found:
+                for sample in chosen:
+                    first = len(found)
+                    sample.call()
+                    for kernel in found[first:]:
+                        typer.echo(
+                            f"{name:7} {sample.op:28} {sample.name:36} {kernel.name:15}"
+                            f" {kernel.registers or '?':>4} registers,"
+                            f" {kernel.spilled_size_bytes or 0:4} B spilled,"
+                            f" {kernel.shared_size_bytes:7} B shared"
+                            f"{', matrix unit' if kernel.matrix_unit else ''}"
+                        )
+
+
 @kernels_app.command("roofline")
 def measure_roofline(
     *,

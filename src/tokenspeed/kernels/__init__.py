@@ -18,7 +18,8 @@ from tokenspeed.kernels.weights import PACKED, PANELS, BlockMatrix, Matrix, Pack
 
 # Importing these fills the registry: first the ops, then our own kernels for them.
 from tokenspeed.kernels import ops, reference  # isort: skip
-from tokenspeed.kernels.cpu import solution as _solution  # noqa: F401  # isort: skip
+from tokenspeed.kernels.cpu import solution as _cpu_solution  # noqa: F401  # isort: skip
+from tokenspeed.kernels.triton import solution as _triton_solution  # noqa: F401  # isort: skip
 
 __all__ = [
     "ANY",

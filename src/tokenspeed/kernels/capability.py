@@ -1,6 +1,7 @@
 """What a device offers, and what a kernel needs of it."""
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ class Platform:
     Attributes:
         device: kind of device, as torch names it: "cpu", "cuda", ...
         features: instruction sets and matrix units, by their kernel-log names on CPUs
-            ("avx2", "avx512_vnni", "amx_bf16").
+            ("avx2", "avx512_vnni", "amx_bf16"); on GPUs the compilers of kernels that are
+            installed ("triton").
         arch: the device's compute capability, where its kind has one.
     """
 
@@ -31,7 +33,12 @@ class Platform:
         if device.type == "cpu":
             return Platform(device="cpu", features=_cpu_features(Path("/proc/cpuinfo")))
         if device.type == "cuda":
-            return Platform(device="cuda", arch=torch.cuda.get_device_capability(device))
+            compilers = {"triton"} if importlib.util.find_spec("triton") else set()
+            return Platform(
+                device="cuda",
+                features=frozenset(compilers),
+                arch=torch.cuda.get_device_capability(device),
+            )
         return Platform(device=device.type)
 
 

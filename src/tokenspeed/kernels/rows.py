@@ -4,7 +4,7 @@ Legend: T tokens, R rows, L tokens of a row, X slots of the page table, P pages 
 N positions a row has once the step is done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,7 +34,7 @@ class PagedRow:
     allowed_LN: torch.Tensor | None
 
 
-# Not slotted: `by_row` is kept in the instance so that all layers of a step share it.
+# Not slotted: `by_row` and `kept` are in the instance so that all layers of a step share them.
 @dataclass(frozen=True, kw_only=True)
 class PagedRows:
     """The rows of one step in one cache group. Host values stay host values.
@@ -56,6 +56,11 @@ class PagedRows:
     page_table_XP: torch.Tensor
     kv_slots_T: torch.Tensor
     page_size: int
+
+    @cached_property
+    def kept(self) -> dict[Hashable, object]:
+        """What kernels made once for the step, each by a key of its own."""
+        return {}
 
     @cached_property
     def by_row(self) -> Sequence[PagedRow]:

@@ -168,6 +168,7 @@ FLAGS: dict[str, set[str]] = {
     "models": set(),
     "env": set(),
     "kernels list": {"--log-level"},
+    "kernels compile": {"--target", "--log-level"},
     "kernels bench": {"--threads", "--format", "--log-level"},
     "kernels roofline": {"--threads", "--log-level"},
     "kernels verify": {"--solution", "--dtype", "--threads", "--log-level"},
@@ -331,8 +332,9 @@ def test_a_kernel_choice_of_another_form_is_refused(choices: list[str]) -> None:
         ("kernels explain norm.rms_norm --dtype int7", "bfloat16"),
         ("kernels explain norm.rms_norm --trait x", "NAME=VALUE"),
         ("kernels verify no.such_op", "norm.rms_norm"),
-        ("kernels verify norm.rms_norm --solution magic", "cpu, reference"),
+        ("kernels verify norm.rms_norm --solution magic", "cpu, reference, triton"),
         ("kernels verify --dtype int7", "bfloat16"),
+        ("kernels compile no.such_op", "norm.rms_norm"),
     ],
 )
 def test_an_error_is_one_clear_line_and_exit_code_1(line: str, named: str) -> None:

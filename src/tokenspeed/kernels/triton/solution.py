@@ -1,0 +1,23 @@
+"""Registers every kernel of the solution `triton`, by importing it; Triton itself is not loaded."""
+
+from tokenspeed.kernels.triton import (
+    activation,
+    attention,
+    embedding,
+    kvcache,
+    latent,
+    norm,
+    rope,
+    sampling,
+)
+
+__all__ = [
+    "activation",
+    "attention",
+    "embedding",
+    "kvcache",
+    "latent",
+    "norm",
+    "rope",
+    "sampling",
+]
