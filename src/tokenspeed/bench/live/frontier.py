@@ -51,12 +51,13 @@ def draw_frontier(reports: Sequence[ReplayReport], *, title: str) -> bytes:
         for level, x, y in zip(levels, tps, tpm, strict=True):
             if level.users is not None:
                 axes.annotate(
-                    str(level.users),
+                    f"{level.users} {'user' if level.users == 1 else 'users'}",
                     (x.mean, y.mean),
                     textcoords="offset points",
                     xytext=(6, 5),
                 )
     axes.set(xlabel="TPS of a user (median)", ylabel="output tokens a minute", title=title)
+    axes.margins(x=0.15, y=0.12)  # The points' words stand within.
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
