@@ -18,6 +18,7 @@ from tokenspeed.kernels.triton import (
     embedding,
     kvcache,
     latent,
+    moe,
     norm,
     rope,
     sampling,
@@ -63,6 +64,7 @@ def samples() -> Iterator[Sample]:
     yield _sample("rope.rotate", "40 x 128", rope.rotate, heads_TQD, cos_TE, cos_TE)
     yield from _attention()
     yield from _latents()
+    yield from _experts()
     yield from _sampling()
 
 
@@ -104,6 +106,37 @@ def _latents() -> Iterator[Sample]:
     yield _sample(
         "kvcache.append_latents", "576", kvcache.append_latents, latents_TE, pool, slots_T
     )
+
+
+def _experts() -> Iterator[Sample]:
+    tokens, features, hidden, held, chosen = 256, 7168, 2048, 32, 8
+    route = partial(
+        moe.route,
+        torch.zeros(tokens, 256, dtype=_BFLOAT16),
+        torch.zeros(256),
+        chosen,
+        scoring="sigmoid",
+        normalise=True,
+        scale=2.5,
+        groups=8,
+        groups_kept=4,
+    )
+    yield Sample(op="moe.route", name="8 of 256 experts", call=route)
+    # The matrices' sizes without their memory.
+    number = torch.zeros(1, dtype=_BFLOAT16)
+    gate_up_E2FM = number.expand(held, 2 * hidden, features)
+    down_EMF = number.expand(held, features, hidden)
+    for count in (4, tokens):
+        experts = partial(
+            moe.experts,
+            torch.zeros(count, features, dtype=_BFLOAT16),
+            gate_up_E2FM,
+            down_EMF,
+            torch.zeros(count, chosen, dtype=torch.int64),
+            torch.zeros(count, chosen),
+            first=0,
+        )
+        yield Sample(op="moe.experts", name=f"{held} experts, {count} tokens", call=experts)
 
 
 def _sampling() -> Iterator[Sample]:
