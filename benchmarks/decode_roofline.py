@@ -89,6 +89,8 @@ def main() -> None:
             max_context=max(options.depth) + 2 * STEPS,
             max_running=1,
             prefix_cache=False,
+            # Steps of one token each.
+            speculate="off",
         )
         core = build_engine(config).core
         runner: Runner = core.runner

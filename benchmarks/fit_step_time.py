@@ -63,7 +63,12 @@ def main() -> None:
     options = parser.parse_args()
     engine = build_engine(
         EngineConfig(
-            model=options.model, threads=options.threads, max_running=8, overlap_depth=0, seed=0
+            model=options.model,
+            threads=options.threads,
+            max_running=8,
+            overlap_depth=0,
+            seed=0,
+            speculate="off",
         )
     )
     core = engine.core

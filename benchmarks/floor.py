@@ -192,6 +192,7 @@ def main() -> None:
         max_running=arguments.users + 1,
         threads=arguments.threads,
         seed=0,
+        speculate="off",
     )
     runs: list[tuple[float | None, dict[str, Any]]] = []
     floor = arguments.tps_floor

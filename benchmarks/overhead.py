@@ -81,9 +81,9 @@ class TimedLedger(Ledger):
         self.spent_s += time.perf_counter() - start_s
         return launched
 
-    def retired(self, step: Launched, now_us: int) -> None:
+    def retired(self, step: Launched, now_us: int, tokens: Any) -> None:
         start_s = time.perf_counter()
-        super().retired(step, now_us)
+        super().retired(step, now_us, tokens)
         self.spent_s += time.perf_counter() - start_s
 
     def close(self, requests: list[int], now_us: int) -> Any:

@@ -23,7 +23,13 @@ def main() -> None:
     model, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     core = build_engine(
         EngineConfig(
-            model=model, threads=threads, max_context=context, prefix_cache=False, max_running=1
+            model=model,
+            threads=threads,
+            max_context=context,
+            prefix_cache=False,
+            max_running=1,
+            # Each engine computes every token.
+            speculate="off",
         )
     ).core
     params = SamplingParams(temperature=0.0, ignore_eos=True)

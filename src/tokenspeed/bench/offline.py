@@ -63,11 +63,14 @@ class OfflinePlan:
         )
 
     def configure(self, config: EngineConfig) -> EngineConfig:
-        """An engine's configuration with room for the plan, that keeps nothing it has seen."""
+        """An engine's configuration with room for the plan, that keeps nothing it has seen, and
+        computes each token: prompts of random tokens are answered by repeating oneself, of which
+        drafts would make more than they are worth to anybody."""
         longest = max(tokens for _, tokens, _ in self.works) + self.new_tokens
         return dataclasses.replace(
             config,
             prefix_cache=False,
+            speculate="off",
             max_running=max(users for _, _, users in self.works),
             max_context=longest if config.max_context is None else config.max_context,
         )

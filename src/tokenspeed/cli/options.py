@@ -58,6 +58,14 @@ class KVDType(enum.StrEnum):
     INT8 = "int8"
 
 
+class Speculate(enum.StrEnum):
+    """Where drafts come from."""
+
+    AUTO = "auto"
+    OFF = "off"
+    SUFFIX = "suffix"
+
+
 LogLevelOption = Annotated[
     LogLevel,
     typer.Option(help="How much to write to stderr; debug shows the traceback of an error."),
@@ -138,6 +146,13 @@ def _engine_flags(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse KV of shared prefixes.")
     ] = True,
+    speculate: Annotated[
+        Speculate,
+        typer.Option(
+            help="Tokens that steps verify beside the next one: suffix guesses from what was said "
+            "before, auto wherever it can. The text is the same."
+        ),
+    ] = Speculate.AUTO,
     tp: Annotated[int, typer.Option(min=1, help="Ranks, each a process, that share a layer.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="How many of them share the experts.")] = 1,
     threads: Annotated[
@@ -170,6 +185,7 @@ def _engine_flags(
         "host_cache_size_bytes": 0 if host_cache_memory is None else parse_size(host_cache_memory),
         "overlap_depth": overlap_depth,
         "prefix_cache": prefix_cache,
+        "speculate": speculate.value,
         "tp": tp,
         "ep": ep,
         "threads": threads,

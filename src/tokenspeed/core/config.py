@@ -198,6 +198,8 @@ class EngineConfig:
             would get where that is less; None for the most tokens of all users together.
         queue_timeout_s: seconds a request may wait for its turn before it is refused; None to let
             it wait.
+        speculate: where drafts come from, which steps verify: "suffix", out of what was said
+            before; "auto", wherever they can; "off", nowhere. They change no token.
     """
 
     model: str
@@ -220,8 +222,10 @@ class EngineConfig:
     seed: int | None = None
     tps_floor: float | None = None
     queue_timeout_s: float | None = None
+    speculate: str = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("speculate", self.speculate, ("auto", "off", "suffix"))
         _one_of("device", self.device, ("cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))

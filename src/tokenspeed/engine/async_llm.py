@@ -86,6 +86,8 @@ class AsyncLLM:
                     cached_tokens=delta.cached_tokens,
                     cache=stream.cache,
                     finish_reason=delta.finish_reason,
+                    drafted_tokens=stream.drafted_tokens,
+                    accepted_tokens=stream.accepted_tokens,
                 )
         finally:
             stream.abort()

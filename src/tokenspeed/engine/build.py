@@ -9,9 +9,13 @@ from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, file_store
 from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
-from tokenspeed.engine.pace import learn_pace, tps_alone
+from tokenspeed.engine.pace import learn_drafts, learn_pace, tps_alone
 from tokenspeed.engine.ranks import GroupRunner, RankGroup
-from tokenspeed.engine.sizing import available_memory_size_bytes, pages_that_fit
+from tokenspeed.engine.sizing import (
+    available_memory_size_bytes,
+    pages_that_fit,
+    step_drafts_max,
+)
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
@@ -89,6 +93,7 @@ def _build(
         queue_timeout_us=(
             None if config.queue_timeout_s is None else int(config.queue_timeout_s * 1e6)
         ),
+        step_drafts_max=step_drafts_max(config),
     )
     store = None
     if group is not None:
@@ -105,6 +110,8 @@ def _build(
     scheduler = Scheduler(scheduler_config)
     if config.tps_floor is not None or config.queue_timeout_s is not None:
         learn_pace(runner, scheduler_config, scheduler)
+    if scheduler_config.step_drafts_max:
+        learn_drafts(runner, scheduler_config, scheduler)
     tokenizer = loader.Tokenizer(files.tokenizer_dir)
     core = EngineCore(
         scheduler,

@@ -251,7 +251,7 @@ class EngineCore:
             self.control.transferred(transfer, complete=True)
         for slot, reason in result.failures.items():
             self._fail(done.confined[slot], reason)
-        self.ledger.retired(done.booked, done_us)
+        self.ledger.retired(done.booked, done_us, result.tokens)
         self.clock.book(done.plan, done_us - done.booked.began_us)
         self.clock.lap("commit_us", _now_us())
         return result.logprobs
@@ -338,6 +338,7 @@ class EngineCore:
             finished=outcome.finished.tobytes(),
             reasons=outcome.reasons.tobytes(),
             retries_ms=outcome.retries_ms.tobytes(),
+            draft_reports=outcome.draft_reports.tobytes(),
             admitted=outcome.admitted.tobytes(),
             cache_reports=outcome.cache_reports.tobytes(),
             times=self.ledger.close(finished, _now_us()).tobytes(),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tokenspeed.core.step import Int64Array, StepPlan, TransferKind
+from tokenspeed.core.samples import Samples
+from tokenspeed.core.step import Int32Array, Int64Array, StepPlan, TransferKind
 
 __all__ = ["INTERVAL_BOUNDS_US", "TIMES_COLUMNS", "Launched", "Ledger", "StepClock"]
 
@@ -16,8 +17,9 @@ CONSTRAINT, QUEUE, RESTORE, PREFILL, STALL, DECODE = range(6)
 PHASES = 6
 # Of one request that ended: the phases, its first token's time (0 without one), its end.
 TIMES_COLUMNS = PHASES + 2
-# Of one request that lives: number, the phases, tokens, usual interval, interval of its floor.
-LIVE_COLUMNS = PHASES + 4
+# Of one request that lives: number, the phases, tokens, usual interval, interval of its floor,
+# tokens drafted for it, and of these those that were right.
+LIVE_COLUMNS = PHASES + 6
 
 # Upper ends of the histogram's buckets, in microseconds: 1, 1.5, 2, 3, 5, 7 times powers of ten.
 INTERVAL_BOUNDS_US = tuple(
@@ -49,6 +51,9 @@ class Ledger:
     take a request along is the later one's. The phases of a request that ended add up to its end
     less its submission, exactly.
 
+    Tokens that a step gives to one request come together: the first ends an interval, the others
+    end one of no length.
+
     A step costs the same few array operations whatever its number of rows.
 
     Args:
@@ -78,6 +83,8 @@ class Ledger:
         self._first_us = np.zeros(0, dtype=np.int64)
         self._last_us = np.zeros(0, dtype=np.int64)
         self._pace_us = np.zeros(0, dtype=np.float64)
+        self._drafted = np.zeros(0, dtype=np.int64)
+        self._accepted = np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -94,6 +101,7 @@ class Ledger:
         self._tokens[row] = self._first_us[row] = self._last_us[row] = 0
         self._context[row] = prompt_count
         self._pace_us[row] = 0.0
+        self._drafted[row] = self._accepted[row] = 0
 
     def queue(self, request: int, now_us: int) -> None:
         """The request's constraint is there: it waits for a slot from now on."""
@@ -124,8 +132,8 @@ class Ledger:
         self._last_launched = plan.step
         return Launched(plan=plan, began_us=now_us, rows=self._row_of_slot[plan.row_slots])
 
-    def retired(self, step: Launched, now_us: int) -> None:
-        """Book a step that ended."""
+    def retired(self, step: Launched, now_us: int, tokens: Int32Array) -> None:
+        """Book a step that ended, with the tokens [S] it sampled."""
         plan, rows = step.plan, step.rows
         if len(rows):
             marks = self._mark_us[rows]
@@ -143,7 +151,7 @@ class Ledger:
             self._step[rows] = plan.step
             self._outside[rows] = STALL
             self._inside[rows] = phases
-            self._book_tokens(rows[plan.sample_rows], now_us)
+            self._book_samples(plan, rows, now_us, tokens)
         while self._resting and self._resting[0][0] <= plan.step:
             self._free.append(self._resting.popleft()[1])
 
@@ -173,30 +181,52 @@ class Ledger:
             if pace_us and now_us - self._last_us[row] > 2 * pace_us:
                 # It has been waiting for its next token for longer than it used to.
                 pace_us = float(now_us - self._last_us[row])
-            found[index] = (request, *spent, self._tokens[row], round(pace_us), round(bound_us))
+            found[index] = (
+                *(request, *spent, self._tokens[row], round(pace_us), round(bound_us)),
+                *(self._drafted[row], self._accepted[row]),
+            )
         return found
 
-    def _book_tokens(self, rows: Int64Array, now_us: int) -> None:
-        """Rows got one token each."""
+    def _book_samples(
+        self, plan: StepPlan, rows: Int64Array, now_us: int, tokens: Int32Array
+    ) -> None:
+        drafted = np.diff(plan.query_starts[: plan.decode_count + 1]) - 1
+        if not drafted.any():
+            self._book_tokens(rows[plan.sample_rows], now_us)
+            return
+        counting = plan.sample_rows[Samples.of(plan).counting(tokens)]
+        counts = np.bincount(counting, minlength=len(rows))
+        decoding = rows[: plan.decode_count]
+        self._drafted[decoding] += drafted
+        self._accepted[decoding] += counts[: plan.decode_count] - 1
+        sampled = np.flatnonzero(counts)
+        self._book_tokens(rows[sampled], now_us, counts[sampled])
+
+    def _book_tokens(self, rows: Int64Array, now_us: int, given: Int64Array | None = None) -> None:
+        """Rows got so many tokens each; one where None."""
         counts = self._tokens[rows]
         begun = counts > 0
-        if begun.all():
-            again = rows
-        else:
+        again, of_again = rows, given
+        if not begun.all():
             self._first_us[rows[~begun]] = now_us
             again, counts = rows[begun], counts[begun]
+            of_again = None if given is None else given[begun]
         if len(again):
             intervals = now_us - self._last_us[again]
             buckets = np.searchsorted(_BOUNDS, intervals)
             self.intervals += np.bincount(buckets, minlength=len(self.intervals))
             self.intervals_us += int(intervals.sum())
+            of_each = intervals.astype(np.float64)
+            if of_again is not None:
+                self.intervals[0] += int(of_again.sum()) - len(again)
+                of_each /= of_again
             paces = self._pace_us[again]
             self._pace_us[again] = np.where(
-                counts > 1, paces + _PACE_WEIGHT * (intervals - paces), intervals
+                counts > 1, paces + _PACE_WEIGHT * (of_each - paces), of_each
             )
             self._book_violations(again, intervals)
-        self._tokens[rows] += 1
-        self._context[rows] += 1
+        self._tokens[rows] += 1 if given is None else given
+        self._context[rows] += 1 if given is None else given
         self._last_us[rows] = now_us
 
     def _book_violations(self, rows: Int64Array, intervals: Int64Array) -> None:
@@ -229,6 +259,7 @@ class Ledger:
             for name in (
                 *("_spent", "_mark_us", "_outside", "_inside", "_step"),
                 *("_tokens", "_context", "_first_us", "_last_us", "_pace_us"),
+                *("_drafted", "_accepted"),
             ):
                 setattr(self, name, _grown(getattr(self, name), size))
         self._rows += 1

@@ -240,4 +240,6 @@ class _Collector:
             logprobs=self._logprobs,
             finish_reason=self._end.finish_reason,
             stop=stop_of(self._end),
+            drafted_tokens=self._stream.drafted_tokens,
+            accepted_tokens=self._stream.accepted_tokens,
         )

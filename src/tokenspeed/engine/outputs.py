@@ -18,6 +18,7 @@ class Completion:
         logprobs: one entry a token, where asked for.
         finish_reason: why it ended.
         stop: the stop string or stop token id that ended it, where one did.
+        drafted_tokens, accepted_tokens: guesses that steps verified, and those that were right.
     """
 
     text: str
@@ -25,6 +26,8 @@ class Completion:
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason
     stop: str | int | None
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,11 @@ class GenerationOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
-    """Text and tokens generated since the last delta; `finish_reason` is set on the last."""
+    """Text and tokens generated since the last delta; `finish_reason` is set on the last.
+
+    `drafted_tokens` and `accepted_tokens` are those of the whole request, on the last delta, unless
+    a stop string ended it; 0 before.
+    """
 
     text: str
     token_ids: list[int]
@@ -56,3 +63,5 @@ class TextDelta:
     cached_tokens: int
     cache: CacheReport | None
     finish_reason: FinishReason | None
+    drafted_tokens: int
+    accepted_tokens: int

@@ -8,10 +8,10 @@ import numpy as np
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
-from tokenspeed.core.step import StepWork
+from tokenspeed.core.step import GroupPlan, Int32Array, StepPlan, StepWork
 from tokenspeed.engine.core import LaunchedStep, StepRunner
 
-__all__ = ["CONTEXT_TOKENS", "learn_pace", "tps_alone"]
+__all__ = ["CONTEXT_TOKENS", "learn_drafts", "learn_pace", "tps_alone"]
 
 CONTEXT_TOKENS = 512
 """The context at which the rate of one user alone is told."""
@@ -20,6 +20,9 @@ _BUDGET_S = 1.0
 _PROMPT_TOKENS_MIN = 16
 _OUTPUT_TOKENS = 12
 _USERS_MAX = 4
+_DRAFTS_BUDGET_S = 0.2
+_DRAFTS_CONTEXT = 128
+_DRAFTS = (0, 1, 2, 4, 8)
 
 
 def learn_pace(runner: StepRunner, config: SchedulerConfig, control: Scheduler) -> None:
@@ -40,6 +43,63 @@ def learn_pace(runner: StepRunner, config: SchedulerConfig, control: Scheduler) 
     users = min(_USERS_MAX, config.slots_max)
     if users > 1 and longest >= _PROMPT_TOKENS_MIN and time.monotonic() < ends_s:
         _teach(control, _run(runner, config, [_PROMPT_TOKENS_MIN] * users))
+
+
+def learn_drafts(runner: StepRunner, config: SchedulerConfig, control: Scheduler) -> None:
+    """Run a made-up row with drafts of some lengths and teach `control` how long its steps took.
+
+    It takes a fifth of a second, or one step of each length where those take longer. The KV is
+    nobody's: pages that no request reads. To be called before any request.
+    """
+    most = min(config.step_drafts_max, config.step_tokens_max - 1)
+    lengths = [drafted for drafted in _DRAFTS if drafted <= most]
+    room = min(config.context_max, config.page_size * min(group.pages for group in config.groups))
+    context = min(_DRAFTS_CONTEXT, room - 1 - lengths[-1])
+    if context < 1:
+        return
+    none = np.zeros(0, dtype=np.int32)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    runner.bind(0, params, seed=0, prompt_count=1, tokens=None, stop_token_ids=none, grammar=None)
+    ends_s = time.monotonic() + _DRAFTS_BUDGET_S
+    # The first of its kind pays for what is made once, so it is left out.
+    runner.launch(_drafting(config, context, lengths[-1])).result()
+    while True:
+        for drafted in lengths:
+            plan = _drafting(config, context, drafted)
+            began_s = time.monotonic()
+            runner.launch(plan).result()
+            control.observe(StepWork.of(plan), int((time.monotonic() - began_s) * 1e6))
+        if time.monotonic() >= ends_s:
+            return
+
+
+def _drafting(config: SchedulerConfig, context: int, drafted: int) -> StepPlan:
+    """A decode row of slot 0, with a draft, over the first pages of each group."""
+
+    def ints(*values: int) -> Int32Array:
+        return np.array(values, dtype=np.int32)
+
+    tokens = 1 + drafted
+    pages = np.arange(-(-(context + tokens) // config.page_size), dtype=np.int32)
+    group = GroupPlan(
+        kv_slots=np.arange(context, context + tokens, dtype=np.int32),
+        table_slots=np.zeros_like(pages),
+        table_indices=pages,
+        table_pages=pages,
+    )
+    return StepPlan(
+        step=0,
+        decode_count=1,
+        row_slots=ints(0),
+        query_starts=ints(0, tokens),
+        context_lens=ints(context),
+        token_ids=np.zeros(tokens, dtype=np.int32),
+        sample_rows=np.zeros(tokens, dtype=np.int32),
+        sample_positions=np.arange(tokens, dtype=np.int32),
+        bound_slots=ints(),
+        bound_requests=np.zeros(0, dtype=np.int64),
+        groups=(group,) * len(config.groups),
+    )
 
 
 def tps_alone(control: Scheduler, config: SchedulerConfig) -> float | None:

@@ -21,6 +21,7 @@ import numpy as np
 from tokenspeed.core import errors
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import EngineError, TokenSpeedError
+from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.distributed import Mesh
@@ -37,7 +38,7 @@ from tokenspeed.engine.rank_wire import (
     receive,
     send,
 )
-from tokenspeed.execution import Runner, Samples
+from tokenspeed.execution import Runner
 from tokenspeed.execution.runner import LaunchedStep
 from tokenspeed.grammar import Grammar
 

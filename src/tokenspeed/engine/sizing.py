@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenspeed.core.config import EngineConfig, KVSpec
 from tokenspeed.core.errors import InsufficientMemory
 
-__all__ = ["available_memory_size_bytes", "format_size", "pages_that_fit"]
+__all__ = ["available_memory_size_bytes", "format_size", "pages_that_fit", "step_drafts_max"]
 
 # Left to activations, the allocator and everything else the process holds.
 RESERVE_SIZE_BYTES = 256 << 20
@@ -14,6 +14,10 @@ RESERVE_SIZE_BYTES = 256 << 20
 POOL_FRACTION = 0.5
 # More pool than this many full contexts serves no one on one machine by default.
 POOL_CONTEXTS_MAX = 32
+
+# Beyond some guesses for each of a few requests more cost more than they bring; and logits of each
+# take up to a megabyte.
+STEP_DRAFTS_MAX = 64
 
 
 def format_size(size_bytes: int) -> str:
@@ -87,3 +91,10 @@ def pages_that_fit(
             f"tokens. Raise --kv-cache-memory, or lower --max-context to {fitting} or less."
         )
     return wanted // page_size_bytes
+
+
+def step_drafts_max(config: EngineConfig) -> int:
+    """The most drafted tokens of a step; 0 where there are to be none."""
+    if config.speculate == "off":
+        return 0
+    return min(STEP_DRAFTS_MAX, config.max_step_tokens - 1)

@@ -89,6 +89,8 @@ class TokenStream:
         finish_reason: how the stream ended; None while it has not, and where an error ended it.
         times: where its time went in the engine; there when the engine is through with it, which
             is a moment after the end of a stream that was ended on this side.
+        drafted_tokens, accepted_tokens: guesses that the engine verified for it, and those that
+            were right; there when `times` are.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class TokenStream:
         self.ended_s: float | None = None
         self.finish_reason: FinishReason | None = None
         self.times: RequestTimes | None = None
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self.cache: CacheReport | None = None
         self.done = False
         self._stop_strings = stop_strings
@@ -268,21 +272,27 @@ class StreamTable:
             for request, reason in zip(finished, reasons, strict=True)
             if reason == FinishReason.STOP
         }
-        if outputs.logprobs is not None:
-            for entry, logprob in _logprobs(outputs.logprobs):
-                if (stream := self._streams.get(requests[entry])) is not None:
-                    stream.push_logprob(logprob)
-        for request, token, count in zip(requests, tokens, cached, strict=True):
+        logprobs = {} if outputs.logprobs is None else dict(_logprobs(outputs.logprobs))
+        # Of several tokens of a request the last one is the stop token.
+        last_of = {request: entry for entry, request in enumerate(requests)}
+        for entry, (request, token, count) in enumerate(zip(requests, tokens, cached, strict=True)):
             if (stream := self._streams.get(request)) is not None:
-                stop = request in stop_tokens
+                stop = request in stop_tokens and entry == last_of[request]
                 if stop:
                     stop_tokens[request] = token
+                # Behind a stop string nothing counts, so each goes in with its token.
+                if entry in logprobs:
+                    stream.push_logprob(logprobs[entry])
                 stream.push(token, count, is_stop=stop)
         times = request_times(outputs)
-        for request, reason, retry_ms, spent in zip(finished, reasons, retries, times, strict=True):
+        drafts = np.frombuffer(outputs.draft_reports, dtype=np.int32).reshape(-1, 2).tolist()
+        for request, reason, retry_ms, spent, (drafted, accepted) in zip(
+            finished, reasons, retries, times, drafts, strict=True
+        ):
             if (stream := self._streams.pop(request, None)) is None:
                 continue
             stream.times = spent
+            stream.drafted_tokens, stream.accepted_tokens = drafted, accepted
             if reason == FinishReason.REFUSED:
                 stream.fail(_refusal(retry_ms / 1000))
             else:

@@ -129,6 +129,8 @@ class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         times: where its time went so far.
         tokens: generated so far.
+        drafted_tokens, accepted_tokens: guesses that steps verified for it, and those that were
+            right.
         interval_us: its usual time between two tokens of late; None before there were two.
         floor_interval_us: the longest that keeps the floor; None where none is held.
     """
@@ -138,6 +140,8 @@ class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     interval_us: int | None
     floor_interval_us: int | None
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,9 +274,11 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     """What a step gave its requests.
 
     Attributes:
-        requests, tokens, cached_counts: int64, int32, int32 [K], one entry a token.
+        requests, tokens, cached_counts: int64, int32, int32 [K], one entry a token; a request's
+            tokens stand in their order.
         finished, reasons: int64, int32 [F], requests that ended and `FinishReason`s.
         retries_ms: int32 [F], when to try again where the reason is REFUSED.
+        draft_reports: int32 [F, 2], tokens drafted for the request and those accepted.
         admitted, cache_reports: int64 [A], int32 [A, 5], as in `core.step.StepOutcome`.
         times: int64 [F, 8], as `engine.ledger.Ledger.close` gives them.
     """
@@ -283,6 +289,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     finished: bytes
     reasons: bytes
     retries_ms: bytes
+    draft_reports: bytes
     admitted: bytes
     cache_reports: bytes
     times: bytes
@@ -347,9 +354,9 @@ def request_times(outputs: StepOutputs) -> Iterator[RequestTimes]:
 
 
 def live_requests(rows: list[list[int]]) -> list[LiveRequest]:
-    """What `engine.ledger.Ledger.live` told, [N, 10]."""
+    """What `engine.ledger.Ledger.live` told, [N, 12]."""
     found = []
-    for request, *phases, tokens, interval_us, floor_interval_us in rows:
+    for request, *phases, tokens, interval_us, floor_interval_us, drafted, accepted in rows:
         found.append(
             LiveRequest(
                 request=request,
@@ -357,6 +364,8 @@ def live_requests(rows: list[list[int]]) -> list[LiveRequest]:
                 tokens=tokens,
                 interval_us=interval_us or None,
                 floor_interval_us=floor_interval_us or None,
+                drafted_tokens=drafted,
+                accepted_tokens=accepted,
             )
         )
     return found

@@ -220,6 +220,8 @@ class Generation:
                 completion_tokens=completion_tokens,
                 cached_tokens=cached_tokens,
                 index=index,
+                spec_draft_tokens=stream.drafted_tokens,
+                spec_accepted_tokens=stream.accepted_tokens,
             )
             if delta.stop_string is not None:
                 complete.finish_reason = "stop"

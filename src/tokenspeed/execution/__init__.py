@@ -1,6 +1,5 @@
 """Owns turning a plan into one forward pass and its sampled tokens; never schedules or pages."""
 
-from tokenspeed.execution.drafts import Samples
 from tokenspeed.execution.platform import resolve_dtype, set_threads, usable_cpu_count
 from tokenspeed.execution.runner import LaunchedStep, Runner
 from tokenspeed.execution.sampler import Sampler
@@ -9,7 +8,6 @@ __all__ = [
     "LaunchedStep",
     "Runner",
     "Sampler",
-    "Samples",
     "resolve_dtype",
     "set_threads",
     "usable_cpu_count",

@@ -15,14 +15,15 @@ import torch
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
 from tokenspeed.execution.confinement import Confinement
-from tokenspeed.execution.drafts import Samples, joined
 from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
+from tokenspeed.execution.report import joined
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
 from tokenspeed.grammar import Grammar

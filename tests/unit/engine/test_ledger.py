@@ -1,6 +1,7 @@
 """Where time goes: by hand over a few steps, and over random runs of the real engine."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tests.support.fake_runner import FakeRunner
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
-from tokenspeed.core.step import StepPlan, TransferKind, Transfers
+from tokenspeed.core.step import Int32Array, StepPlan, TransferKind, Transfers
 from tokenspeed.engine.core import EngineCore, step_timing
 from tokenspeed.engine.ledger import INTERVAL_BOUNDS_US, PHASES, Ledger, StepClock
 from tokenspeed.engine.wire import RequestTimes, Submit, live_requests, request_times
@@ -49,7 +50,12 @@ def plan(
 
 
 def run(ledger: Ledger, made: StepPlan, began_us: int, ended_us: int) -> None:
-    ledger.retired(ledger.launched(made, began_us), ended_us)
+    ledger.retired(ledger.launched(made, began_us), ended_us, sampled(made))
+
+
+def sampled(made: StepPlan) -> Int32Array:
+    """A token, 5, for each sample."""
+    return np.full(len(made.sample_rows), 5, dtype=np.int32)
 
 
 def test_each_stretch_of_a_request_s_time_is_booked_once_and_where_it_belongs() -> None:
@@ -80,14 +86,14 @@ def test_steps_that_overlap_are_not_booked_twice() -> None:
     ledger.open(1, prompt_count=1, at_us=0, constrained=False)
     first = ledger.launched(plan(0, prefills=(0,), bound={0: 1}), 100)
     second = ledger.launched(plan(1, decodes=(0,)), 200)
-    ledger.retired(first, 1_000)
+    ledger.retired(first, 1_000, sampled(first.plan))
     third = ledger.launched(plan(2, decodes=(0,)), 1_100)
-    ledger.retired(second, 2_000)
+    ledger.retired(second, 2_000, sampled(second.plan))
     (times,) = ledger.close([1], 2_000)
     assert times[:PHASES].tolist() == [0, 100, 0, 900, 0, 1_000]
     # The step under way still names the row, so that the next request gets another.
     ledger.open(2, prompt_count=1, at_us=2_000, constrained=False)
-    ledger.retired(third, 3_000)
+    ledger.retired(third, 3_000, sampled(third.plan))
     (live,) = live_requests(ledger.live(3_500).tolist())
     assert live.times.queue_us == 1_500
     assert live.tokens == 0
@@ -113,6 +119,33 @@ def test_intervals_are_counted_by_length_and_against_the_floor() -> None:
     assert 5_000 < live.interval_us < 20_000
     (stuck,) = live_requests(ledger.live(1_046_000).tolist())
     assert stuck.interval_us == 1_000_000
+
+
+def test_tokens_of_one_step_come_together() -> None:
+    ledger = Ledger(lambda context: 9_000.0)
+    for request in (1, 2):
+        ledger.open(request, prompt_count=1, at_us=0, constrained=False)
+    run(ledger, plan(0, prefills=(0, 1), bound={0: 1, 1: 2}), 0, 1_000)
+    # Of three guesses the first two are right, so three tokens are sampled that count; of the
+    # other request's guess none is.
+    made = plan(1, decodes=(0, 1))
+    made = replace(
+        made,
+        query_starts=np.array([0, 4, 6], dtype=np.int32),
+        token_ids=np.array([0, 5, 5, 9, 0, 6], dtype=np.int32),
+        sample_rows=np.array([0, 0, 0, 0, 1, 1], dtype=np.int32),
+        sample_positions=np.array([1, 2, 3, 4, 1, 2], dtype=np.int32),
+    )
+    run(ledger, made, 2_000, 7_000)
+    counts = dict(zip(INTERVAL_BOUNDS_US, ledger.intervals.tolist(), strict=False))
+    assert counts[1_000] == 2
+    assert counts[7_000] == 2
+    assert ledger.intervals_us == 12_000
+    assert ledger.floor_violations == 0
+    first, second = live_requests(ledger.live(7_000).tolist())
+    assert (first.tokens, first.drafted_tokens, first.accepted_tokens) == (4, 3, 2)
+    assert (second.tokens, second.drafted_tokens, second.accepted_tokens) == (2, 1, 0)
+    assert (first.interval_us, second.interval_us) == (2_000, 6_000)
 
 
 def test_the_clock_tells_the_parts_of_steps_and_what_lies_between() -> None:

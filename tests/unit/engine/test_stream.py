@@ -46,6 +46,7 @@ def step(
         np.array([r for r, _ in ended], dtype=np.int64).tobytes(),
         np.array([r for _, r in ended], dtype=np.int32).tobytes(),
         np.array([2500 for _ in ended], dtype=np.int32).tobytes(),
+        np.array([[9, r] for r, _ in ended], dtype=np.int32).tobytes(),
         np.array(admitted, dtype=np.int64).tobytes(),
         np.array([[r, 1, 2, 3, 4] for r in admitted], dtype=np.int32).tobytes(),
         np.array([[1, 2, 3, 4, 5, 6, 0, r] for r, _ in ended], dtype=np.int64).tobytes(),
@@ -172,6 +173,54 @@ def test_a_step_reaches_the_streams_it_names() -> None:
     assert deltas[3].stop_token_id == 30
     assert deltas[3].cached_tokens == 7
     assert len(table) == 1
+
+
+def test_of_several_tokens_of_a_step_only_the_last_is_the_stop_token() -> None:
+    table = StreamTable()
+    stream, aborts = stream_with("<END>")
+    plain, _ = stream_with()
+    table.add(1, stream)
+    table.add(2, plain)
+    # The stop token's own text would complete the string; before it the string is one.
+    table.take(
+        step(
+            [*((1, ord(character)) for character in "a<END"), (2, 5), (1, ord(">"))],
+            finished=[(1, FinishReason.STOP)],
+        )
+    )
+    delta = stream.take()
+    assert delta is not None
+    assert delta.stop_token_id == ord(">")
+    assert delta.stop_string is None
+    assert aborts.count == 0
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (9, int(FinishReason.STOP))
+    other, _ = stream_with("<END>")
+    table.add(3, other)
+    table.take(step([(3, ord(character)) for character in "a<END>b"], [(3, FinishReason.STOP)]))
+    delta = other.take()
+    assert delta is not None
+    assert delta.stop_string == "<END>"
+    assert len(delta.token_ids) == 6
+
+
+def test_behind_a_stop_string_no_log_probability_is_left() -> None:
+    table = StreamTable()
+    stream, _ = stream_with("b")
+    table.add(1, stream)
+    columns = LogprobColumns(
+        entries=np.arange(3, dtype=np.int32).tobytes(),
+        chosen=np.array([-1, -2, -3], dtype=np.float32).tobytes(),
+        top_token_ids=b"",
+        top_values=b"",
+        top_counts=np.zeros(3, dtype=np.int32).tobytes(),
+        width=0,
+    )
+    table.take(step([(1, ord(character)) for character in "abc"], logprobs=columns))
+    delta = stream.take()
+    assert delta is not None
+    assert delta.token_ids == [ord("a"), ord("b")]
+    assert delta.logprobs is not None
+    assert [entry.logprob for entry in delta.logprobs] == [-1, -2]
 
 
 def test_logprobs_go_to_their_tokens() -> None:

@@ -25,7 +25,13 @@ def ended(*, error: str | None = None, sent_unix_s: float | None = None) -> Ende
         ended_at_us=100_031_000,
     )
     sample = SampleRecord(
-        tokens=5, outcome="length", first_token_s=100.0115, ended_s=100.032, times=times
+        tokens=5,
+        drafted_tokens=4,
+        accepted_tokens=2,
+        outcome="length",
+        first_token_s=100.0115,
+        ended_s=100.032,
+        times=times,
     )
     return EndedRequest(
         number=1,
@@ -73,6 +79,8 @@ def test_a_request_becomes_a_span_with_a_child_for_each_phase() -> None:
     assert all(span.parent.span_id == request.context.span_id for span in children)
     assert (request.start_time, request.end_time) == (4_999_990_000_000, 5_000_033_000_000)
     assert request.attributes["gen_ai.usage.input_tokens"] == 7
+    assert request.attributes["tokenspeed.usage.draft_tokens"] == 4
+    assert request.attributes["tokenspeed.usage.accepted_tokens"] == 2
     assert request.attributes["tokenspeed.tenant"] == "ann"
     failed = [span for span in found if span.name == "request"][1]
     assert failed.status.description == "the engine is gone"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from tests.unit.execution.tiny import Planner, Request, config_of, ints
+from tokenspeed.core.samples import Samples
 from tokenspeed.core.step import StepPlan
-from tokenspeed.execution import Samples
 
 
 def plan_of(drafts: Sequence[Sequence[int]], chunks: Sequence[tuple[int, int]]) -> StepPlan:

@@ -160,6 +160,12 @@ def _load(stats: "EngineStats", info: "EngineInfo") -> Iterator[Metric]:
     preemptions.add_metric(["parking"], stats.parkings)
     yield preemptions
     yield _counter("tokenspeed_output_tokens", "Tokens generated.", stats.output_tokens)
+    yield _counter("tokenspeed_draft_tokens", "Guesses that steps verified.", stats.drafted_tokens)
+    yield _counter(
+        "tokenspeed_accepted_tokens",
+        "Guesses that were right, and so became output.",
+        stats.accepted_tokens,
+    )
     if info.tps_floor is not None:
         yield _gauge("tokenspeed_floor_tokens_per_second", "The floor asked for.", info.tps_floor)
 

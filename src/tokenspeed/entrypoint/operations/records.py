@@ -44,9 +44,13 @@ class SampleRecord:
         first_token_s: monotonic time of its first token here; None without one.
         ended_s: monotonic time of its end here.
         times: where its time went in the engine; None where the engine never told.
+        drafted_tokens, accepted_tokens: guesses that steps verified for it, and those that were
+            right.
     """
 
     tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     outcome: str | None
     first_token_s: float | None
     ended_s: float
@@ -114,6 +118,16 @@ class EndedRequest:
     def output_tokens(self) -> int:
         """Tokens of all samples."""
         return sum(sample.tokens for sample in self.samples)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Guesses that steps verified, for all samples."""
+        return sum(sample.drafted_tokens for sample in self.samples)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that were right."""
+        return sum(sample.accepted_tokens for sample in self.samples)
 
     @property
     def first_token_s(self) -> float | None:
@@ -310,6 +324,8 @@ def _ended(record: RequestRecord) -> EndedRequest:
     samples = tuple(
         SampleRecord(
             tokens=stream.tokens,
+            drafted_tokens=stream.drafted_tokens,
+            accepted_tokens=stream.accepted_tokens,
             outcome=None if stream.finish_reason is None else stream.finish_reason.name.lower(),
             first_token_s=stream.first_token_s,
             ended_s=record.ended_s if stream.ended_s is None else stream.ended_s,

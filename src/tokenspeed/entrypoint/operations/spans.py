@@ -68,6 +68,8 @@ class SpanExport:
             "gen_ai.usage.input_tokens": request.prompt_tokens,
             "gen_ai.usage.output_tokens": request.output_tokens,
             "tokenspeed.usage.cached_tokens": request.cached_tokens,
+            "tokenspeed.usage.draft_tokens": request.drafted_tokens,
+            "tokenspeed.usage.accepted_tokens": request.accepted_tokens,
         }
         if request.tenant is not None:
             attributes["tokenspeed.tenant"] = request.tenant

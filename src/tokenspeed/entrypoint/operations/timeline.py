@@ -45,6 +45,8 @@ def ended_view(request: EndedRequest) -> dict[str, Any]:
         samples.append(
             {
                 "tokens": sample.tokens,
+                "drafted_tokens": sample.drafted_tokens,
+                "accepted_tokens": sample.accepted_tokens,
                 "outcome": sample.outcome,
                 "phases_ms": _milliseconds(phases),
                 "total_ms": _ms(sum(us for us in phases.values() if us is not None)),
@@ -88,6 +90,7 @@ def live_view(request: RequestRecord, known: "dict[int, LiveRequest]") -> dict[s
     for stream in request.streams:
         told = known.get(stream.request)
         times = stream.times if told is None else told.times
+        drafts = stream if told is None else told
         phases: dict[str, int | None] = {"gateway": gateway_us}
         if times is None:
             phases |= {"servicer": total_us}
@@ -97,6 +100,8 @@ def live_view(request: RequestRecord, known: "dict[int, LiveRequest]") -> dict[s
         samples.append(
             {
                 "tokens": stream.tokens,
+                "drafted_tokens": drafts.drafted_tokens,
+                "accepted_tokens": drafts.accepted_tokens,
                 "outcome": None
                 if stream.finish_reason is None
                 else stream.finish_reason.name.lower(),

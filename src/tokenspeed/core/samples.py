@@ -5,19 +5,18 @@ Drafts of Leviathan et al. 2023 and Chen et al. 2023 are accepted with the proba
 model gives a guess. Here a position is sampled as it would be without a draft, and the guess is
 accepted if it is what was sampled: with the same probability, and with the same text.
 
-Legend: R rows, S samples, L log-probabilities.
+Legend: R rows, S samples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from tokenspeed.core.step import Int32Array, SampledLogprobs, StepPlan
+from tokenspeed.core.step import Int32Array, StepPlan
 
-__all__ = ["Samples", "joined"]
+__all__ = ["Samples"]
 
 BoolArray = npt.NDArray[np.bool_]
 IndexArray = npt.NDArray[np.intp]
@@ -75,27 +74,3 @@ class Samples:
         ends_S = counts_S.copy()
         ends_S[:-1] &= ~(self.later_S[1:] & counts_S[1:])
         return np.flatnonzero(ends_S)
-
-
-def joined(parts: Sequence[tuple[IndexArray, SampledLogprobs]]) -> SampledLogprobs | None:
-    """The log-probabilities of samples that were taken in several parts.
-
-    Args:
-        parts: the samples of each, and its log-probabilities, which count these.
-    """
-    if not parts:
-        return None
-    indices_L = np.concatenate([samples[found.sample_indices] for samples, found in parts])
-    order_L = np.argsort(indices_L)
-    width = max(found.top_values.shape[1] for _, found in parts)
-
-    def wide(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        return np.pad(values, ((0, 0), (0, width - values.shape[1])))
-
-    return SampledLogprobs(
-        sample_indices=indices_L[order_L].astype(np.int32),
-        chosen=np.concatenate([found.chosen for _, found in parts])[order_L],
-        top_token_ids=np.concatenate([wide(found.top_token_ids) for _, found in parts])[order_L],
-        top_values=np.concatenate([wide(found.top_values) for _, found in parts])[order_L],
-        top_counts=np.concatenate([found.top_counts for _, found in parts])[order_L],
-    )
