@@ -115,6 +115,7 @@ void Scheduler::apply(Aborted aborted) {
             [&](Prefilling&& request) { seated(std::move(request)); },
             [&](Decoding&& request) { seated(std::move(request)); },
             [&](Stepping&& request) { seated(std::move(request)); },
+            [&](Verifying&& request) { seated(std::move(request)); },
             [&](Parked&& request) { conclude(on(Abort{}, std::move(request), store_)); },
             [&](Sending&& request) { sending_.put(on(Abort{}, std::move(request), store_)); },
             [&](Doomed&& request) { doomed_.put(on(Abort{}, std::move(request), store_)); },
@@ -185,6 +186,7 @@ Scheduler::Live Scheduler::extract(const Place& place) noexcept {
     if (prefilling_.at(slot)) return prefilling_.take(slot);
     if (decoding_.at(slot)) return decoding_.take(slot);
     if (stepping_.at(slot)) return stepping_.take(slot);
+    if (verifying_.at(slot)) return verifying_.take(slot);
     if (sending_.at(slot)) return sending_.take(slot);
     if (doomed_.at(slot)) return doomed_.take(slot);
     return cancelled_.take(slot);

@@ -68,6 +68,11 @@ struct Ledger {
         for (const auto& page : group.tail) own<G>(page);
     }
 
+    template <class G>
+    void count(const Guessed<G>& group) {
+        for (const auto& lease : group) own<G>(lease);
+    }
+
     // A state: whatever of these parts it has.
     template <class State>
     void count_state(const State& state) {
@@ -75,6 +80,7 @@ struct Ledger {
         if constexpr (requires { state.trail; }) link(state.trail);
         each_group([&]<class G>() {
             if constexpr (requires { state.pages; }) count(state.pages.template of<G>());
+            if constexpr (requires { state.guesses; }) count<G>(state.guesses.template of<G>());
             if constexpr (requires { state.loads; }) count(state.loads.template of<G>());
             if constexpr (requires { state.arrivals; }) count(state.arrivals.template of<G>());
             if constexpr (requires { state.departures; }) count(state.departures.template of<G>());
@@ -139,6 +145,7 @@ void Scheduler::audit() const {
     prefilling_.each(count);
     decoding_.each(count);
     stepping_.each(count);
+    verifying_.each(count);
     sending_.each(count);
     doomed_.each(count);
     cancelled_.each(count);
@@ -184,6 +191,7 @@ void Scheduler::audit() const {
     prefilling_.each(seated);
     decoding_.each(seated);
     stepping_.each(seated);
+    verifying_.each(seated);
     if (held - loading_.count() - receiving_.count() != order_.size()) {
         fail("the running requests are not those in order");
     }

@@ -14,21 +14,22 @@
 namespace tokenspeed::control {
 
 // --- events ---
-struct Admit {};    // a ticket and a slot are at hand
-struct Load {};     // the same, but part of the pages must come from the host
-struct Receive {};  // the same, but the pages come from another engine
-struct Arrive {};   // its transfer is over: an event from outside, by the transfer's number
-struct Fail {};     // its transfer is over and brought nothing: from outside as well
-struct Launch {};   // a planned step takes the request along
-struct Land {};     // a step that carried it has retired
-struct Park {};     // its slot is needed elsewhere
-struct Resume {};   // a slot is at hand
-struct Retract {};  // its pages are needed elsewhere
-struct Send {};     // it has its token, and its pages are wanted by another engine
-struct Stop {};     // its last token came, or it can never fit
-struct Abort {};    // the client ended it: an event from outside, by the request's id
-using AllEvents = States<Admit, Load, Receive, Arrive, Fail, Launch, Land, Park, Resume, Retract,
-                         Send, Stop, Abort>;
+struct Admit {};      // a ticket and a slot are at hand
+struct Load {};       // the same, but part of the pages must come from the host
+struct Receive {};    // the same, but the pages come from another engine
+struct Arrive {};     // its transfer is over: an event from outside, by the transfer's number
+struct Fail {};       // its transfer is over and brought nothing: from outside as well
+struct Launch {};     // a planned step takes the request along
+struct Speculate {};  // a planned step takes it along with a draft
+struct Land {};       // a step that carried it has retired
+struct Park {};       // its slot is needed elsewhere
+struct Resume {};     // a slot is at hand
+struct Retract {};    // its pages are needed elsewhere
+struct Send {};       // it has its token, and its pages are wanted by another engine
+struct Stop {};       // its last token came, or it can never fit
+struct Abort {};      // the client ended it: an event from outside, by the request's id
+using AllEvents = States<Admit, Load, Receive, Arrive, Fail, Launch, Speculate, Land, Park, Resume,
+                         Retract, Send, Stop, Abort>;
 
 // --- verdicts ---
 template <class... S>
@@ -43,6 +44,7 @@ Rejected                             verdict(Admit,   const Receiving&);
 Rejected                             verdict(Admit,   const Prefilling&);
 Rejected                             verdict(Admit,   const Decoding&);
 Rejected                             verdict(Admit,   const Stepping&);
+Rejected                             verdict(Admit,   const Verifying&);
 Rejected                             verdict(Admit,   const Parked&);
 Rejected                             verdict(Admit,   const Sending&);
 Rejected                             verdict(Admit,   const Doomed&);
@@ -55,6 +57,7 @@ Rejected                             verdict(Load,    const Receiving&);
 Rejected                             verdict(Load,    const Prefilling&);
 Rejected                             verdict(Load,    const Decoding&);
 Rejected                             verdict(Load,    const Stepping&);
+Rejected                             verdict(Load,    const Verifying&);
 Rejected                             verdict(Load,    const Parked&);
 Rejected                             verdict(Load,    const Sending&);
 Rejected                             verdict(Load,    const Doomed&);
@@ -67,6 +70,7 @@ Rejected                             verdict(Receive, const Receiving&);
 Rejected                             verdict(Receive, const Prefilling&);
 Rejected                             verdict(Receive, const Decoding&);
 Rejected                             verdict(Receive, const Stepping&);
+Rejected                             verdict(Receive, const Verifying&);
 Rejected                             verdict(Receive, const Parked&);
 Rejected                             verdict(Receive, const Sending&);
 Rejected                             verdict(Receive, const Doomed&);
@@ -79,6 +83,7 @@ Next<Prefilling>                     verdict(Arrive,  const Receiving&);
 Rejected                             verdict(Arrive,  const Prefilling&);
 Rejected                             verdict(Arrive,  const Decoding&);
 Rejected                             verdict(Arrive,  const Stepping&);
+Rejected                             verdict(Arrive,  const Verifying&);
 Rejected                             verdict(Arrive,  const Parked&);
 Next<Finished>                       verdict(Arrive,  const Sending&);
 Rejected                             verdict(Arrive,  const Doomed&);
@@ -91,6 +96,7 @@ Next<Queued>                         verdict(Fail,    const Receiving&);
 Rejected                             verdict(Fail,    const Prefilling&);
 Rejected                             verdict(Fail,    const Decoding&);
 Rejected                             verdict(Fail,    const Stepping&);
+Rejected                             verdict(Fail,    const Verifying&);
 Rejected                             verdict(Fail,    const Parked&);
 Next<Finished>                       verdict(Fail,    const Sending&);
 Rejected                             verdict(Fail,    const Doomed&);
@@ -103,11 +109,25 @@ Rejected                             verdict(Launch,  const Receiving&);
 Next<Stepping>                       verdict(Launch,  const Prefilling&);
 Next<Stepping>                       verdict(Launch,  const Decoding&);
 Next<Stepping>                       verdict(Launch,  const Stepping&);
+Rejected                             verdict(Launch,  const Verifying&);
 Rejected                             verdict(Launch,  const Parked&);
 Rejected                             verdict(Launch,  const Sending&);
 Rejected                             verdict(Launch,  const Doomed&);
 Rejected                             verdict(Launch,  const Cancelled&);
 Rejected                             verdict(Launch,  const Finished&);
+
+Rejected                             verdict(Speculate, const Queued&);
+Rejected                             verdict(Speculate, const Loading&);
+Rejected                             verdict(Speculate, const Receiving&);
+Rejected                             verdict(Speculate, const Prefilling&);
+Next<Verifying>                      verdict(Speculate, const Decoding&);
+Rejected                             verdict(Speculate, const Stepping&);
+Rejected                             verdict(Speculate, const Verifying&);
+Rejected                             verdict(Speculate, const Parked&);
+Rejected                             verdict(Speculate, const Sending&);
+Rejected                             verdict(Speculate, const Doomed&);
+Rejected                             verdict(Speculate, const Cancelled&);
+Rejected                             verdict(Speculate, const Finished&);
 
 Rejected                             verdict(Land,    const Queued&);
 Rejected                             verdict(Land,    const Loading&);
@@ -115,6 +135,7 @@ Rejected                             verdict(Land,    const Receiving&);
 Rejected                             verdict(Land,    const Prefilling&);
 Rejected                             verdict(Land,    const Decoding&);
 Next<Prefilling, Decoding, Stepping> verdict(Land,    const Stepping&);
+Next<Decoding>                       verdict(Land,    const Verifying&);
 Rejected                             verdict(Land,    const Parked&);
 Rejected                             verdict(Land,    const Sending&);
 Next<Doomed, Finished>               verdict(Land,    const Doomed&);
@@ -127,6 +148,7 @@ Rejected                             verdict(Park,    const Receiving&);
 Rejected                             verdict(Park,    const Prefilling&);
 Next<Parked>                         verdict(Park,    const Decoding&);
 Rejected                             verdict(Park,    const Stepping&);
+Rejected                             verdict(Park,    const Verifying&);
 Rejected                             verdict(Park,    const Parked&);
 Rejected                             verdict(Park,    const Sending&);
 Rejected                             verdict(Park,    const Doomed&);
@@ -139,6 +161,7 @@ Rejected                             verdict(Resume,  const Receiving&);
 Rejected                             verdict(Resume,  const Prefilling&);
 Rejected                             verdict(Resume,  const Decoding&);
 Rejected                             verdict(Resume,  const Stepping&);
+Rejected                             verdict(Resume,  const Verifying&);
 Next<Prefilling>                     verdict(Resume,  const Parked&);
 Rejected                             verdict(Resume,  const Sending&);
 Rejected                             verdict(Resume,  const Doomed&);
@@ -151,6 +174,7 @@ Rejected                             verdict(Retract, const Receiving&);
 Next<Queued>                         verdict(Retract, const Prefilling&);
 Next<Queued>                         verdict(Retract, const Decoding&);
 Rejected                             verdict(Retract, const Stepping&);
+Rejected                             verdict(Retract, const Verifying&);
 Next<Queued>                         verdict(Retract, const Parked&);
 Rejected                             verdict(Retract, const Sending&);
 Rejected                             verdict(Retract, const Doomed&);
@@ -163,6 +187,7 @@ Rejected                             verdict(Send,    const Receiving&);
 Rejected                             verdict(Send,    const Prefilling&);
 Next<Sending>                        verdict(Send,    const Decoding&);
 Rejected                             verdict(Send,    const Stepping&);
+Rejected                             verdict(Send,    const Verifying&);
 Rejected                             verdict(Send,    const Parked&);
 Rejected                             verdict(Send,    const Sending&);
 Rejected                             verdict(Send,    const Doomed&);
@@ -175,6 +200,7 @@ Next<Cancelled>                      verdict(Stop,    const Receiving&);
 Next<Finished>                       verdict(Stop,    const Prefilling&);
 Next<Finished>                       verdict(Stop,    const Decoding&);
 Next<Doomed>                         verdict(Stop,    const Stepping&);
+Next<Doomed>                         verdict(Stop,    const Verifying&);
 Next<Finished>                       verdict(Stop,    const Parked&);
 Rejected                             verdict(Stop,    const Sending&);
 Rejected                             verdict(Stop,    const Doomed&);
@@ -187,6 +213,7 @@ Next<Cancelled>                      verdict(Abort,   const Receiving&);
 Next<Finished>                       verdict(Abort,   const Prefilling&);
 Next<Finished>                       verdict(Abort,   const Decoding&);
 Next<Doomed>                         verdict(Abort,   const Stepping&);
+Next<Doomed>                         verdict(Abort,   const Verifying&);
 Next<Finished>                       verdict(Abort,   const Parked&);
 Ignored                              verdict(Abort,   const Sending&);
 Ignored                              verdict(Abort,   const Doomed&);
@@ -212,6 +239,9 @@ inline Finished on(Abort, Decoding&& request, Store& store) noexcept {
     return finish(std::move(request), FinishReason::kAbort, store);
 }
 inline Doomed on(Abort, Stepping&& request, Store& store) noexcept {
+    return doom(std::move(request), FinishReason::kAbort, store);
+}
+inline Doomed on(Abort, Verifying&& request, Store& store) noexcept {
     return doom(std::move(request), FinishReason::kAbort, store);
 }
 inline Finished on(Abort, Parked&& request, Store& store) noexcept {
@@ -253,7 +283,9 @@ template <class S> auto perform(Fail, S&& s) -> decltype(fail(std::move(s), std:
 template <class S> auto perform(Launch, S&& s) -> decltype(launch(std::move(s), StepId(0), TokenCount(1), std::declval<Berth>()));
 template <class S> auto perform(Launch, S&& s) -> decltype(launch(std::move(s), StepId(0), std::declval<Berth>()));
 template <class S> auto perform(Launch, S&& s) -> decltype(extend(std::move(s), StepId(0), TokenCount(1), std::declval<Berth>()));
+template <class S> auto perform(Speculate, S&& s) -> decltype(speculate(std::move(s), StepId(0), std::declval<Draft>()));
 template <class S> auto perform(Land, S&& s) -> decltype(land(std::move(s), std::declval<const Retired&>(), TokenCount(0), std::declval<Store&>(), std::declval<std::vector<Swap>&>()));
+template <class S> auto perform(Land, S&& s) -> decltype(land(std::move(s), std::declval<const Retired&>(), std::declval<const Verified&>(), std::declval<Store&>(), std::declval<std::vector<Swap>&>()));
 template <class S> auto perform(Land, S&& s) -> decltype(land(std::move(s), std::declval<const Retired&>(), std::declval<Store&>()));
 template <class S> auto perform(Park, S&& s) -> decltype(park(std::move(s), std::declval<Store&>()));
 template <class S> auto perform(Resume, S&& s) -> decltype(resume(std::move(s), std::declval<Slot>()));

@@ -171,7 +171,12 @@ class Scribe {
         if constexpr (requires { state.pending; }) word(state.pending.value);
         if constexpr (requires { state.last; }) word(state.last.value - oldest_.value);
         if constexpr (requires { state.trail; }) trail(state.trail);
+        if constexpr (requires { state.draft; }) {
+            size(state.draft.size());
+            for (const std::int32_t token : state.draft) word(token);
+        }
         each_group([&]<class G>() {
+            if constexpr (requires { state.guesses; }) leases<G>(state.guesses.template of<G>());
             if constexpr (requires { state.pages; }) {
                 const auto& pages = state.pages.template of<G>();
                 if constexpr (requires { pages.tail; }) {
@@ -222,6 +227,7 @@ Fingerprint Scheduler::fingerprint() const {
         prefilling_.each(visit);
         decoding_.each(visit);
         stepping_.each(visit);
+        verifying_.each(visit);
     };
     each_state(note);
     for (const auto& arrival : arrivals_) {
@@ -238,6 +244,7 @@ Fingerprint Scheduler::fingerprint() const {
         if (const auto* request = prefilling_.at(slot)) scribe.state(1, *request);
         if (const auto* request = decoding_.at(slot)) scribe.state(2, *request);
         if (const auto* request = stepping_.at(slot)) scribe.state(3, *request);
+        if (const auto* request = verifying_.at(slot)) scribe.state(14, *request);
     }
     const auto lined_up = [&](std::int64_t tag) {
         return [&scribe, &rank, tag](const auto& state) {
@@ -277,7 +284,7 @@ Fingerprint Scheduler::fingerprint() const {
             scribe.slot(row.slot);
             scribe.word(row.start.value);
             scribe.word(row.count.value);
-            scribe.word(row.samples ? 1 : 0);
+            scribe.size(row.sample_count());
         }
         each_group([&]<class G>() {
             scribe.size(flight.stores.of<G>().size());

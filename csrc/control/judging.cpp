@@ -15,6 +15,7 @@ StepWork Scheduler::drafted_work() const noexcept {
     for (std::size_t i = 0; i < rows_.size(); ++i) {
         if (static_cast<std::int32_t>(i) < decode_count_) {
             work.add_decode(rows_[i].start);
+            work.draft_tokens += static_cast<std::int64_t>(rows_[i].draft.size());
         } else {
             work.add_chunk(rows_[i].start, rows_[i].count);
         }
@@ -116,7 +117,9 @@ double Scheduler::cost_of_return(SlotId slot) const noexcept {
         each_group([&]<class G>() {
             if (!store_.index.has<G>()) return;
             const auto& pages = request.pages.template of<G>();
-            if constexpr (requires { pages.lent; }) {
+            if constexpr (requires { request.guesses; }) {
+                count.template operator()<G>(pages, request.guesses.template of<G>().size());
+            } else if constexpr (requires { pages.lent; }) {
                 count.template operator()<G>(pages, pages.lent.size());
             } else {
                 count.template operator()<G>(pages, pages.tail ? 1 : 0);
@@ -134,6 +137,9 @@ double Scheduler::cost_of_return(SlotId slot) const noexcept {
         return price(*request, request->request->known() - TokenCount(1));
     }
     if (const auto* request = prefilling_.at(slot)) return price(*request, request->fed);
+    if (const auto* request = verifying_.at(slot)) {
+        return price(*request, request->request->known() - TokenCount(1));
+    }
     const Stepping& request = *stepping_.at(slot);
     return price(request, request.fed);
 }

@@ -33,14 +33,17 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
     });
     std::int32_t sample = 0;
     for (const Row& row : flight.rows) {
-        std::optional<std::int32_t> token;
-        if (row.samples) token = tokens[static_cast<std::size_t>(sample)];
+        const auto samples = tokens.subspan(static_cast<std::size_t>(sample), row.sample_count());
         if (doomed_.at(row.slot)) {
             land_doomed(row.slot, done);
+        } else if (verifying_.at(row.slot)) {
+            land_verifying(row, done, samples, sample);
         } else {
+            std::optional<std::int32_t> token;
+            if (row.samples) token = samples.front();
             land_row(row, done, token, sample);
         }
-        if (row.samples) ++sample;
+        sample += static_cast<std::int32_t>(row.sample_count());
     }
     // What a user waits for is the whole turn: from the step before, if others ran, to this one. A
     // step that only moved pages tells nothing.
@@ -62,10 +65,14 @@ void Scheduler::reserve_commit(const Flight& flight) {
     manifests_.clear();
     std::size_t swaps = 0;
     for (const Row& row : flight.rows) {
+        if (Verifying* verifying = verifying_.at(row.slot)) {
+            reserve_landing(*verifying, swaps_);
+            each_group([&]<class G>() { swaps += verifying->guesses.of<G>().size(); });
+        }
         Stepping* flying = stepping_.at(row.slot);
         if (flying == nullptr) continue;
         reserve_landing(*flying, swaps_);
-        flying->request->reserve_token();
+        flying->request->reserve_tokens(1);
         each_group([&]<class G>() { swaps += flying->pages.of<G>().lent.size(); });
         if (row.samples && flying->request->sends()) {
             manifests_.emplace_back(row.slot, Manifest(*flying));
@@ -97,16 +104,9 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
     if (token) {
         flying.request->append(*token);
         flying.pending -= TokenCount(1);
-        outcome_.requests.push_back(flying.request->id().value);
-        outcome_.tokens.push_back(*token);
-        outcome_.sample_indices.push_back(sample);
-        outcome_.cached_counts.push_back(flying.request->cached().value);
-        ++output_tokens_;
+        tell_token(*flying.request, *token, sample);
         end = flying.request->end(context_max_);
-        if (end) {
-            places_.find(flying.request->id().value)->second.outputs = flying.request->outputs();
-            answers_.add(flying.request->outputs());
-        }
+        if (end) settle_end(*flying.request);
     }
     Landed landed = land(std::move(flying), done, row.start + row.count, store_, swaps_);
     tell_swaps(row.slot);
@@ -131,6 +131,43 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
                        }
                    }},
         std::move(landed));
+}
+
+void Scheduler::tell_token(const Request& request, std::int32_t token,
+                           std::int32_t sample) noexcept {
+    outcome_.requests.push_back(request.id().value);
+    outcome_.tokens.push_back(token);
+    outcome_.sample_indices.push_back(sample);
+    outcome_.cached_counts.push_back(request.cached().value);
+    ++output_tokens_;
+}
+
+void Scheduler::settle_end(const Request& request) noexcept {
+    places_.find(request.id().value)->second.outputs = request.outputs();
+    answers_.add(request.outputs());
+}
+
+void Scheduler::land_verifying(const Row& row, const Retired& done,
+                               std::span<const std::int32_t> samples, std::int32_t first) {
+    Verifying flying = verifying_.take(row.slot);
+    const Verified verified = verify(flying, samples, context_max_);
+    const auto count = static_cast<std::int32_t>(verified.tokens().size());
+    for (std::int32_t i = 0; i < count; ++i) {
+        tell_token(*flying.request, verified.tokens()[static_cast<std::size_t>(i)], first + i);
+    }
+    accepted_tokens_ += verified.accepted().value;
+    places_.find(flying.request->id().value)->second.accepted += verified.accepted();
+    turns_.charge(line_of(row.slot), count - 1);
+    drafts_->verified(flying.request->id(), row.draft, verified.accepted());
+    Decoding landed = land(std::move(flying), done, verified, store_, swaps_);
+    tell_swaps(row.slot);
+    if (const auto end = landed.request->end(context_max_)) {
+        settle_end(*landed.request);
+        leave_order(row.slot);
+        conclude(finish(std::move(landed), *end, store_));
+    } else {
+        decoding_.put(std::move(landed));
+    }
 }
 
 void Scheduler::hand_over(Decoding&& request, FinishReason reason) noexcept {

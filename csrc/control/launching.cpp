@@ -8,18 +8,20 @@ namespace tokenspeed::control {
 
 Plan Scheduler::launch_drafts() {
     std::size_t tokens = 0, samples = 0;
-    std::vector<Berth> berths;
+    std::vector<std::variant<Berth, Draft>> berths;
     berths.reserve(rows_.size());
     for (const Row& row : rows_) {
-        if (const Stepping* flies = stepping_.at(row.slot)) {
-            berths.emplace_back(*flies, row.count);
+        if (!row.draft.empty()) {
+            berths.emplace_back(Draft(*decoding_.at(row.slot), std::vector(row.draft)));
+        } else if (const Stepping* flies = stepping_.at(row.slot)) {
+            berths.emplace_back(Berth(*flies, row.count));
         } else if (const Prefilling* rests = prefilling_.at(row.slot)) {
-            berths.emplace_back(*rests, row.count);
+            berths.emplace_back(Berth(*rests, row.count));
         } else {
-            berths.emplace_back(*decoding_.at(row.slot));
+            berths.emplace_back(Berth(*decoding_.at(row.slot)));
         }
         tokens += static_cast<std::size_t>(row.count.value);
-        samples += row.samples ? 1 : 0;
+        samples += row.sample_count();
     }
     Plan plan{.step = StepId(0),
               .decode_count = decode_count_,
@@ -66,7 +68,12 @@ Plan Scheduler::launch_drafts() {
     launch_stores(flight);
     plan.query_starts.push_back(0);
     for (std::size_t i = 0; i < rows_.size(); ++i) {
-        launch_row(rows_[i], static_cast<std::int32_t>(i), std::move(berths[i]), plan);
+        const auto index = static_cast<std::int32_t>(i);
+        std::visit(
+            Overloaded{
+                [&](Berth&& berth) { launch_row(rows_[i], index, std::move(berth), plan); },
+                [&](Draft&& draft) { speculate_row(rows_[i], index, std::move(draft), plan); }},
+            std::move(berths[i]));
     }
     plan.bound_slots = std::exchange(bound_slots_, {});
     plan.bound_requests = std::exchange(bound_requests_, {});
@@ -114,13 +121,7 @@ void Scheduler::launch_row(const Row& row, std::int32_t index, Berth&& berth, Pl
             ? launch(prefilling_.take(row.slot), plan.step, row.count, std::move(berth))
             : extend(stepping_.take(row.slot), plan.step, row.count, std::move(berth)));
     const Request& request = *flying.request;
-
-    plan.row_slots.push_back(row.slot.value);
-    plan.context_lens.push_back(row.start.value);
-    if (row.samples) {
-        plan.sample_rows.push_back(index);
-        plan.sample_positions.push_back((request.outputs() + before).value);
-    }
+    tell_row(row, index, request.outputs() + before, plan);
     const bool decodes = index < plan.decode_count;
     for (TokenCount at = row.start; at < row.start + row.count; at += TokenCount(1)) {
         plan.token_ids.push_back(decodes ? 0
@@ -132,22 +133,61 @@ void Scheduler::launch_row(const Row& row, std::int32_t index, Berth&& berth, Pl
     });
 }
 
-// Where the row's KV goes; a page's first token says that the table has a new page.
+void Scheduler::speculate_row(const Row& row, std::int32_t index, Draft&& draft,
+                              Plan& plan) noexcept {
+    const Verifying& flying =
+        verifying_.put(speculate(decoding_.take(row.slot), plan.step, std::move(draft)));
+    tell_row(row, index, flying.request->outputs(), plan);
+    plan.token_ids.push_back(0);
+    plan.token_ids.insert(plan.token_ids.end(), flying.draft.begin(), flying.draft.end());
+    plan.query_starts.push_back(static_cast<std::int32_t>(plan.token_ids.size()));
+    each_group([&]<class G>() {
+        if constexpr (kPaged<G>) {
+            if (!store_.index.has<G>()) return;
+            const Resting<G>& pages = flying.pages.of<G>();
+            tell_positions<G>(row, static_cast<std::size_t>(pages.first) + pages.sealed.size(),
+                              flying.guesses.of<G>());
+        }
+    });
+    const TokenCount drafted(static_cast<std::int32_t>(flying.draft.size()));
+    drafted_tokens_ += drafted.value;
+    places_.find(flying.request->id().value)->second.drafted += drafted;
+}
+
+// The row as such; `position` is the index of the first output token that it samples.
+void Scheduler::tell_row(const Row& row, std::int32_t index, TokenCount position,
+                         Plan& plan) noexcept {
+    plan.row_slots.push_back(row.slot.value);
+    plan.context_lens.push_back(row.start.value);
+    for (std::size_t i = 0; i < row.sample_count(); ++i) {
+        plan.sample_rows.push_back(index);
+        plan.sample_positions.push_back(position.value + static_cast<std::int32_t>(i));
+    }
+}
+
+// Where the row's KV goes, `lent` being pages from `base` on; a page's first token says that the
+// table has a new page.
+template <class G>
+void Scheduler::tell_positions(const Row& row, std::size_t base, const auto& lent) noexcept {
+    GroupPlan& news = news_of<G>();
+    for (TokenCount at = row.start; at < row.start + row.count; at += TokenCount(1)) {
+        const std::size_t page = static_cast<std::size_t>(at.value / page_size_.value);
+        const TokenCount offset(at.value % page_size_.value);
+        const auto& lease = lent[page - base];
+        if (offset == TokenCount(0)) news.table.add(row.slot, page, lease.id().value);
+        news.kv_slots.push_back(kv_slot<G>(lease, offset, page_size_));
+    }
+}
+
 template <class G>
 void Scheduler::tell_pages(const Row& row, const Stepping& request,
                            [[maybe_unused]] StepId step) noexcept {
     const Flying<G>& pages = request.pages.of<G>();
-    GroupPlan& news = news_of<G>();
     if constexpr (kPaged<G>) {
-        const std::size_t base = static_cast<std::size_t>(pages.first) + pages.sealed.size();
-        for (TokenCount at = row.start; at < row.start + row.count; at += TokenCount(1)) {
-            const std::size_t page = static_cast<std::size_t>(at.value / page_size_.value);
-            const TokenCount offset(at.value % page_size_.value);
-            const InFlight<OpenPage<G>>& lease = pages.lent[page - base];
-            if (offset == TokenCount(0)) news.table.add(row.slot, page, lease.id().value);
-            news.kv_slots.push_back(kv_slot<G>(lease, offset, page_size_));
-        }
+        tell_positions<G>(row, static_cast<std::size_t>(pages.first) + pages.sealed.size(),
+                          pages.lent);
     } else {
+        GroupPlan& news = news_of<G>();
         for (const Checkpoint& saved : pages.saved) {
             if (saved.page.until() == step) {
                 news.saves.add(pages.lent.front().id().value, saved.page.id().value);

@@ -1,5 +1,5 @@
 // Linear pages: FreePage -> OpenPage -> SealedPage, PageRef to share, InFlight and InTransit to
-// lend.
+// lend, DraftPage for guesses.
 //
 // The number of a page is worth nothing; the object is the right to it. An object is moved on or
 // given back, never copied, conjured or dropped. Each belongs to a cache group and a tier, and
@@ -12,6 +12,15 @@
 //     InTransit   reclaim   -> OpenPage       only with the proof that the transfer is over
 //     OpenPage    seal      -> SealedPage     only with the proof that its writer is done
 //     SealedPage  (TierCache) -> PageRef      immutable, shared by counted references
+//
+// What a step writes on a guess is nobody's content until the guess was verified:
+//
+//     OpenPage    guess     -> DraftPage      a step may write past what is known
+//     DraftPage   settle    -> FilledPage     every position verified: it seals
+//                           -> OpenPage       verified in part: the rest is written again
+//                           -> FreePage       rolled back: nothing reads it, nothing seals it
+//
+// and only the proof of the verification settles it.
 #pragma once
 
 #include <cassert>
@@ -19,6 +28,7 @@
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "groups.h"
@@ -26,6 +36,7 @@
 #include "linear.h"
 #include "steps.h"
 #include "transfers.h"
+#include "verified.h"
 
 namespace tokenspeed::control {
 
@@ -46,6 +57,8 @@ struct FreeKind;
 struct OpenKind;
 struct SealedKind;
 struct RefKind;
+struct DraftKind;
+struct FilledKind;
 
 template <class G, class T = Device>
 using FreePage = Page<FreeKind, G, T>;  // holds nothing of anybody's
@@ -56,12 +69,27 @@ using SealedPage = Page<SealedKind, G, T>;  // immutable; the one owner of a sea
 template <class G, class T = Device>
 using PageRef = Page<RefKind, G, T>;  // one counted share of a sealed page
 
+template <class G, class T = Device>
+using DraftPage = Page<DraftKind, G, T>;  // exclusive, written past what is known
+template <class G, class T = Device>
+using FilledPage = Page<FilledKind, G, T>;  // a draft's page, verified to its last position
+
+template <class G, class T = Device>
+using SettledPage = std::variant<FilledPage<G, T>, OpenPage<G, T>, FreePage<G, T>>;
+
 template <class G, class T>
 OpenPage<G, T> open(Page<FreeKind, G, T>&& page) noexcept;
 template <class G, class T>
 SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Retired& done) noexcept;
 template <class G, class T>
 SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Arrived& done) noexcept;
+template <class G, class T>
+SealedPage<G, T> seal(Page<FilledKind, G, T>&& page) noexcept;
+template <class G, class T>
+DraftPage<G, T> guess(Page<OpenKind, G, T>&& page) noexcept;
+template <class G, class T>
+SettledPage<G, T> settle(Page<DraftKind, G, T>&& page, std::size_t index, TokenCount page_size,
+                         const Verified& verified) noexcept;
 
 // The one place where a page changes its kind; private to those who may.
 class PageMint {
@@ -75,6 +103,13 @@ class PageMint {
     friend SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Retired& done) noexcept;
     template <class G, class T>
     friend SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Arrived& done) noexcept;
+    template <class G, class T>
+    friend SealedPage<G, T> seal(Page<FilledKind, G, T>&& page) noexcept;
+    template <class G, class T>
+    friend DraftPage<G, T> guess(Page<OpenKind, G, T>&& page) noexcept;
+    template <class G, class T>
+    friend SettledPage<G, T> settle(Page<DraftKind, G, T>&& page, std::size_t index,
+                                    TokenCount page_size, const Verified& verified) noexcept;
 
     template <class To, class Id>
     static To mint(Id id) noexcept {
@@ -99,6 +134,27 @@ SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Retired&) noexcept {
 }
 template <class G, class T>
 SealedPage<G, T> seal(Page<OpenKind, G, T>&& page, const Arrived&) noexcept {
+    return PageMint::mint<SealedPage<G, T>>(PageMint::melt(std::move(page)));
+}
+
+// A step is about to write in it what may turn out to be wrong.
+template <class G, class T>
+DraftPage<G, T> guess(Page<OpenKind, G, T>&& page) noexcept {
+    return PageMint::mint<DraftPage<G, T>>(PageMint::melt(std::move(page)));
+}
+// The page at `index` of its request, by how much of it was verified.
+template <class G, class T>
+SettledPage<G, T> settle(Page<DraftKind, G, T>&& page, std::size_t index, TokenCount page_size,
+                         const Verified& verified) noexcept {
+    const auto size = static_cast<std::size_t>(page_size.value);
+    const auto written = static_cast<std::size_t>(verified.written().value);
+    const auto id = PageMint::melt(std::move(page));
+    if ((index + 1) * size <= written) return PageMint::mint<FilledPage<G, T>>(id);
+    if (index * size < written) return PageMint::mint<OpenPage<G, T>>(id);
+    return PageMint::mint<FreePage<G, T>>(id);
+}
+template <class G, class T>
+SealedPage<G, T> seal(Page<FilledKind, G, T>&& page) noexcept {
     return PageMint::mint<SealedPage<G, T>>(PageMint::melt(std::move(page)));
 }
 
@@ -142,11 +198,12 @@ class [[nodiscard]] InFlight {
     StepId until_;
 };
 
-// A step writes open pages, and reads sealed ones whose place another page took.
+// A step writes open pages and drafts' pages, and reads sealed ones whose place another page took.
 template <class Kind, class G, class T>
 InFlight<Page<Kind, G, T>> lend(Page<Kind, G, T>&& page, StepId step) noexcept {
-    static_assert(std::is_same_v<Kind, OpenKind> || std::is_same_v<Kind, SealedKind>,
-                  "only open and sealed pages are lent");
+    static_assert(std::is_same_v<Kind, OpenKind> || std::is_same_v<Kind, SealedKind> ||
+                      std::is_same_v<Kind, DraftKind>,
+                  "only open, sealed and drafts' pages are lent");
     return {std::move(page), step};
 }
 // Overlap: the lease moves on to a later step, which writes the same page.
@@ -202,6 +259,11 @@ std::int32_t kv_slot(const InFlight<OpenPage<G>>& lease, TokenCount offset,
                      TokenCount page_size) noexcept {
     return lease.id().value * page_size.value + offset.value;
 }
+template <class G>
+std::int32_t kv_slot(const InFlight<DraftPage<G>>& lease, TokenCount offset,
+                     TokenCount page_size) noexcept {
+    return lease.id().value * page_size.value + offset.value;
+}
 
 // Mints every page of a group and tier once, at the start, and holds those that are free.
 template <class G, class T>
@@ -234,6 +296,7 @@ class PagePool {
     void give(FreePage<G, T>&& page) noexcept { free_.push_back(std::move(page)); }
     void give(OpenPage<G, T>&& page) noexcept { give_back(std::move(page)); }
     void give(SealedPage<G, T>&& page) noexcept { give_back(std::move(page)); }
+    void give(DraftPage<G, T>&& page) noexcept { give_back(std::move(page)); }
 
     // For audits: shows every free page.
     template <class Visit>

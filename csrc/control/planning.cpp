@@ -19,6 +19,7 @@ std::optional<Plan> Scheduler::plan(std::int64_t now_us) {
     decode_count_ = 0;
     make_slot();
     draft_decodes();
+    draft_guesses();
     decode_count_ = static_cast<std::int32_t>(rows_.size());
     draft_prefills();
     if (rows_.empty() && transfer_news_.ids.empty()) return std::nullopt;
@@ -28,6 +29,7 @@ std::optional<Plan> Scheduler::plan(std::int64_t now_us) {
 const Request& Scheduler::running(SlotId slot) const noexcept {
     if (const auto* request = decoding_.at(slot)) return *request->request;
     if (const auto* request = stepping_.at(slot)) return *request->request;
+    if (const auto* request = verifying_.at(slot)) return *request->request;
     return *prefilling_.at(slot)->request;
 }
 
@@ -42,7 +44,7 @@ void Scheduler::undraft(SlotId slot) noexcept {
     const auto row = std::ranges::find(rows_, slot, &Row::slot);
     if (row == rows_.end()) return;
     budget_ += row->count.value;
-    turns_.charge(line_of(slot), -row->count.value);
+    turns_.charge(line_of(slot), -row->known());
     if (row - rows_.begin() < decode_count_) --decode_count_;
     rows_.erase(row);
 }
@@ -58,7 +60,8 @@ void Scheduler::draft_decodes() {
         const Decoding* rests = decoding_.at(slot);
         const Stepping* flies = stepping_.at(slot);
         const bool decodes = rests != nullptr || (flies != nullptr && decodes_next(*flies));
-        if (!decodes || resting_ == slot) {
+        const bool waits = flies != nullptr && drafts_ && drafts_->wants_rest(*flies->request);
+        if (!decodes || resting_ == slot || waits) {
             ++rank;
             continue;
         }
@@ -71,6 +74,70 @@ void Scheduler::draft_decodes() {
         }
         if (room != Room::kGone) ++rank;
     }
+}
+
+// Adds guesses to the rows of requests at rest, as far as their source has any and pages are at
+// hand: nobody gives way to a guess, and a page for each who runs is left.
+void Scheduler::draft_guesses() {
+    if (!drafts_) return;
+    followed_.clear();
+    guesses_.clear();
+    for (const SlotId slot : order_) followed_.push_back(&running(slot));
+    drafts_->follow(followed_);
+    TokenCount left(std::min(step_drafts_max_, budget_));
+    StepWork work;
+    TokenCount longest;
+    for (const Row& row : rows_) {
+        work.add_decode(row.start);
+        longest = std::max(longest, row.start);
+        if (!decoding_.at(row.slot)) continue;
+        const Request& request = *decoding_.at(row.slot)->request;
+        const TokenCount most = request.remaining(context_max_) - TokenCount(1);
+        if (most > TokenCount(0)) guesses_.push_back({&request, std::min(most, left), {}});
+    }
+    if (guesses_.empty() || left <= TokenCount(0)) return;
+    const bool prompts = turns_.head().has_value() || std::ranges::any_of(order_, [&](SlotId slot) {
+                             return prompt_left(slot) > TokenCount(0);
+                         });
+    std::optional<double> limit_us;
+    if (floor_.held()) limit_us = floor_.limit_us(model_, longest);
+    drafts_->draft(guesses_, {work, left, prompts, limit_us}, model_);
+    auto guess = guesses_.begin();
+    for (Row& row : rows_) {
+        if (guess == guesses_.end()) break;
+        if (&running(row.slot) != guess->request) continue;
+        std::vector<std::int32_t> draft = std::move(guess->draft);
+        const TokenCount wanted(static_cast<std::int32_t>(draft.size()));
+        const TokenCount reached =
+            reach_for(row.slot, row.start, std::min({wanted, guess->most, left}));
+        draft.resize(static_cast<std::size_t>(reached.value));
+        row.draft = std::move(draft);
+        row.count += reached;
+        budget_ -= reached.value;
+        left -= reached;
+        ++guess;
+    }
+}
+
+// How many guesses after the token at `start` the pages at hand have room for.
+TokenCount Scheduler::reach_for(SlotId slot, TokenCount start, TokenCount guesses) {
+    Decoding& request = *decoding_.at(slot);
+    each_group([&]<class G>() {
+        if (!store_.index.has<G>()) return;
+        while (guesses > TokenCount(0)) {
+            if (lacks<G>(request, start + guesses + TokenCount(1)) == PageCount(0)) break;
+            const PageCount others(static_cast<std::int32_t>(order_.size()));
+            reserve_growth<G>(request);
+            if (store_.index.available<G>() > others) {
+                if (auto page = store_.index.take<G>()) {
+                    grow<G>(request, std::move(*page));
+                    continue;
+                }
+            }
+            guesses -= TokenCount(1);
+        }
+    });
+    return guesses;
 }
 
 // Running prompts and waiting ones share what the decode rows left of the step, turn by turn: a
@@ -109,7 +176,7 @@ std::optional<FairQueue::Turn> Scheduler::next_turn(std::size_t& rank) const noe
 
 // What of its known tokens is still to be fed; what decodes has none.
 TokenCount Scheduler::prompt_left(SlotId slot) const noexcept {
-    if (decoding_.at(slot)) return TokenCount(0);
+    if (decoding_.at(slot) || verifying_.at(slot)) return TokenCount(0);
     const Stepping* flies = stepping_.at(slot);
     return running(slot).known() - (flies ? flies->fed : prefilling_.at(slot)->fed);
 }
@@ -228,7 +295,7 @@ Scheduler::Room Scheduler::make_way(std::size_t rank) {
     victim = cheapest_victim(rank);
     // All behind it are about to make progress, after which one of them gives way.
     if (victim == rank && rank + 1 < order_.size()) return Room::kWait;
-    if (stepping_.at(order_[victim])) {
+    if (stepping_.at(order_[victim]) || verifying_.at(order_[victim])) {
         resting_ = order_[victim];
         undraft(order_[victim]);
         return Room::kWait;

@@ -36,9 +36,9 @@ PageContent Request::page(std::size_t index) const noexcept {
             std::span(tokens_).subspan(index * size_of(page_size_), size_of(page_size_))};
 }
 
-void Request::reserve_token() {
-    make_room_for(tokens_, 1);
-    make_room_for(hashes_, 1);
+void Request::reserve_tokens(std::size_t more) {
+    make_room_for(tokens_, more);
+    make_room_for(hashes_, more / size_of(page_size_) + 1);
 }
 
 void Request::append(std::int32_t token) noexcept {
@@ -60,18 +60,23 @@ TokenCount Request::outputs_max() const noexcept {
 }
 
 bool Request::exhausted(TokenCount pending, TokenCount context_max) const noexcept {
-    const TokenCount most = sends() ? TokenCount(1) : clamp(wish_.max_new_tokens);
-    return outputs() + pending >= most || known() + pending >= context_max;
+    return pending >= remaining(context_max);
 }
 
-std::optional<FinishReason> Request::end(TokenCount context_max) const noexcept {
+TokenCount Request::remaining(TokenCount context_max) const noexcept {
+    const TokenCount most = sends() ? TokenCount(1) : clamp(wish_.max_new_tokens);
+    return std::min(most - outputs(), context_max - known());
+}
+
+std::optional<FinishReason> Request::end_at(TokenCount more, std::int32_t token,
+                                            TokenCount context_max) const noexcept {
     // The sampler gives no stop token before min_new_tokens others; one that came all the same
     // (its position is outputs - 1) does not stop.
-    if (outputs() > clamp(wish_.min_new_tokens) &&
-        std::ranges::binary_search(wish_.stop_token_ids, tokens_.back())) {
+    if (outputs() + more > clamp(wish_.min_new_tokens) &&
+        std::ranges::binary_search(wish_.stop_token_ids, token)) {
         return FinishReason::kStop;
     }
-    if (exhausted(TokenCount(0), context_max)) return FinishReason::kLength;
+    if (exhausted(more, context_max)) return FinishReason::kLength;
     return std::nullopt;
 }
 

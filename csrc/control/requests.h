@@ -78,14 +78,21 @@ class Request {
     TokenCount outputs() const noexcept { return known() - prompt_; }
     PageContent page(std::size_t index) const noexcept;
 
-    // Makes room for one more token, so that `append` cannot fail.
-    void reserve_token();
+    // Makes room for more tokens, so that `append` cannot fail.
+    void reserve_tokens(std::size_t more);
     void append(std::int32_t token) noexcept;
 
     // Whether `pending` sampled tokens in flight already bring the request to its end.
     bool exhausted(TokenCount pending, TokenCount context_max) const noexcept;
     // Whether the last token ends the request.
-    std::optional<FinishReason> end(TokenCount context_max) const noexcept;
+    std::optional<FinishReason> end(TokenCount context_max) const noexcept {
+        return end_at(TokenCount(0), tokens_.back(), context_max);
+    }
+    // Whether it would end with `token` as the last of `more` tokens.
+    std::optional<FinishReason> end_at(TokenCount more, std::int32_t token,
+                                       TokenCount context_max) const noexcept;
+    // Tokens it may still get.
+    TokenCount remaining(TokenCount context_max) const noexcept;
 
     // Its stay in a slot: what the cache gave the first time, and whether it made progress since.
     void admitted(TokenCount cached) noexcept;

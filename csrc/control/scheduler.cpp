@@ -94,13 +94,22 @@ const Config& checked(const Config& config) {
     return config;
 }
 
+// The state of a recurrence cannot be rolled back behind a wrong guess.
+bool allows_drafts(const Config& config) {
+    return config.step_drafts_max > 0 &&
+           std::ranges::find(config.groups, GroupKind::kRecurrent, &GroupConfig::kind) ==
+               config.groups.end();
+}
+
 }  // namespace
 
-Scheduler::Scheduler(const Config& config)
+Scheduler::Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts)
     : page_size_(checked(config).page_size),
       context_max_(config.context_max),
       step_tokens_max_(config.step_tokens_max),
       slots_max_(config.slots_max),
+      step_drafts_max_(config.step_drafts_max),
+      drafts_(allows_drafts(config) ? std::move(drafts) : nullptr),
       store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache,
              config.cache_policy),
       ledger_(static_cast<std::size_t>(config.overlap_depth)),
@@ -110,6 +119,7 @@ Scheduler::Scheduler(const Config& config)
       prefilling_(config.slots_max),
       decoding_(config.slots_max),
       stepping_(config.slots_max),
+      verifying_(config.slots_max),
       sending_(config.slots_max),
       doomed_(config.slots_max),
       cancelled_(config.slots_max),
@@ -172,6 +182,7 @@ void Scheduler::report_end(RequestId request, FinishReason reason, std::int32_t 
     const Place& place = places_.find(request.value)->second;
     outcome_.draft_reports.push_back(place.drafted.value);
     outcome_.draft_reports.push_back(place.accepted.value);
+    if (drafts_) drafts_->ended(request);
     // A plan that failed may have given it a slot: nobody is told of that any more.
     for (std::size_t i = bound_requests_.size(); i-- > 0;) {
         if (bound_requests_[i] != request.value) continue;
@@ -225,6 +236,7 @@ const Request* Scheduler::find(const Place& place) const noexcept {
         if (const auto* found = in(receiving_.at(slot))) return found;
         if (const auto* found = in(prefilling_.at(slot))) return found;
         if (const auto* found = in(decoding_.at(slot))) return found;
+        if (const auto* found = in(verifying_.at(slot))) return found;
         return in(stepping_.at(slot));
     }
     if (const auto* found = in(queued_.at(place.order))) return found;

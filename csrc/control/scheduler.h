@@ -12,6 +12,7 @@
 #include <array>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <span>
 #include <unordered_map>
@@ -20,6 +21,7 @@
 
 #include "admission.h"
 #include "containers.h"
+#include "draft_source.h"
 #include "errors.h"
 #include "fair_queue.h"
 #include "fingerprint.h"
@@ -53,7 +55,8 @@ struct Config {
 
 class Scheduler {
   public:
-    explicit Scheduler(const Config& config);  // throws ConfigError
+    // Throws ConfigError. `drafts` is asked for drafts if the configuration allows any.
+    explicit Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts = nullptr);
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
     ~Scheduler();
@@ -104,6 +107,13 @@ class Scheduler {
         TokenCount start;
         TokenCount count;
         bool samples;
+        std::vector<std::int32_t> draft = {};  // of the tokens, those that are guesses
+
+        std::size_t sample_count() const noexcept { return samples ? 1 + draft.size() : 0; }
+        // Tokens of it that its request is known to have.
+        std::int32_t known() const noexcept {
+            return count.value - static_cast<std::int32_t>(draft.size());
+        }
     };
     template <class G>
     using Stores = std::vector<Storing<G>>;
@@ -133,8 +143,8 @@ class Scheduler {
         TransferId transfer;
         bool complete;
     };
-    using Live = std::variant<Queued, Loading, Receiving, Prefilling, Decoding, Stepping, Parked,
-                              Sending, Doomed, Cancelled>;
+    using Live = std::variant<Queued, Loading, Receiving, Prefilling, Decoding, Stepping, Verifying,
+                              Parked, Sending, Doomed, Cancelled>;
     using Travelling = std::variant<Loading, Receiving, Sending, Cancelled>;
 
     // No time is so late, and no time-out so long, that their sum could not be told.
@@ -185,6 +195,8 @@ class Scheduler {
     enum class Room { kReady, kWait, kGone };
     void make_slot();
     void draft_decodes();
+    void draft_guesses();
+    TokenCount reach_for(SlotId slot, TokenCount start, TokenCount guesses);
     void draft_prefills();
     std::optional<FairQueue::Turn> next_turn(std::size_t& rank) const noexcept;
     bool seat_next(const std::optional<FairQueue::Turn>& before);
@@ -223,6 +235,10 @@ class Scheduler {
     Plan launch_drafts();
     void launch_stores(Flight& flight) noexcept;
     void launch_row(const Row& row, std::int32_t index, Berth&& berth, Plan& plan) noexcept;
+    void speculate_row(const Row& row, std::int32_t index, Draft&& draft, Plan& plan) noexcept;
+    void tell_row(const Row& row, std::int32_t index, TokenCount position, Plan& plan) noexcept;
+    template <class G>
+    void tell_positions(const Row& row, std::size_t base, const auto& lent) noexcept;
     template <class G>
     void tell_pages(const Row& row, const Stepping& request, StepId step) noexcept;
 
@@ -231,6 +247,10 @@ class Scheduler {
     void tell_swaps(SlotId slot) noexcept;
     void land_row(const Row& row, const Retired& done, std::optional<std::int32_t> token,
                   std::int32_t sample);
+    void land_verifying(const Row& row, const Retired& done, std::span<const std::int32_t> samples,
+                        std::int32_t first);
+    void tell_token(const Request& request, std::int32_t token, std::int32_t sample) noexcept;
+    void settle_end(const Request& request) noexcept;
     void hand_over(Decoding&& request, FinishReason reason) noexcept;
     void land_doomed(SlotId slot, const Retired& done) noexcept;
     const Request* find(const Place& place) const noexcept;
@@ -243,6 +263,8 @@ class Scheduler {
     TokenCount context_max_;
     std::int32_t step_tokens_max_;
     std::int32_t slots_max_;
+    std::int32_t step_drafts_max_;
+    std::unique_ptr<DraftSource> drafts_;  // none where the configuration allows no drafts
     Store store_;
     StepLedger ledger_;
     TransferLedger transfers_;
@@ -257,6 +279,7 @@ class Scheduler {
     Shelf<Prefilling> prefilling_;
     Shelf<Decoding> decoding_;
     Shelf<Stepping> stepping_;
+    Shelf<Verifying> verifying_;
     Shelf<Sending> sending_;
     Shelf<Doomed> doomed_;
     Shelf<Cancelled> cancelled_;
@@ -274,11 +297,14 @@ class Scheduler {
     std::vector<Growth> growths_;
     std::optional<std::int64_t> returned_us_;  // when a step returned last to others that run
     bool full_ = false;                        // whoever asked for a slot last was given none
-    std::vector<SlotId> order_;  // slots of Prefilling, Decoding and Stepping by Order
+    // Slots of Prefilling, Decoding, Stepping and Verifying by Order.
+    std::vector<SlotId> order_;
     std::deque<Flight> flights_;
 
     // The plan in the making.
     std::vector<Row> rows_;
+    std::vector<DraftSource::Row> guesses_;
+    std::vector<const Request*> followed_;
     std::int32_t budget_ = 0;
     std::int32_t decode_count_ = 0;
     bool starved_ = false;           // a decode row had to do without its page

@@ -4,13 +4,15 @@
 //     Queued --load----> Loading ---arrive----> Prefilling
 //     Queued --receive-> Receiving --arrive---> Prefilling
 //     Stepping --extend--> Stepping (overlap)      Stepping --doom--> Doomed --land--> Finished
+//     Decoding --speculate--> Verifying --land--> Decoding     Verifying --doom--> Doomed
 //     Decoding --park--> Parked --resume--> Prefilling
 //     Decoding --send--> Sending --arrive--> Finished
 //     Loading, Receiving --cancel--> Cancelled --arrive--> Finished
 //     Prefilling, Decoding, Parked --retract--> Queued
 //     Queued, Prefilling, Decoding, Parked --finish--> Finished
 //
-// There is no finish(Stepping) and no finish(Loading): what flies or travels cannot be freed.
+// There is no finish(Stepping) and no finish(Loading): what flies or travels cannot be freed. There
+// is no extend(Verifying): nobody knows where its draft will end.
 // `events.h` holds the whole table.
 #pragma once
 
@@ -66,6 +68,10 @@ struct Flying {
     std::vector<FreePage<G>> promised;
     std::vector<Checkpoint> saved;  // of a recurrence
 };
+
+// One group's pages that a draft reaches, in flight; they continue the sealed ones.
+template <class G>
+using Guessed = std::vector<InFlight<DraftPage<G>>>;
 
 // A page on its way from the host.
 template <class G>
@@ -145,6 +151,17 @@ struct Stepping {
     StepId last;
 };
 
+// Lent to a launched step that feeds its last token and a draft: guesses of what comes after it.
+struct Verifying {
+    RequestBox request;
+    Slot slot;
+    Trail trail;
+    PerGroup<Resting> pages;  // what the draft does not reach; no tail
+    PerGroup<Guessed> guesses;
+    std::vector<std::int32_t> draft;  // at least one
+    StepId last;
+};
+
 // Gave its slot to a more urgent one and keeps its pages.
 struct Parked {
     RequestBox request;
@@ -168,6 +185,7 @@ struct Doomed {
     Slot slot;
     Trail trail;
     PerGroup<Flying> pages;
+    PerGroup<Guessed> guesses;  // of one that was verifying
     StepId last;
 };
 
@@ -188,7 +206,7 @@ struct Finished {
 
 template <class... S>
 struct States {};
-using AllStates = States<Queued, Loading, Receiving, Prefilling, Decoding, Stepping, Parked,
-                         Sending, Doomed, Cancelled, Finished>;
+using AllStates = States<Queued, Loading, Receiving, Prefilling, Decoding, Stepping, Verifying,
+                         Parked, Sending, Doomed, Cancelled, Finished>;
 
 }  // namespace tokenspeed::control

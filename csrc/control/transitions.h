@@ -1,6 +1,8 @@
 // What happens to requests that hold pages: each transition consumes the state it leaves.
 #pragma once
 
+#include <cstdint>
+#include <span>
 #include <variant>
 #include <vector>
 
@@ -37,6 +39,21 @@ class Berth {
 [[nodiscard]] Stepping extend(Stepping&& request, StepId next, TokenCount chunk,
                               Berth&& berth) noexcept;
 
+// A draft, and the room that its launch needs: made before, so that launching cannot fail. At least
+// one token.
+class Draft {
+  public:
+    Draft(const Decoding& request, std::vector<std::int32_t>&& tokens);
+
+  private:
+    friend Verifying speculate(Decoding&&, StepId, Draft&&) noexcept;
+    std::vector<std::int32_t> tokens_;
+    PerGroup<Guessed> room_;
+};
+// Feeds the last token and the draft: lends the tail page and the promised pages that they reach.
+// No state of a recurrence can be rolled back: models that have one get no drafts.
+[[nodiscard]] Verifying speculate(Decoding&& request, StepId step, Draft&& draft) noexcept;
+
 // Pages of a group that the request lacks to write its first `end` tokens.
 template <class G>
 PageCount lacks(const Prefilling& request, TokenCount end) noexcept;
@@ -70,6 +87,17 @@ using Landed = std::variant<Prefilling, Decoding, Stepping>;
                           std::vector<Swap>& swaps) noexcept;
 // Makes the room that `land` needs, so that a failure comes before anything has moved.
 void reserve_landing(Stepping& request, std::vector<Swap>& swaps);
+
+// The step's samples for the request, one for its last token and one for each of its draft's:
+// sample i counts if the i before it equal the draft's first i, and none of those ended it.
+[[nodiscard]] Verified verify(const Verifying& request, std::span<const std::int32_t> samples,
+                              TokenCount context_max) noexcept;
+// Its step retired: the tokens that count are appended, pages they fill are sealed and shelved, and
+// pages that only wrong guesses reached are free.
+[[nodiscard]] Decoding land(Verifying&& request, const Retired& done, const Verified& verified,
+                            Store& store, std::vector<Swap>& swaps) noexcept;
+void reserve_landing(Verifying& request, std::vector<Swap>& swaps);
+
 using Ended = std::variant<Doomed, Finished>;
 [[nodiscard]] Ended land(Doomed&& request, const Retired& done, Store& store) noexcept;
 
@@ -122,6 +150,7 @@ void reserve_arrival(Receiving& request, std::vector<Swap>& swaps);
 [[nodiscard]] Finished finish(Decoding&& request, FinishReason reason, Store& store) noexcept;
 [[nodiscard]] Finished finish(Parked&& request, FinishReason reason, Store& store) noexcept;
 [[nodiscard]] Doomed doom(Stepping&& request, FinishReason reason, Store& store) noexcept;
+[[nodiscard]] Doomed doom(Verifying&& request, FinishReason reason, Store& store) noexcept;
 [[nodiscard]] Cancelled cancel(Loading&& request, FinishReason reason, Store& store) noexcept;
 [[nodiscard]] Cancelled cancel(Receiving&& request, FinishReason reason, Store& store) noexcept;
 

@@ -199,6 +199,34 @@ std::vector<Configuration> configurations() {
                          1,
                          false,
                          true});
+        // Drafts of which any number is right: pages are filled by them, left in part and rolled
+        // back, beside a prompt, and equal to another's.
+        if (depth < 2) {
+            Configuration drafts{"drafts" + deep,
+                                 sizes({full(7)}, 2, 2, 6, 12, depth),
+                                 {{.prompt = {1, 2}, .max_new_tokens = 4},
+                                  {.prompt = {1, 2}, .max_new_tokens = 4},
+                                  {.prompt = {4}, .max_new_tokens = 1}},
+                                 1,
+                                 false,
+                                 false,
+                                 2};
+            drafts.config.step_drafts_max = 3;
+            found.push_back(std::move(drafts));
+        }
+        // Pages run out, windows move on, stop tokens come in the middle of a draft, and the urgent
+        // push others out.
+        Configuration tight{"drafts on few pages" + deep,
+                            sizes({full(4), window(2, 4 * depth + 7)}, 1, 2, 4, 7, depth),
+                            {{.prompt = {1}, .max_new_tokens = 4, .priority = 1},
+                             {.prompt = {2}, .max_new_tokens = 4, .stop_token_ids = {0}},
+                             {.prompt = {1}, .max_new_tokens = 1, .priority = -1}},
+                            1,
+                            false,
+                            false,
+                            2};
+        tight.config.step_drafts_max = 3;
+        found.push_back(std::move(tight));
         // One computes a prompt for another engine, one goes on from what another engine did.
         found.push_back(
             {"handovers" + deep,

@@ -20,6 +20,7 @@ std::size_t index(std::int32_t value) {
 Device::Device(const control::Config& config, const Histories& histories)
     : histories_(&histories),
       step_tokens_max_(config.step_tokens_max),
+      step_drafts_max_(config.step_drafts_max),
       seats_(index(config.slots_max)) {
     for (const control::GroupConfig& group : config.groups) {
         groups_.emplace_back(
@@ -35,7 +36,8 @@ Device::Seat& Device::seat(std::int32_t slot) {
 
 std::vector<std::int32_t> Device::launch(const control::Plan& plan) {
     begin(plan);
-    const std::vector<Row> rows = this->rows(plan);
+    std::vector<Row> rows = this->rows(plan);
+    const std::vector<std::int32_t> samples = sample(plan, rows);
     for (std::size_t i = 0; i < groups_.size(); ++i) {
         groups_[i].begin(plan.groups[i], plan.transfers);
         groups_[i].write(rows, plan.groups[i].kv_slots);
@@ -43,7 +45,7 @@ std::vector<std::int32_t> Device::launch(const control::Plan& plan) {
         groups_[i].end(plan.groups[i]);
     }
     ++in_flight_;
-    return sample(plan, rows);
+    return samples;
 }
 
 void Device::begin(const control::Plan& plan) {
@@ -63,7 +65,7 @@ void Device::begin(const control::Plan& plan) {
     expect(!step_ || *step_ + 1 == plan.step.value, "device: a step was left out");
     step_ = plan.step.value;
     for (std::size_t i = 0; i < plan.bound_slots.size(); ++i) {
-        seat(plan.bound_slots[i]) = {plan.bound_requests[i], std::nullopt, 0};
+        seat(plan.bound_slots[i]) = {plan.bound_requests[i], std::nullopt, 0, false};
         for (Storage& group : groups_) group.bind(plan.bound_slots[i]);
     }
     for (std::size_t i = 0; i < transfers; ++i) {
@@ -77,6 +79,7 @@ void Device::begin(const control::Plan& plan) {
 std::vector<Row> Device::rows(const control::Plan& plan) {
     std::vector<Row> rows;
     std::vector<bool> taken(seats_.size());
+    std::ptrdiff_t drafted = 0;
     for (std::size_t i = 0; i < plan.row_slots.size(); ++i) {
         const std::int32_t slot = plan.row_slots[i];
         Seat& seated = seat(slot);
@@ -90,49 +93,94 @@ std::vector<Row> Device::rows(const control::Plan& plan) {
         expect(first < last, "device: a row without tokens");
         const auto& known = row.history.tokens;
         if (i < index(plan.decode_count)) {
-            expect(last - first == 1 && seated.last.has_value(),
-                   "device: a decode row has nothing to feed");
+            expect(seated.last.has_value(), "device: a decode row has nothing to feed");
             expect(row.start == seated.fed, "device: a decode row does not continue its request");
-            expect(!row.history.foreseen || index(row.start) + 1 < known.size(),
-                   "device: a row computes a token that nobody asked for");
+            expect(!seated.speculates, "device: a row goes on from a draft that is in flight");
             row.tokens = {*seated.last};
+            row.tokens.insert(row.tokens.end(), first + 1, last);
+            drafted += last - first - 1;
+            expect(!row.history.foreseen || index(row.end()) < known.size(),
+                   "device: a row computes a token that nobody asked for");
         } else {
             row.tokens.assign(first, last);
             expect(index(row.end()) <= known.size(), "device: a prompt goes on past its end");
             seated.last.reset();
         }
-        seated.fed = row.end();
         rows.push_back(std::move(row));
     }
+    expect(drafted <= step_drafts_max_, "device: a plan drafts more than it may");
     return rows;
 }
 
-std::vector<std::int32_t> Device::sample(const control::Plan& plan, const std::vector<Row>& rows) {
-    std::vector<std::int32_t> samples;
-    std::vector<bool> sampling(rows.size());
-    for (std::size_t i = 0; i < plan.sample_rows.size(); ++i) {
-        const std::size_t at = index(plan.sample_rows[i]);
-        expect(at < rows.size() && (i == 0 || plan.sample_rows[i - 1] < plan.sample_rows[i]),
-               "device: rows that sample are out of order");
-        sampling[at] = true;
-        const Row& row = rows[at];
-        expect(
-            row.end() - static_cast<std::int32_t>(row.history.prompt) == plan.sample_positions[i],
-            "device: a row samples another position than it is at");
+// The tokens sampled after each of the row's last ones, of which a decode row has all. What follows
+// a wrong guess is nothing; it repeats the draft here, so as to mislead.
+std::vector<std::int32_t> Device::verify(const Row& row) {
+    const auto after = [&](std::size_t end) {
         // A doomed row may run past the end of its request; nobody will see its token.
-        const std::size_t end = index(row.end());
-        seat(row.slot).last = end < row.history.tokens.size() ? row.history.tokens[end]
-                                                              : static_cast<std::int32_t>(end % 2);
-        samples.push_back(*seat(row.slot).last);
+        return end < row.history.tokens.size() ? row.history.tokens[end]
+                                               : static_cast<std::int32_t>(end % 2);
+    };
+    std::vector<std::int32_t> samples;
+    bool right = true;
+    for (std::size_t i = 0; i < row.tokens.size(); ++i) {
+        const bool last = i + 1 == row.tokens.size();
+        const std::int32_t token = after(index(row.start) + i + 1);
+        samples.push_back(right || last ? token : row.tokens[i + 1]);
+        right = right && !last && row.tokens[i + 1] == token;
     }
-    for (std::size_t row = 0; row < index(plan.decode_count); ++row) {
-        expect(sampling[row], "device: a decode row does not sample");
+    return samples;
+}
+
+std::vector<std::int32_t> Device::sample(const control::Plan& plan, std::vector<Row>& rows) {
+    std::vector<std::int32_t> samples;
+    std::vector<std::int32_t> speculating;
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+        Row& row = rows[i];
+        Seat& seated = seat(row.slot);
+        seated.fed = row.end();
+        const bool decodes = i < index(plan.decode_count);
+        const std::size_t begin = at;
+        for (; at < plan.sample_rows.size() && index(plan.sample_rows[at]) == i; ++at) {
+            const auto behind =
+                static_cast<std::int32_t>(decodes ? at - begin + 1 : row.tokens.size());
+            expect(row.start + behind - static_cast<std::int32_t>(row.history.prompt) ==
+                       plan.sample_positions[at],
+                   "device: a row samples another position than it is at");
+        }
+        if (!decodes) {
+            expect(at - begin <= 1, "device: a chunk samples more than its last token");
+            if (at == begin) continue;
+            const std::size_t end = index(row.end());
+            seated.last = end < row.history.tokens.size() ? row.history.tokens[end]
+                                                          : static_cast<std::int32_t>(end % 2);
+            samples.push_back(*seated.last);
+            continue;
+        }
+        expect(at - begin == row.tokens.size(),
+               "device: a decode row does not sample all its tokens");
+        const std::vector<std::int32_t> found = verify(row);
+        std::size_t right = 0;
+        while (right + 1 < found.size() && row.tokens[right + 1] == found[right]) ++right;
+        // Where a draft is right the sample says so; the first that is not is the last that counts.
+        row.doubtful = static_cast<std::int32_t>(row.tokens.size() - 1 - right);
+        seated.last = found[right];
+        seated.fed = row.sure_end();
+        if (row.tokens.size() > 1) {
+            seated.speculates = true;
+            speculating.push_back(row.slot);
+        }
+        samples.insert(samples.end(), found.begin(), found.end());
     }
+    expect(at == plan.sample_rows.size(), "device: rows that sample are out of order");
+    speculating_.push_back(std::move(speculating));
     return samples;
 }
 
 void Device::retire() {
     for (Storage& group : groups_) group.retire();
+    for (const std::int32_t slot : speculating_.front()) seat(slot).speculates = false;
+    speculating_.pop_front();
     --in_flight_;
 }
 

@@ -55,19 +55,23 @@ class Device {
         std::optional<std::int64_t> request;
         std::optional<std::int32_t> last;  // the token sampled last
         std::int32_t fed = 0;
+        bool speculates = false;  // a row of it with a draft is in flight
     };
 
     Seat& seat(std::int32_t slot);
     void begin(const control::Plan& plan);
     std::vector<Row> rows(const control::Plan& plan);
-    std::vector<std::int32_t> sample(const control::Plan& plan, const std::vector<Row>& rows);
+    std::vector<std::int32_t> verify(const Row& row);
+    std::vector<std::int32_t> sample(const control::Plan& plan, std::vector<Row>& rows);
 
     const Histories* histories_;
     std::int32_t step_tokens_max_;
+    std::int32_t step_drafts_max_;
     std::vector<Storage> groups_;
     std::vector<Seat> seats_;
     std::map<std::int64_t, Transfer> transfers_;
     std::size_t in_flight_ = 0;
+    std::deque<std::vector<std::int32_t>> speculating_;  // slots, by step in flight
     std::optional<std::int64_t> step_;
 };
 

@@ -82,6 +82,11 @@ class Explorer {
                 return world.transferred(event.request, true);
             case Event::kFail:
                 return world.transferred(event.request, false);
+            case Event::kGuess: {
+                const Guessing guessing{configuration_.guesses, event.request};
+                launched_ = world.launch([guessing] { return std::optional(guessing); }, true);
+                return;
+            }
         }
     }
 
@@ -129,6 +134,11 @@ class Explorer {
             if (configuration_.fails) events.push_back({Event::kFail, request});
         }
         events.push_back({Event::kLaunch, 0});
+        if (configuration_.guesses > 0) {
+            for (std::uint8_t right = 0; right <= configuration_.guesses; ++right) {
+                events.push_back({Event::kGuess, right});
+            }
+        }
         if (world.in_flight()) events.push_back({Event::kCommit, 0});
         if (configuration_.flushes) events.push_back({Event::kFlush, 0});
         return events;
@@ -174,7 +184,7 @@ class Explorer {
             if (event.kind == Event::kLaunch) after_launch = next;
             if (event.kind == Event::kCommit) after_commit = next;
             if (event.kind == Event::kArrive) after_arrival = next;
-            if (event.kind == Event::kLaunch && launched_) {
+            if ((event.kind == Event::kLaunch || event.kind == Event::kGuess) && launched_) {
                 expect(next != number, "explorer: a step was launched and nothing changed");
             }
         }
@@ -264,6 +274,9 @@ std::string text(const std::vector<Event>& trail) {
                 break;
             case Event::kArrive:
                 all += "arrive " + text(static_cast<std::int64_t>(event.request));
+                break;
+            case Event::kGuess:
+                all += "launch with " + text(static_cast<std::int64_t>(event.request)) + " right";
                 break;
             case Event::kFail:
                 all += "fail " + text(static_cast<std::int64_t>(event.request));

@@ -15,13 +15,16 @@ struct Configuration {
     std::vector<Script> scripts;  // each submitted once, at any time
     int aborts_max;               // requests that may be aborted, each at any time
     bool flushes;
-    bool fails;  // transfers may fail
+    bool fails;                // transfers may fail
+    std::uint8_t guesses = 0;  // tokens of a draft, of which any number may be right
 };
 
 struct Event {
-    enum Kind : std::uint8_t { kSubmit, kAbort, kLaunch, kCommit, kFlush, kArrive, kFail };
+    enum Kind : std::uint8_t { kSubmit, kAbort, kLaunch, kCommit, kFlush, kArrive, kFail, kGuess };
     Kind kind;
-    std::uint8_t request;  // of kSubmit, kAbort, kArrive and kFail
+    // Of kSubmit, kAbort, kArrive and kFail; of kGuess, a launch with drafts, how many of their
+    // tokens are right.
+    std::uint8_t request;
 };
 
 std::string text(const std::vector<Event>& trail);

@@ -91,7 +91,12 @@ void run(const Configuration& configuration, std::uint64_t seed) {
                 if (configuration.flushes) world.flush();
                 break;
             default:
-                world.launch();
+                world.launch(
+                    [&]() -> std::optional<Guessing> {
+                        if (random() % 3 == 0) return std::nullopt;
+                        return Guessing{random() % 4, random() % 4};
+                    },
+                    random() % 3 == 0);
                 break;
         }
     }

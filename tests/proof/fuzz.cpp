@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <set>
 #include <span>
 #include <vector>
@@ -91,7 +92,7 @@ control::Config configuration(Bytes& bytes) {
                            .cache_policy = static_cast<control::CachePolicy>(bytes.below(2)),
                            .tps_floor = std::nullopt,
                            .queue_timeout_us = std::nullopt,
-                           .step_drafts_max = 0};
+                           .step_drafts_max = bytes.below(3) == 0 ? bytes.below(12) : 0};
     if (bytes.below(3) == 0) config.tps_floor = static_cast<double>(bytes.number());
     if (bytes.below(3) == 0) config.queue_timeout_us = bytes.number();
     const std::int32_t kinds = bytes.below(8) > 4 ? bytes.below(16) : 1;
@@ -148,9 +149,31 @@ control::Config configuration(Bytes& bytes) {
     return config;
 }
 
+// Any drafts, too long ones too.
+class AnyDrafts final : public control::DraftSource {
+  public:
+    explicit AnyDrafts(Bytes& bytes) : bytes_(bytes) {}
+    void follow(std::span<const control::Request* const>) override {}
+    void draft(std::span<Row> rows, const Step&, const control::StepTimeModel&) override {
+        for (Row& row : rows) {
+            row.draft = bytes_.tokens(6);
+            // No source guesses what cannot be.
+            for (std::int32_t& token : row.draft) token = std::max(token, 0);
+        }
+    }
+    bool wants_rest(const control::Request&) override { return bytes_.below(4) == 1; }
+    void verified(control::RequestId, std::span<const std::int32_t>,
+                  control::TokenCount) noexcept override {}
+    void ended(control::RequestId) noexcept override {}
+
+  private:
+    Bytes& bytes_;
+};
+
 class Caller {
   public:
-    Caller(const control::Config& config, Bytes& bytes) : scheduler_(config), bytes_(bytes) {}
+    Caller(const control::Config& config, Bytes& bytes)
+        : scheduler_(config, std::make_unique<AnyDrafts>(bytes)), bytes_(bytes) {}
 
     void run() {
         while (!bytes_.empty()) {

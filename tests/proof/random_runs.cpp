@@ -3,8 +3,8 @@
 // 64 slots, pages of 32 tokens, contexts up to 50K tokens: conversations grow turn by turn,
 // sub-agents fork off them, prompts of other tenants come between, clients go away. Odd seeds have
 // long prompts and 4,000 pages; even ones many short prompts with long answers on 1,600, so that
-// pages run out. Whatever happens, every request gets what it gets alone. The seed
-// that is printed replays a run.
+// pages run out. In three of four, plans come with drafts, right for some way. Whatever happens,
+// every request gets what it gets alone. The seed that is printed replays a run.
 
 #include <algorithm>
 #include <cstdio>
@@ -47,7 +47,7 @@ class RandomRun {
                       seed % 7 == 6 ? control::CachePolicy::kLru : control::CachePolicy::kSession,
                   .tps_floor = seed % 5 == 4 ? std::optional(40.0) : std::nullopt,
                   .queue_timeout_us = seed % 3 == 2 ? std::optional(5'000'000) : std::nullopt,
-                  .step_drafts_max = 0},
+                  .step_drafts_max = seed % 4 != 1 ? 96 : 0},
           world_(config_, {.scribble = false, .audit_every = audit_every, .step_us = 9'000}) {}
 
     void run(std::int64_t events) {
@@ -59,11 +59,14 @@ class RandomRun {
         const control::Stats stats = world_.scheduler().stats();
         std::printf(
             "%lld requests, %lld steps, %lld tokens out, %lld of %lld prompt tokens "
-            "cached, %lld retractions, %lld evictions",
+            "cached, %lld of %lld drafted tokens right, "
+            "%lld retractions, %lld evictions",
             static_cast<long long>(next_), static_cast<long long>(stats.steps),
             static_cast<long long>(stats.output_tokens),
             static_cast<long long>(stats.cached_tokens),
-            static_cast<long long>(stats.prompt_tokens), static_cast<long long>(stats.retractions),
+            static_cast<long long>(stats.prompt_tokens),
+            static_cast<long long>(stats.accepted_tokens),
+            static_cast<long long>(stats.drafted_tokens), static_cast<long long>(stats.retractions),
             static_cast<long long>(stats.evictions));
     }
 
@@ -95,7 +98,14 @@ class RandomRun {
         }
         if (draw < 0.0241) return world_.flush();
         if (draw < 0.55 && world_.in_flight()) return world_.commit();
-        world_.launch();
+        world_.launch([this] { return guessing(); }, chance(0.3));
+    }
+
+    // Drafts of up to 12 tokens, right for some way.
+    std::optional<Guessing> guessing() {
+        if (!chance(0.6)) return std::nullopt;
+        const auto tokens = static_cast<std::size_t>(below(13));
+        return Guessing{tokens, static_cast<std::size_t>(below(14))};
     }
 
     void submit() {

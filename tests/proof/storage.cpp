@@ -223,7 +223,9 @@ void Storage::read(std::span<const Row> rows) {
             expect(writer == kNobody || writer == row.request,
                    "device: a row reads what another row writes");
             expect(!moving_.contains(seen.page), "device: a row reads what a transfer writes");
-            const std::int32_t wanted = std::min(sizes_.page_size, end - from);
+            // A row sees its own wrong guesses, and nobody else ever does.
+            const std::int32_t wanted =
+                std::max(0, std::min(sizes_.page_size, row.sure_end() - from));
             if (seen.version != device_.versions[index(seen.page)] || seen.right < wanted) {
                 check(row, seen, from, wanted);
             }

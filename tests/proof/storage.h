@@ -32,7 +32,10 @@ struct Row {
     std::int32_t start;
     std::vector<std::int32_t> tokens;
     History history;
+    std::int32_t doubtful = 0;  // of the tokens, the last ones that are wrong guesses
 
+    // Behind what is its request's own.
+    std::int32_t sure_end() const { return end() - doubtful; }
     std::int32_t end() const { return start + static_cast<std::int32_t>(tokens.size()); }
 };
 

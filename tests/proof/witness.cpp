@@ -16,10 +16,11 @@ namespace {
 
 using namespace control;
 
-constexpr std::array kEvents{"Admit", "Load",   "Receive", "Arrive", "Fail", "Launch", "Land",
-                             "Park",  "Resume", "Retract", "Send",   "Stop", "Abort"};
-constexpr std::array kStates{"Queued", "Loading", "Receiving", "Prefilling", "Decoding", "Stepping",
-                             "Parked", "Sending", "Doomed",    "Cancelled",  "Finished"};
+constexpr std::array kEvents{"Admit", "Load", "Receive", "Arrive",  "Fail", "Launch", "Speculate",
+                             "Land",  "Park", "Resume",  "Retract", "Send", "Stop",   "Abort"};
+constexpr std::array kStates{"Queued",   "Loading",  "Receiving", "Prefilling",
+                             "Decoding", "Stepping", "Verifying", "Parked",
+                             "Sending",  "Doomed",   "Cancelled", "Finished"};
 constexpr std::size_t kPairs = kEvents.size() * kStates.size();
 
 template <class Wanted, class... T>
@@ -47,9 +48,10 @@ constexpr std::array<bool, kPairs> legal_pairs(States<Event...>) {
 constexpr std::array<bool, kPairs> kLegal = legal_pairs(AllEvents{});
 
 // The table has these because an abort does the same. But what runs in no step samples nothing, so
-// nothing else ends it; and a prompt has all its pages, so that only answers fill a pool.
+// nothing else ends it; a prompt has all its pages, so that only answers fill a pool; and a draft
+// is at rest when its samples are known.
 constexpr std::array kNoOccasion{kPair<Stop, Loading>, kPair<Stop, Receiving>, kPair<Stop, Parked>,
-                                 kPair<Stop, Prefilling>};
+                                 kPair<Stop, Prefilling>, kPair<Stop, Verifying>};
 
 // Functions by address, in a table of open addressing; what is not there is of no interest.
 struct Watched {
@@ -98,6 +100,7 @@ UNWATCHED Table make_table() {
     stop.operator()<Prefilling, Finished>();
     stop.operator()<Decoding, Finished>();
     stop.operator()<Stepping, Doomed>();
+    stop.operator()<Verifying, Doomed>();
     stop.operator()<Parked, Finished>();
     add.operator()<Abort, Sending>(Picked<Sending, Abort, Sending&&, Store&>(&on));
     add.operator()<Abort, Doomed>(Picked<Doomed, Abort, Doomed&&, Store&>(&on));
@@ -129,6 +132,9 @@ UNWATCHED Table make_table() {
         Picked<Stepping, Stepping&&, StepId, TokenCount, Berth&&>(&extend));
     add.operator()<Land, Stepping>(
         Picked<Landed, Stepping&&, const Retired&, TokenCount, Store&, Swaps>(&land));
+    add.operator()<Speculate, Decoding>(Picked<Verifying, Decoding&&, StepId, Draft&&>(&speculate));
+    add.operator()<Land, Verifying>(
+        Picked<Decoding, Verifying&&, const Retired&, const Verified&, Store&, Swaps>(&land));
     add.operator()<Land, Doomed>(Picked<Ended, Doomed&&, const Retired&, Store&>(&land));
 
     add.operator()<Park, Decoding>(Picked<Parked, Decoding&&, Store&>(&park));

@@ -38,7 +38,15 @@ void rehearse(Script& script, std::int32_t vocabulary, std::int32_t context_max)
 }
 
 World::World(const control::Config& config, Checks checks)
-    : config_(config), checks_(checks), scheduler_(config), device_(config, *this) {
+    : World(config, checks,
+            std::make_unique<Adversary>([this](std::int64_t request) { return of(request); })) {}
+
+World::World(const control::Config& config, Checks checks, std::unique_ptr<Adversary> adversary)
+    : config_(config),
+      checks_(checks),
+      adversary_(config.step_drafts_max > 0 ? adversary.get() : nullptr),
+      scheduler_(config, std::move(adversary)),
+      device_(config, *this) {
     for (const control::GroupConfig& group : config.groups) {
         if (group.kind != control::GroupKind::kFull && group.kind != control::GroupKind::kLatent) {
             continue;
@@ -132,8 +140,9 @@ History World::of(std::int64_t request) const {
 
 // --- what the engine does -----------------------------------------------------------------------
 
-bool World::launch() {
+bool World::launch(Adversary::Choose guesses, bool rests) {
     std::optional<control::Plan> plan;
+    if (adversary_ != nullptr) adversary_->set(std::move(guesses), rests);
     static_cast<void>(attempt([&] { plan = scheduler_.plan(now_us_ += checks_.step_us); }, true));
     collect(nullptr);
     if (plan) {

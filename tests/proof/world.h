@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
 #include <optional>
 #include <vector>
 
+#include "adversary.h"
 #include "device.h"
 #include "scheduler.h"
 
@@ -52,6 +54,7 @@ class World final : private Histories {
     };
 
     World(const control::Config& config, Checks checks);
+    World(const control::Config& config, Checks checks, std::unique_ptr<Adversary> adversary);
     World(const World&) = delete;
     World& operator=(const World&) = delete;
 
@@ -59,7 +62,9 @@ class World final : private Histories {
     void submit(std::int64_t request, const Script& script);
     // Whether it was of a request that the scheduler still knows.
     bool abort(std::int64_t request);
-    bool launch();  // whether there was a step to launch
+    // Whether there was a step to launch. Its drafts are as chosen; who flies is left out of it, so
+    // as to be at rest for one, if `rests`.
+    bool launch(Adversary::Choose guesses = nullptr, bool rests = false);
     void commit();
     void flush();
     // A request's transfer is over: it did what it should, or failed.
@@ -118,6 +123,7 @@ class World final : private Histories {
 
     control::Config config_;
     Checks checks_;
+    Adversary* adversary_;  // the scheduler's
     control::Scheduler scheduler_;
     Device device_;
     std::optional<std::size_t> capacity_;  // tokens that the pool can hold of one request
