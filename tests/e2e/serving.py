@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -30,10 +30,16 @@ FLAGS = ("--max-context", "1024", "--max-running", "16", "--kv-cache-memory", "9
 class Serve:
     """A server on a free port. Leaving the context stops it with Ctrl-C, once."""
 
-    def __init__(self, log: Path, *flags: str, model: str | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *flags: str,
+        model: str | None = None,
+        launcher: Sequence[str] = ("-m", "tokenspeed.cli"),
+    ) -> None:
         self.port = unused_port()
         self.log = log
-        command = [sys.executable, "-m", "tokenspeed.cli", "serve"]
+        command = [sys.executable, *launcher, "serve"]
         command += [model] if model is not None else []
         command += ["--port", str(self.port), *FLAGS, *flags]
         with log.open("wb") as file:

@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.serving import Serve
 from tokenspeed import LLM, AsyncLLM, SamplingParams
 from tokenspeed.core.errors import ConfigError, EngineError, TokenSpeedError
+from tokenspeed.engine.rank_launch import _Child
 from tokenspeed.engine.ranks import GroupRunner
 from tokenspeed.loader import ModelFiles
 
@@ -27,7 +28,11 @@ DENSE = {"gemm.linear": "reference", "gemm.logits": "reference", "embedding.look
 def followers(llm: LLM) -> list[int]:
     runner = llm._core.runner
     assert isinstance(runner, GroupRunner)
-    return [follower.process.pid for follower in runner._group._followers]
+    found = []
+    for member in runner._group.members:
+        assert isinstance(member, _Child)
+        found.append(member.process.pid)
+    return found
 
 
 def texts(llm: LLM) -> list[list[int]]:

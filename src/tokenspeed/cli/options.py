@@ -49,6 +49,14 @@ class DType(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class ExecutorBackend(enum.StrEnum):
+    """Who starts the ranks."""
+
+    MP = "mp"
+    TORCHRUN = "torchrun"
+    RAY = "ray"
+
+
 class KVDType(enum.StrEnum):
     """Element type of KV."""
 
@@ -155,6 +163,17 @@ def _engine_flags(
     ] = Speculate.AUTO,
     tp: Annotated[int, typer.Option(min=1, help="Ranks, each a process, that share a layer.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="How many of them share the experts.")] = 1,
+    distributed_executor_backend: Annotated[
+        ExecutorBackend | None,
+        typer.Option(
+            help="Who starts the ranks: mp, on this host; ray, over its nodes; torchrun, which has "
+            "[default: torchrun within it, else mp]."
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Ray's cluster [default: this host's]."),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads of each rank [default: all there are, shared out]."),
@@ -188,6 +207,10 @@ def _engine_flags(
         "speculate": speculate.value,
         "tp": tp,
         "ep": ep,
+        "distributed_executor_backend": (
+            None if distributed_executor_backend is None else distributed_executor_backend.value
+        ),
+        "ray_address": ray_address,
         "threads": threads,
         "kernels": parse_kernels(kernel or []),
         "seed": seed,

@@ -10,7 +10,7 @@ import typer
 from tokenspeed.cli.options import DEFAULT_MODEL, LogLevel, LogLevelOption, takes_engine_flags
 from tokenspeed.cli.reporting import reported
 from tokenspeed.core.config import EngineConfig
-from tokenspeed.core.environment import quiet_grpc_forks
+from tokenspeed.core.environment import quiet_grpc_forks, torchrun
 
 __all__ = ["serve"]
 
@@ -99,6 +99,15 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C."""
     with reported(log_level):
+        config = replace(
+            engine(model), tps_floor=tps_floor or None, queue_timeout_s=queue_timeout or None
+        )
+        if _follows_rank_0(config):
+            # Imported late: the torch behind it takes seconds, and rank 0's server needs none.
+            from tokenspeed.engine.follower import follow_by_torchrun  # noqa: PLC0415
+
+            follow_by_torchrun(config)
+            return
         quiet_grpc_forks()
         # Imported late: gRPC and the gateway's messages take a while, and `--help` should not.
         from tokenspeed.cli.supervisor import ServeOptions, supervise  # noqa: PLC0415
@@ -116,9 +125,7 @@ def serve(
                 otlp_endpoint=otlp_endpoint,
             )
         options = ServeOptions(
-            engine=replace(
-                engine(model), tps_floor=tps_floor or None, queue_timeout_s=queue_timeout or None
-            ),
+            engine=config,
             host=host,
             port=port,
             api_key=api_key,
@@ -134,3 +141,10 @@ def serve(
         code = supervise(options)
         if code:
             raise typer.Exit(code)
+
+
+def _follows_rank_0(config: EngineConfig) -> bool:
+    """Whether torchrun started this process as a rank above 0, which serves nothing itself."""
+    found = torchrun()
+    within = config.distributed_executor_backend in (None, "torchrun")
+    return within and found is not None and found.rank > 0

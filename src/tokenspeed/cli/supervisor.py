@@ -17,6 +17,7 @@ import uvloop
 from tokenspeed import loader
 from tokenspeed.cli.progress import load_progress
 from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.environment import torchrun
 from tokenspeed.core.errors import ConfigError, EngineDead, EngineError, TokenSpeedError
 from tokenspeed.engine.process import EngineProcess
 from tokenspeed.engine.wire import EngineInfo
@@ -86,6 +87,12 @@ def supervise(options: ServeOptions) -> int:
 
 
 def _check(options: ServeOptions) -> None:
+    backend = options.engine.distributed_executor_backend
+    if options.restart and (backend == "torchrun" or (backend is None and torchrun() is not None)):
+        raise ConfigError(
+            "--restart cannot start ranks that torchrun started: leave it out, and give torchrun "
+            "--max-restarts"
+        )
     check_exposure(options.host, options.api_key)
     check_address(options.host, options.port)
     for flag, name, known in (

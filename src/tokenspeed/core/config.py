@@ -190,8 +190,12 @@ class EngineConfig:
         prefix_cache: reuse KV of shared prefixes.
         tp: ranks, each a process, that share every layer.
         ep: of these, how many share the experts of a mixture; the rest divide each expert.
+        distributed_executor_backend: who starts the ranks: "mp" (this engine, as processes of its
+            host), "torchrun" (they run already, and say so in their environment) or "ray" (an actor
+            for each); None for torchrun where its environment is there, else mp.
+        ray_address: HOST:PORT of the Ray cluster; None for the one this host belongs to.
         threads: CPU threads of the forward, on each rank; None for all the process may use,
-            shared out.
+            shared out among the ranks of its host.
         kernels: forced kernel solutions, op name to solution name.
         seed: base of the seeds of requests that bring none; None for a fresh one.
         tps_floor: tokens a second that each admitted user is to get, or 90% of what one user alone
@@ -217,6 +221,8 @@ class EngineConfig:
     prefix_cache: bool = True
     tp: int = 1
     ep: int = 1
+    distributed_executor_backend: str | None = None
+    ray_address: str | None = None
     threads: int | None = None
     kernels: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
@@ -247,8 +253,14 @@ class EngineConfig:
                 "--overlap-depth 1 needs one rank: with --tp, a step's tokens go to the other "
                 "ranks with the next plan"
             )
-        if self.device != "cpu" and self.tp > 1:
-            raise ConfigError(f"--tp {self.tp} runs on CPUs only, not on --device {self.device}")
+        if self.distributed_executor_backend is not None:
+            _one_of(
+                "distributed_executor_backend",
+                self.distributed_executor_backend,
+                ("mp", "torchrun", "ray"),
+            )
+        if self.ray_address is not None and self.distributed_executor_backend != "ray":
+            raise ConfigError("--ray-address needs --distributed-executor-backend ray")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

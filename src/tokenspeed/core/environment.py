@@ -2,16 +2,76 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from tokenspeed.core.errors import ConfigError
+
 __all__ = [
+    "Torchrun",
     "cache_dir",
     "cpu_isa",
     "let_threads_sleep",
     "peers_dir",
     "quiet_grpc_forks",
+    "torchrun",
     "with_variables",
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Torchrun:
+    """What torchrun tells a process that it starts.
+
+    Attributes:
+        rank: of all processes.
+        world_size: how many there are.
+        local_rank: of those on this host.
+        master_address, master_port: where rank 0 is met.
+        restarts: how often torchrun has started all of them again.
+        serves_store: whether torchrun itself serves the store at that address.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_address: str
+    master_port: int
+    restarts: int
+    serves_store: bool
+
+
+def torchrun() -> Torchrun | None:
+    """What `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` say; None unless all are set.
+
+    Raises:
+        ConfigError: one of them is no number, or the rank is not one of the world's.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name) for name in names):
+        return None
+    found = Torchrun(
+        rank=_number("RANK"),
+        world_size=_number("WORLD_SIZE"),
+        local_rank=_number("LOCAL_RANK"),
+        master_address=os.environ["MASTER_ADDR"],
+        master_port=_number("MASTER_PORT"),
+        restarts=_number("TORCHELASTIC_RESTART_COUNT"),
+        serves_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(
+            f"RANK is {found.rank}, but must be below WORLD_SIZE, which is {found.world_size}; "
+            "unset both where no torchrun started this"
+        )
+    return found
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"{name} must be a whole number, but is {text!r}: unset it, or mend it")
+    return int(text)
 
 
 def cache_dir() -> Path:

@@ -15,24 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch._C._distributed_c10d import AllToAllOptions, FileStore, PrefixStore, Store
 from torch.distributed import ProcessGroupGloo
 
 from tokenspeed.core.errors import EngineError
 from tokenspeed.distributed.mesh import Mesh, share
 
-__all__ = ["Group", "Store", "connect", "file_store"]
+__all__ = ["LOOPBACK", "Group", "Store", "connect", "file_store", "gloo_group"]
 
 # Of a sum: below it a round costs more than the bytes saved by a second one.
 SHORT_SIZE_BYTES = 1 << 16
+# The longest wait for another member. Whoever watches the engine gives it up after two seconds more
+# of silence, in which the ranks say who was waited for.
+COLLECTIVE_TIMEOUT_S = 6.5
 LOOPBACK = "127.0.0.1"
+CPU = torch.device("cpu")
 
 
 class Group:
     """Ranks that share a tensor, seen from one of them. Made by `connect`.
 
-    Every member calls the same collectives in the same order. One that waits for longer than the
-    group's timeout, or whose peer is gone, raises EngineError.
+    Every member calls the same collectives in the same order. One that waits for longer than
+    `COLLECTIVE_TIMEOUT_S`, or whose peer is gone, raises EngineError.
 
     Args:
         process_group: torch's, of the same members in the same order.
@@ -48,6 +52,8 @@ class Group:
         self.index = index
         self.calls = 0
         self._process_group = process_group
+        self._options = AllToAllOptions()
+        self._options.timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
 
     @property
     def size(self) -> int:
@@ -112,7 +118,9 @@ class Group:
         received = flat.new_empty(sum(sizes))
         sent_sizes = [piece.numel() for piece in sent]
         try:
-            self._process_group.alltoall_base(received, flat, sizes, sent_sizes).wait()
+            self._process_group.alltoall_base(
+                received, flat, sizes, sent_sizes, self._options
+            ).wait()
         except RuntimeError as error:
             raise EngineError(
                 f"ranks {', '.join(map(str, self.ranks))} lost each other: {error}"
@@ -134,16 +142,20 @@ def connect(
     groups: Sequence[tuple[int, ...]],
     *,
     store: Store,
+    address: str = LOOPBACK,
+    device: torch.device = CPU,
     timeout_s: float = 8.0,
 ) -> dict[tuple[int, ...], Group]:
-    """Connect a rank to the other members of its groups, over Gloo on this host.
+    """Connect a rank to the other members of its groups: over Gloo, or NCCL where it has a GPU.
 
     Args:
         mesh: all ranks, each of which calls this.
         rank: this one.
         groups: cells of each group, the same and in the same order on all ranks.
         store: where ranks find each other.
-        timeout_s: the longest wait for another member, here and in each collective.
+        address: of this host, on which Gloo listens.
+        device: where the tensors are that ranks exchange.
+        timeout_s: the longest wait for another member.
 
     Raises:
         EngineError: another member did not come in time.
@@ -151,22 +163,40 @@ def connect(
     found = {}
     for number, cells in enumerate(groups):
         (ranks,) = (ranks for ranks in mesh.groups(cells) if rank in ranks)
-        # Gloo alone of torch's groups is asked for by a name that is not public; with its public
-        # constructor it would look up the host's name, and listen on whatever that means.
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-        options._timeout = timedelta(seconds=timeout_s)
-        index = ranks.index(rank)
-        prefix = f"{number}/{'-'.join(map(str, ranks))}/"
-        try:
-            process_group = ProcessGroupGloo(PrefixStore(prefix, store), index, len(ranks), options)
-        except RuntimeError as error:
-            raise EngineError(
-                f"rank {rank} did not find ranks {', '.join(map(str, ranks))} within "
-                f"{timeout_s:g} s: {error}"
-            ) from error
-        found[cells] = Group(process_group, ranks, index)
+        prefixed = PrefixStore(f"{number}/{'-'.join(map(str, ranks))}/", store)
+        if device.type == "cuda":
+            process_group = _nccl_group(prefixed, rank, ranks, timeout_s=timeout_s)
+        else:
+            process_group = gloo_group(prefixed, rank, ranks, address=address, timeout_s=timeout_s)
+        found[cells] = Group(process_group, ranks, ranks.index(rank))
     return found
+
+
+def gloo_group(
+    store: Store, rank: int, ranks: Sequence[int], *, address: str, timeout_s: float
+) -> Any:
+    """torch's group of some ranks over Gloo; raises EngineError where one does not come."""
+    # Gloo alone of torch's groups is asked for by a name that is not public; with its public
+    # constructor it would look up the host's name, and listen on whatever that means.
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=timeout_s)
+    try:
+        return ProcessGroupGloo(store, ranks.index(rank), len(ranks), options)
+    except RuntimeError as error:
+        raise EngineError(
+            f"rank {rank} did not find ranks {', '.join(map(str, ranks))} within "
+            f"{timeout_s:g} s: {error}"
+        ) from error
+
+
+def _nccl_group(store: Store, rank: int, ranks: Sequence[int], *, timeout_s: float) -> Any:
+    # Only builds for NVIDIA's and AMD's devices have it.
+    from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return ProcessGroupNCCL(store, ranks.index(rank), len(ranks), options)
 
 
 def _split(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ from tokenspeed import loader
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.distributed import Mesh, Store, share
+from tokenspeed.distributed import Mesh, Place, share
 from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
 from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
@@ -56,7 +56,7 @@ def mesh_of(config: EngineConfig) -> Mesh:
 
 
 def open_model(
-    config: EngineConfig, *, mesh: Mesh, rank: int, progress: loader.Progress | None = None
+    config: EngineConfig, *, place: Place, progress: loader.Progress | None = None
 ) -> OpenedModel:
     """Find and check a model, and choose what computes it on this rank.
 
@@ -67,12 +67,12 @@ def open_model(
     files = loader.resolve(config.model, progress=progress)
     checkpoint = loader.open_checkpoint(files)
     model_config = ModelConfig.from_hf(checkpoint.hf_config)
-    device = torch.device(config.device)
+    device = _device(config, place)
     dtype = resolve_dtype(config.dtype, device)
     load_plugins()
     dtype_name = str(dtype).removeprefix("torch.")
-    threads = config.threads or max(1, usable_cpu_count() // mesh.world)
-    with _own_cpus(mesh.world, rank):
+    threads = config.threads or max(1, usable_cpu_count() // place.local_ranks)
+    with _own_cpus(place.local_ranks, place.local_rank):
         runtime = start_runtime(threads=threads)
     kernels = KernelSelector(
         device=device,
@@ -105,8 +105,7 @@ def make_runner(
     config: SchedulerConfig,
     *,
     mesh: Mesh,
-    rank: int,
-    store: Store | None,
+    place: Place,
     progress: loader.Progress | None = None,
 ) -> tuple[Model, KVPools, Runner]:
     """Build and load a model, its KV pools and its runner.
@@ -115,8 +114,7 @@ def make_runner(
         opened: the model.
         config: sizes of pools and steps, the same on all ranks.
         mesh: the ranks.
-        rank: which of them this is.
-        store: where ranks find each other; None for one rank.
+        place: which of them this is, and where it finds the others.
         progress: told of the bytes read.
 
     Raises:
@@ -130,8 +128,9 @@ def make_runner(
         device=opened.device,
         kernels=opened.kernels,
         mesh=mesh,
-        rank=rank,
-        store=store,
+        rank=place.rank,
+        store=place.store,
+        address=place.address,
     )
     model.load_weights(opened.checkpoint.blocks(progress=progress))
     group = config.groups[0]
@@ -144,6 +143,15 @@ def make_runner(
     )
     threads = opened.threads
     return model, pools, Runner(model, pools, config, device=opened.device, threads=threads)
+
+
+def _device(config: EngineConfig, place: Place) -> torch.device:
+    """Where this rank runs; one alone leaves the choice of a GPU to torch."""
+    if config.device == "cpu" or place.store is None:
+        return torch.device(config.device)
+    device = torch.device(config.device, place.device_index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:

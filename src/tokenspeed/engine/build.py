@@ -6,16 +6,13 @@ from tokenspeed import loader
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.distributed import Mesh, file_store
+from tokenspeed.distributed import Mesh, Place
 from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.pace import learn_drafts, learn_pace, tps_alone
+from tokenspeed.engine.rank_launch import check_ranks
 from tokenspeed.engine.ranks import GroupRunner, RankGroup
-from tokenspeed.engine.sizing import (
-    available_memory_size_bytes,
-    pages_that_fit,
-    step_drafts_max,
-)
+from tokenspeed.engine.sizing import memory_share_size_bytes, pages_that_fit, step_drafts_max
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
@@ -31,10 +28,11 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
         ModelError: the model cannot be had, read or run.
         ConfigError: the configuration does not suit the model or the machine.
         KernelError: a forced kernel cannot run.
-        EngineError: a rank died as it started.
+        EngineError: a rank did not come, or died as it started.
     """
     mesh = mesh_of(config)
-    # The other ranks start while this one looks for the model.
+    check_ranks(config, mesh)
+    # Ranks of this host start while this one looks for the model.
     group = RankGroup(config, mesh) if mesh.world > 1 else None
     try:
         return _build(config, mesh, group, progress)
@@ -47,7 +45,8 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
 def _build(
     config: EngineConfig, mesh: Mesh, group: RankGroup | None, progress: loader.Progress | None
 ) -> Engine:
-    opened = open_model(config, mesh=mesh, rank=0, progress=progress)
+    place = Place() if group is None else group.place
+    opened = open_model(config, place=place, progress=progress)
     files, checkpoint, model_config = opened.files, opened.checkpoint, opened.config
     context_max = _context_max(config, model_config)
     # On the meta device a model has shapes and no memory: enough to know what it will take. The
@@ -60,19 +59,23 @@ def _build(
         mesh=mesh,
     )
     specs = shape.kv_specs()
+    memory_size_bytes = memory_share_size_bytes(place)
+    if group is not None:
+        memory_size_bytes = min(memory_size_bytes, group.await_opened(opened))
     pages = pages_that_fit(
         config,
         specs,
         weights_size_bytes=shape.planned_size_bytes(checkpoint.size_bytes),
         context_max=context_max,
-        available_size_bytes=available_memory_size_bytes() // mesh.world,
+        available_size_bytes=memory_size_bytes,
     )
     page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
     host_pages = config.host_cache_size_bytes // page_size_bytes
     overlap_depth = config.overlap_depth
     if overlap_depth is None:
-        # A CPU runs the forward on the very cores that would plan meanwhile.
-        overlap_depth = 1 if opened.device.type == "cuda" else 0
+        # A CPU runs the forward on the very cores that would plan meanwhile; the other ranks get a
+        # step's tokens with the next plan.
+        overlap_depth = 1 if opened.device.type == "cuda" and group is None else 0
     scheduler_config = SchedulerConfig(
         groups=tuple(
             CacheGroup(
@@ -95,12 +98,10 @@ def _build(
         ),
         step_drafts_max=step_drafts_max(config),
     )
-    store = None
     if group is not None:
         group.set_up(scheduler_config)
-        store = file_store(group.store_path, mesh.world)
     model, pools, own_runner = make_runner(
-        opened, scheduler_config, mesh=mesh, rank=0, store=store, progress=progress
+        opened, scheduler_config, mesh=mesh, place=place, progress=progress
     )
     runner: Runner | GroupRunner = own_runner
     if group is not None:
@@ -148,7 +149,7 @@ def _build(
         tps_floor=config.tps_floor,
         tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),
     )
-    return Engine(core=core, info=info)
+    return Engine(core=core, info=info, check=None if group is None else group.check)
 
 
 def _token_table(tokenizer: loader.Tokenizer, vocabulary: int) -> TokenTable:

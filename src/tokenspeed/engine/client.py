@@ -125,6 +125,11 @@ class EngineClient:
         """Whether the engine is not known to be dead."""
         return self._dead is None
 
+    @property
+    def cause(self) -> str | None:
+        """Why the engine is dead; None while it is not known to be."""
+        return None if self._dead is None else str(self._dead)
+
     def generate(
         self,
         prompt: Sequence[int] | npt.NDArray[np.integer[Any]],

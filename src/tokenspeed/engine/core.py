@@ -4,6 +4,7 @@ import secrets
 import select
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -348,10 +349,17 @@ class EngineCore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """An engine that is ready to step, and what clients may know of it."""
+    """An engine that is ready to step, and what clients may know of it.
+
+    Attributes:
+        core, info: both.
+        check: to be called now and then while nothing is to do; raises EngineError where the
+            engine could do nothing any more. None where there is nothing to check.
+    """
 
     core: EngineCore
     info: EngineInfo
+    check: Callable[[], None] | None = None
 
 
 def step_timing(core: EngineCore) -> StepTiming:

@@ -1,20 +1,25 @@
-"""A rank that follows rank 0: `python -m tokenspeed.engine.follower`, started by `RankGroup`.
+"""A rank that follows rank 0.
 
 It runs the plans that rank 0 sends, in which the tokens of decode rows stand already, so that only
-rank 0 samples and nothing goes back. It ends when rank 0 does.
+rank 0 samples and nothing goes back. It ends when rank 0 does. `python -m
+tokenspeed.engine.follower` is one on rank 0's own host, started by it; torchrun's and Ray's find
+rank 0 over TCP.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from tokenspeed.core.config import EngineConfig
-from tokenspeed.core.environment import let_threads_sleep
+from tokenspeed.core.environment import let_threads_sleep, torchrun
 from tokenspeed.core.errors import EngineError, TokenSpeedError
 from tokenspeed.engine.rank_wire import (
     Failure,
@@ -23,17 +28,20 @@ from tokenspeed.engine.rank_wire import (
     Opened,
     Setup,
     Stop,
-    ToFollower,
     decode_plan,
-    receive,
-    send,
+    decode_to_follower,
+    encode,
 )
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from tokenspeed.distributed import Place
+    from tokenspeed.engine.rank_links import Link
+
+__all__ = ["follow_by_torchrun", "follow_over_tcp", "main"]
 
 
 def main() -> int:
-    """Follow until told to stop, or rank 0 is gone."""
+    """Follow the process that started this one until told to stop, or it is gone."""
     parser = argparse.ArgumentParser(prog="python -m tokenspeed.engine.follower")
     parser.add_argument("--rank", type=int, required=True, help="of this process, above 0")
     parser.add_argument("--socket-fd", type=int, required=True, help="the socket to rank 0")
@@ -43,36 +51,138 @@ def main() -> int:
     # The terminal sends Ctrl-C to every process of the group; ending is rank 0's to order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
-    with socket.socket(fileno=arguments.socket_fd) as leader:
-        try:
-            _follow(leader, config, arguments.rank, arguments.store)
-        except EngineError as error:
-            return _report(leader, error)
-        except Exception as error:
-            if not isinstance(error, TokenSpeedError):
-                sys.excepthook(type(error), error, error.__traceback__)
-            return _report(leader, error)
+    let_threads_sleep()
+    # Imported late: the torch behind it takes seconds, and wrong arguments should not.
+    from tokenspeed.distributed import Place, file_store  # noqa: PLC0415
+    from tokenspeed.engine.rank_links import SocketLink  # noqa: PLC0415
+
+    world = _world(config)
+    place = Place(
+        rank=arguments.rank,
+        local_rank=arguments.rank,
+        local_ranks=world,
+        store=file_store(arguments.store, world),
+        device_index=arguments.rank,
+    )
+    _follow(SocketLink(socket.socket(fileno=arguments.socket_fd)), config, place)
     return 0
 
 
-def _follow(leader: socket.socket, config: EngineConfig, rank: int, store_path: Path) -> None:
+def follow_by_torchrun(config: EngineConfig) -> None:
+    """Follow rank 0 as torchrun's environment says. Where that fails, the process ends.
+
+    Raises:
+        ConfigError: torchrun started more or fewer ranks than `config` asks for.
+        EngineError: rank 0 is not there.
+    """
+    from tokenspeed.engine.assembly import mesh_of  # noqa: PLC0415
+    from tokenspeed.engine.rank_launch import check_torchrun, meeting_prefix  # noqa: PLC0415
+
+    found = torchrun()
+    assert found is not None
+    check_torchrun(found, mesh_of(config))
+    # torchrun ends its processes together, and rank 0 lets running requests end first.
+    follow_over_tcp(
+        config,
+        rank=found.rank,
+        address=found.master_address,
+        port=found.master_port,
+        prefix=meeting_prefix(found.restarts),
+        signals=(signal.SIGINT, signal.SIGTERM),
+    )
+
+
+def follow_over_tcp(
+    config: EngineConfig,
+    *,
+    rank: int,
+    address: str,
+    port: int,
+    prefix: str,
+    signals: Sequence[signal.Signals] = (),
+) -> None:
+    """Follow rank 0 from wherever it can be reached. Where that fails once it was, the process
+    ends.
+
+    Args:
+        config: as rank 0's.
+        rank: of this process, above 0.
+        address, port: where the store is served.
+        prefix: of the ranks' keys in it.
+        signals: not to be heeded once rank 0 is there, whose end this rank follows.
+
+    Raises:
+        EngineError: rank 0 is not there.
+    """
     let_threads_sleep()
-    # Imported late: the torch behind it takes seconds, and wrong arguments should not.
-    from tokenspeed.distributed import file_store  # noqa: PLC0415
+    from tokenspeed.distributed import (  # noqa: PLC0415
+        ByteGroup,
+        address_towards,
+        meet,
+        tcp_store,
+    )
+    from tokenspeed.engine.rank_launch import LINK_TIMEOUT_S, MEETING_TIMEOUT_S  # noqa: PLC0415
+    from tokenspeed.engine.rank_links import GroupLink  # noqa: PLC0415
+
+    world = _world(config)
+    store, _ = tcp_store(address, port, serve=False, timeout_s=MEETING_TIMEOUT_S, prefix=prefix)
+    own = address_towards(address, port)
+    place, _ = meet(store, rank, world, address=own, timeout_s=MEETING_TIMEOUT_S)
+    group = ByteGroup(place, world, timeout_s=LINK_TIMEOUT_S)
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+    _follow(GroupLink(group, 0), config, place, aloud=True)
+
+
+def _follow(leader: "Link", config: EngineConfig, place: "Place", *, aloud: bool = False) -> None:
+    """Follow until told to stop; tells rank 0, and ends the process, where that fails.
+
+    Args:
+        leader: the way to rank 0.
+        config: as rank 0's.
+        place: of this rank.
+        aloud: whether people are told here too.
+    """
+    try:
+        _run(leader, config, place)
+    except Exception as error:
+        if not isinstance(error, TokenSpeedError):
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif aloud:
+            print(f"rank {place.rank}: {error}", file=sys.stderr)  # noqa: T201
+        # Rank 0 may be gone.
+        with contextlib.suppress(EngineError):
+            leader.send(encode(Failure(type(error).__name__, str(error))))
+        # Collectives that wait for others in threads of their own would keep the process alive.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _run(leader: "Link", config: EngineConfig, place: "Place") -> None:
+    from tokenspeed import loader  # noqa: PLC0415
     from tokenspeed.engine.assembly import make_runner, mesh_of, open_model  # noqa: PLC0415
+    from tokenspeed.engine.sizing import memory_share_size_bytes  # noqa: PLC0415
 
     mesh = mesh_of(config)
-    opened = open_model(config, mesh=mesh, rank=rank)
-    send(leader, Opened())
-    setup = _next(leader)
+    opened = open_model(config, place=place)
+    leader.send(
+        encode(
+            Opened(
+                config=config,
+                model=loader.fingerprint(opened.files),
+                dtype=opened.dtype_name,
+                memory_size_bytes=memory_share_size_bytes(place),
+            )
+        )
+    )
+    setup = decode_to_follower(leader.receive())
     if isinstance(setup, Stop):
         return
     assert isinstance(setup, Setup)
-    store = file_store(store_path, mesh.world)
-    _, _, runner = make_runner(opened, setup.config, mesh=mesh, rank=rank, store=store)
-    send(leader, Loaded())
+    _, _, runner = make_runner(opened, setup.config, mesh=mesh, place=place)
+    leader.send(encode(Loaded()))
     while True:
-        match _next(leader):
+        match decode_to_follower(leader.receive()):
             case Launch(plan):
                 runner.follow(decode_plan(plan))
             case Stop():
@@ -82,21 +192,10 @@ def _follow(leader: socket.socket, config: EngineConfig, rank: int, store_path: 
                 raise AssertionError(f"rank 0 sent {other!r} to a rank that runs")
 
 
-def _next(leader: socket.socket) -> ToFollower:
-    message: ToFollower = msgspec.msgpack.decode(receive(leader), type=ToFollower)
-    return message
+def _world(config: EngineConfig) -> int:
+    from tokenspeed.engine.assembly import mesh_of  # noqa: PLC0415
 
-
-def _report(leader: socket.socket, error: Exception) -> int:
-    """Tell rank 0, if it is there to be told."""
-    try:
-        leader.settimeout(1.0)
-        send(leader, Failure(type(error).__name__, str(error)))
-    except OSError:
-        pass
-    # Collectives that wait for others in threads of their own would keep the process alive.
-    sys.stderr.flush()
-    os._exit(1)
+    return mesh_of(config).world
 
 
 if __name__ == "__main__":

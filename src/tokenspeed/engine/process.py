@@ -112,6 +112,8 @@ class EngineProcess:
         # What it still said before it ended should be heard first.
         await asyncio.sleep(0.05)
         ended = f"the engine process {self._process.pid} ended: {_how(self._process)}"
+        if (told := self.client.cause) is not None:
+            ended = f"{ended}; {told}"
         reason = ended if self._hang is None else f"{ended}, for {self._hang}"
         self.client.fail(reason)
         return reason

@@ -14,7 +14,7 @@ TICK_S = 0.5
 # A process that was itself held (a suspended machine, a debugger) saw no silence meanwhile.
 TICK_MAX_S = 2 * TICK_S
 # Silent and at rest: stopped, or waiting for what does not come. Ranks that wait for each other
-# give up after eight seconds and say whom they waited for, so that is a little less than this.
+# give up and say whom they waited for in less than this.
 REST_MAX_S = 8.5
 # Silent and at work: the longest step of a small machine is far below this.
 WORK_MAX_S = 120.0

@@ -1,11 +1,9 @@
-"""Messages between rank 0 and the ranks that follow it, over a socket pair.
+"""Messages between rank 0 and the ranks that follow it.
 
-A message is its length in eight bytes, and msgpack. Arrays go as their bytes, in the order of the
-fields of a plan, whose types both sides know.
+A message is msgpack. Arrays go as their bytes, in the order of the fields of a plan, whose types
+both sides know.
 """
 
-import socket
-import struct
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Final, get_args, get_type_hints
@@ -13,8 +11,7 @@ from typing import Any, Final, get_args, get_type_hints
 import msgspec
 import numpy as np
 
-from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.errors import EngineError
+from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.step import Int32Array, Int64Array, StepPlan
 
 __all__ = [
@@ -26,13 +23,13 @@ __all__ = [
     "Setup",
     "Stop",
     "ToFollower",
+    "decode_from_follower",
     "decode_plan",
+    "decode_to_follower",
+    "encode",
     "encode_plan",
-    "receive",
-    "send",
 ]
 
-_LENGTH: Final = struct.Struct("<Q")
 _DTYPES: Final = ((Int32Array, np.int32), (Int64Array, np.int64))
 
 
@@ -52,8 +49,20 @@ class Stop(msgspec.Struct, tag=True):
     """End."""
 
 
-class Opened(msgspec.Struct, tag=True):
-    """The follower has found the model and waits for its `Setup`."""
+class Opened(msgspec.Struct, tag=True, kw_only=True):
+    """The follower has found the model and waits for its `Setup`.
+
+    Attributes:
+        config: what it was started with.
+        model: the fingerprint of the model's files.
+        dtype: what "auto" came to on its host.
+        memory_size_bytes: what it may take of its host's memory.
+    """
+
+    config: EngineConfig
+    model: str
+    dtype: str
+    memory_size_bytes: int
 
 
 class Loaded(msgspec.Struct, tag=True):
@@ -70,21 +79,23 @@ class Failure(msgspec.Struct, tag=True):
 ToFollower = Setup | Launch | Stop
 FromFollower = Opened | Loaded | Failure
 
-
-def send(peer: socket.socket, message: ToFollower | FromFollower) -> None:
-    """Send a message; raises OSError where it cannot be sent within the socket's timeout."""
-    data = msgspec.msgpack.encode(message)
-    peer.sendall(_LENGTH.pack(len(data)) + data)
+_to_follower: msgspec.msgpack.Decoder[ToFollower] = msgspec.msgpack.Decoder(ToFollower)
+_from_follower: msgspec.msgpack.Decoder[FromFollower] = msgspec.msgpack.Decoder(FromFollower)
 
 
-def receive(peer: socket.socket) -> bytes:
-    """The next message.
+def encode(message: ToFollower | FromFollower) -> bytes:
+    """The bytes of a message."""
+    return msgspec.msgpack.encode(message)
 
-    Raises:
-        EngineError: the other side is gone.
-        TimeoutError: none came within the socket's timeout.
-    """
-    return _exactly(peer, _LENGTH.unpack(_exactly(peer, _LENGTH.size))[0])
+
+def decode_to_follower(data: bytes) -> ToFollower:
+    """What rank 0 sent."""
+    return _to_follower.decode(data)
+
+
+def decode_from_follower(data: bytes) -> FromFollower:
+    """What a rank that follows sent."""
+    return _from_follower.decode(data)
 
 
 def encode_plan(plan: StepPlan) -> list[Any]:
@@ -127,13 +138,3 @@ def _made(kind: Any, data: Any) -> Any:
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
-
-
-def _exactly(peer: socket.socket, count: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        part = peer.recv(min(count - len(parts), 1 << 20))
-        if not part:
-            raise EngineError("the other end of a rank's socket is closed")
-        parts += part
-    return bytes(parts)

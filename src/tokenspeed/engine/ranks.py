@@ -1,4 +1,4 @@
-"""Rank 0's side of an engine of several ranks: starts the others, and has them run every plan.
+"""Rank 0's side of an engine of several ranks: has the others run every plan.
 
 The control plane lives on rank 0, which alone samples. Each step goes to the others once, as bytes;
 what ranks exchange within a step is the model's. A rank that dies or hangs ends the group: whoever
@@ -6,25 +6,23 @@ waits for it in a collective gives up after some seconds, and rank 0 says which 
 """
 
 import contextlib
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
+from tokenspeed import loader
 from tokenspeed.core import errors
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
-from tokenspeed.core.errors import EngineError, TokenSpeedError
+from tokenspeed.core.errors import ConfigError, EngineError, TokenSpeedError
 from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
-from tokenspeed.distributed import Mesh
+from tokenspeed.distributed import Mesh, Place
+from tokenspeed.engine.assembly import OpenedModel
+from tokenspeed.engine.rank_launch import Member, launch_ranks
+from tokenspeed.engine.rank_links import Listener
 from tokenspeed.engine.rank_wire import (
     Failure,
     FromFollower,
@@ -34,9 +32,9 @@ from tokenspeed.engine.rank_wire import (
     Setup,
     Stop,
     ToFollower,
+    decode_from_follower,
+    encode,
     encode_plan,
-    receive,
-    send,
 )
 from tokenspeed.execution import Runner
 from tokenspeed.execution.runner import LaunchedStep
@@ -44,65 +42,78 @@ from tokenspeed.grammar import Grammar
 
 __all__ = ["GroupRunner", "RankGroup"]
 
-SEND_TIMEOUT_S = 6.0
 # How long a rank that is alive takes at most to say that a collective failed for it too.
-LAST_WORDS_S = 1.5
+LAST_WORDS_S = 1.0
 STOP_TIMEOUT_S = 5.0
+# What a rank that was started by hand must have been told as rank 0 was; the rest rank 0 tells it.
+_SAME_FLAGS = ("device", "tp", "ep", "kv_dtype", "page_size", "kernels")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Follower:
-    """One of the other processes."""
+    """One of the other ranks, and what it says."""
 
-    def __init__(self, rank: int, config: EngineConfig, store: Path) -> None:
-        self.rank = rank
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tokenspeed.engine.follower",
-                    *("--rank", str(rank)),
-                    *("--socket-fd", str(theirs.fileno())),
-                    *("--store", str(store)),
-                    *("--config-json", msgspec.json.encode(config).decode()),
-                ],
-                pass_fds=[theirs.fileno()],
-            )
-
-    def how_it_ended(self) -> str | None:
-        """How the process ended; None while it lives."""
-        code = self.process.poll()
-        if code is None:
-            return None
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    member: Member
+    listener: Listener
 
 
 class RankGroup:
-    """The ranks above 0 of one engine, as processes on this host.
+    """The ranks above 0 of one engine.
 
     Args:
-        config: the engine's; the others are started with it too.
+        config: the engine's.
         mesh: all ranks.
 
     Attributes:
-        store_path: the file where ranks meet.
+        place: of rank 0.
+
+    Raises:
+        ConfigError: there are not as many ranks as the mesh has, or no room for them.
+        EngineError: some did not come.
     """
 
     def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="tokenspeed-ranks-")
-        self.store_path = Path(self._folder.name) / "store"
+        launched = launch_ranks(config, mesh)
+        self.place: Place = launched.place
+        self._config = config
+        self._release = launched.release
         self._followers = [
-            _Follower(rank, config, self.store_path) for rank in range(1, mesh.world)
+            _Follower(member=member, listener=Listener(member.link)) for member in launched.members
         ]
 
-    def set_up(self, config: SchedulerConfig) -> None:
-        """Wait until every rank has found the model, then have all connect and load.
+    @property
+    def members(self) -> list[Member]:
+        """The ranks above 0 that have not been ended."""
+        return [follower.member for follower in self._followers]
+
+    def await_opened(self, opened: OpenedModel) -> int:
+        """Wait until every rank has found the model.
+
+        Args:
+            opened: what this rank found.
+
+        Returns:
+            The bytes of memory that each of them may take.
 
         Raises:
+            ConfigError: a rank was started with other flags or has another model.
             TokenSpeedError: what one of them failed for.
         """
-        self._await(Opened)
+        model = loader.fingerprint(opened.files)
+        sizes = []
+        for follower in self._followers:
+            message = self._await(follower)
+            assert isinstance(message, Opened)
+            _check_same(follower.member.name, self._config, opened, model, message)
+            sizes.append(message.memory_size_bytes)
+        return min(sizes)
+
+    def set_up(self, config: SchedulerConfig) -> None:
+        """Have all connect and load.
+
+        Raises:
+            EngineError: one of them is gone.
+        """
         self.send(Setup(config))
 
     def await_loaded(self) -> None:
@@ -111,7 +122,8 @@ class RankGroup:
         Raises:
             TokenSpeedError: what one of them failed for.
         """
-        self._await(Loaded)
+        for follower in self._followers:
+            assert isinstance(self._await(follower), Loaded)
 
     def send(self, message: ToFollower) -> None:
         """Send a message to every rank.
@@ -119,12 +131,17 @@ class RankGroup:
         Raises:
             EngineError: one of them is gone, or takes nothing any more.
         """
+        data = encode(message)
         for follower in self._followers:
             try:
-                follower.socket.settimeout(SEND_TIMEOUT_S)
-                send(follower.socket, message)
-            except OSError as error:
+                follower.member.link.send(data)
+            except EngineError as error:
                 raise self.failure(error) from error
+
+    def check(self) -> None:
+        """Raise EngineError where a rank is gone: one that serves says nothing else."""
+        if not all(follower.listener.silent for follower in self._followers):
+            raise self.failure(EngineError("one of them ended"))
 
     def failure(self, cause: Exception) -> EngineError:
         """End all ranks; gives the error that says which of them failed, and how."""
@@ -132,13 +149,16 @@ class RankGroup:
         found: list[str] = []
         silent: list[str] = []
         for follower in self._followers:
-            words = _last_words(follower, deadline_s)
-            ended = follower.how_it_ended()
-            name = f"rank {follower.rank} (process {follower.process.pid})"
-            if ended is not None and words is None:
-                found.append(f"{name} ended: {ended}")
-            elif words is None:
+            name = follower.member.name
+            try:
+                words = _last_words(follower, deadline_s)
+            except TimeoutError:
                 silent.append(f"{name} does not answer")
+                continue
+            if words is None:
+                # It closed its end, so that it is about to have ended.
+                how = follower.member.ended(wait_s=0.5)
+                found.append(f"{name} {'is gone' if how is None else f'ended: {how}'}")
             elif words.kind != EngineError.__name__:
                 found.append(f"{name} failed: {words.kind}: {words.message}")
         self.end()
@@ -150,33 +170,32 @@ class RankGroup:
         """Ask all ranks to end, and see to it."""
         with contextlib.suppress(EngineError):
             self.send(Stop())
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
         for follower in self._followers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                follower.process.wait(STOP_TIMEOUT_S)
+            with contextlib.suppress(TimeoutError):
+                while follower.listener.next(max(0.01, deadline_s - time.monotonic())) is not None:
+                    pass
+                follower.member.ended(wait_s=max(0.01, deadline_s - time.monotonic()))
         self.end()
 
     def end(self) -> None:
         """Kill what still runs, and free what the group holds."""
-        for follower in self._followers:
-            if follower.process.poll() is None:
-                follower.process.kill()
-            follower.process.wait()
-            follower.socket.close()
-        self._followers = []
-        self._folder.cleanup()
+        followers, self._followers = self._followers, []
+        for follower in followers:
+            follower.member.end()
+            follower.member.link.close()
+        self._release()
 
-    def _await(self, wanted: type[Opened] | type[Loaded]) -> None:
-        for follower in self._followers:
-            # Loading takes as long as it takes; a rank that dies meanwhile closes its end.
-            follower.socket.settimeout(None)
-            try:
-                message = _decoded(receive(follower.socket))
-            except (EngineError, OSError) as error:
-                raise self.failure(error) from error
-            if isinstance(message, Failure):
-                self.end()
-                raise _as_raised(message, follower.rank)
-            assert isinstance(message, wanted)
+    def _await(self, follower: _Follower) -> FromFollower:
+        # Loading takes as long as it takes; a rank that dies meanwhile closes its end.
+        data = follower.listener.next(None)
+        if data is None:
+            error = EngineError(f"{follower.member.name} is gone")
+            raise self.failure(error) from error
+        message = decode_from_follower(data)
+        if isinstance(message, Failure):
+            raise _as_raised(message, follower.member.rank)
+        return message
 
 
 class GroupRunner:
@@ -277,21 +296,38 @@ class GroupStep:
 
 
 def _last_words(follower: _Follower, deadline_s: float) -> Failure | None:
-    """What a rank said before it ended, if it comes in time."""
-    try:
-        follower.socket.settimeout(max(0.01, deadline_s - time.monotonic()))
-        message = _decoded(receive(follower.socket))
-    except (EngineError, OSError):
-        # It said nothing; if it closed its end, it is about to have ended.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            follower.process.wait(0.2)
-        return None
-    return message if isinstance(message, Failure) else None
+    """What a rank said before it ended; None where it said nothing. Raises TimeoutError where it
+    does neither in time."""
+    while True:
+        data = follower.listener.next(max(0.01, deadline_s - time.monotonic()))
+        if data is None:
+            return None
+        message = decode_from_follower(data)
+        if isinstance(message, Failure):
+            return message
 
 
-def _decoded(data: bytes) -> FromFollower:
-    message: FromFollower = msgspec.msgpack.decode(data, type=FromFollower)
-    return message
+def _check_same(
+    name: str, config: EngineConfig, opened: OpenedModel, model: str, theirs: Opened
+) -> None:
+    for flag in _SAME_FLAGS:
+        own, other = getattr(config, flag), getattr(theirs.config, flag)
+        if own != other:
+            raise ConfigError(
+                f"{name} was started with another {flag}: {other}, where rank 0 has {own}. Give "
+                f"all ranks the same --{flag.replace('_', '-')}."
+            )
+    if theirs.dtype != opened.dtype_name:
+        raise ConfigError(
+            f"{name} computes in {theirs.dtype}, rank 0 in {opened.dtype_name}: give all ranks the "
+            "same --dtype, which every host has"
+        )
+    if theirs.model != model:
+        raise ConfigError(
+            f"{name} opened another model as {theirs.config.model!r} than rank 0 as "
+            f"{config.model!r}: their files differ. Give all ranks the same MODEL, and all hosts "
+            "the same files."
+        )
 
 
 def _as_raised(failure: Failure, rank: int) -> TokenSpeedError:

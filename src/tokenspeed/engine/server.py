@@ -96,14 +96,21 @@ class _Peer:
             self.check_parent()
         self._socket.send(encode(message))
 
-    def wait(self, descriptor: int | None) -> None:
-        """Wait until a message is there, or a file descriptor has something."""
+    def wait(self, descriptor: int | None, check: Callable[[], None] | None) -> None:
+        """Wait until a message is there, or a file descriptor has something.
+
+        Args:
+            descriptor: where there is one.
+            check: called meanwhile.
+        """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         if descriptor is not None:
             poller.register(descriptor, zmq.POLLIN)
         while not poller.poll(IDLE_POLL_MS):
             self.check_parent()
+            if check is not None:
+                check()
 
     def receive(self) -> list[bytes]:
         """Every message that is there."""
@@ -124,6 +131,7 @@ class _Server:
 
     def __init__(self, engine: Engine, peer: _Peer) -> None:
         self._core = engine.core
+        self._check = engine.check
         self._peer = peer
         self._running = True
         self._started_s = time.monotonic()
@@ -145,7 +153,7 @@ class _Server:
     def _intake(self) -> None:
         """Take every message that waits; with nothing to do, wait for one."""
         if not self._core.busy:
-            self._peer.wait(self._core.wake_descriptor)
+            self._peer.wait(self._core.wake_descriptor, self._check)
         self._peer.check_parent()
         for data in self._peer.receive():
             self._take(data)

@@ -5,8 +5,15 @@ from pathlib import Path
 
 from tokenspeed.core.config import EngineConfig, KVSpec
 from tokenspeed.core.errors import InsufficientMemory
+from tokenspeed.distributed import Place
 
-__all__ = ["available_memory_size_bytes", "format_size", "pages_that_fit", "step_drafts_max"]
+__all__ = [
+    "available_memory_size_bytes",
+    "format_size",
+    "memory_share_size_bytes",
+    "pages_that_fit",
+    "step_drafts_max",
+]
 
 # Left to activations, the allocator and everything else the process holds.
 RESERVE_SIZE_BYTES = 256 << 20
@@ -41,6 +48,11 @@ def available_memory_size_bytes() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
     return available
+
+
+def memory_share_size_bytes(place: Place) -> int:
+    """Memory that a rank may take, of what those on its host share."""
+    return available_memory_size_bytes() // place.local_ranks
 
 
 def pages_that_fit(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenspeed.loader.catalogue import CatalogueModel
 from tokenspeed.loader.detokenizer import IncrementalDetokenizer
-from tokenspeed.loader.files import ModelFiles
+from tokenspeed.loader.files import ModelFiles, fingerprint
 from tokenspeed.loader.progress import Progress, RichProgress, terminal_progress
 from tokenspeed.loader.sources import ListedModel, list_models, pull, resolve
 from tokenspeed.loader.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ __all__ = [
     "Progress",
     "RichProgress",
     "Tokenizer",
+    "fingerprint",
     "list_models",
     "open_checkpoint",
     "pull",

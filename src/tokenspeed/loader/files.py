@@ -17,6 +17,7 @@ __all__ = [
     "JSON_SIZE_BYTES_MAX",
     "ModelFiles",
     "file_sha256",
+    "fingerprint",
     "locked",
     "read_json_object",
     "verify_sha256",
@@ -24,6 +25,9 @@ __all__ = [
 ]
 
 CHUNK_SIZE_BYTES = 4 * 1024 * 1024
+_SAMPLES = 64
+_SAMPLE_SIZE_BYTES = 4096
+_MODEL_ENDS = (".safetensors", ".json")
 # A configuration or a tokenizer beyond this is no such thing.
 JSON_SIZE_BYTES_MAX = 256 * 1024 * 1024
 
@@ -55,6 +59,27 @@ def file_sha256(path: Path, *, progress: Progress | None = None) -> str:
             done += len(chunk)
             if progress is not None:
                 progress.update(f"Verifying {path.name}", done, total, "bytes")
+    return digest.hexdigest()
+
+
+def fingerprint(files: ModelFiles) -> str:
+    """What tells a model from others without reading it whole: the same on every host that has
+    the same files, wherever they lie.
+
+    It is a hash of each file's size and of samples of its bytes, so that weights which were
+    trained further have another one.
+    """
+    paths = [files.path]
+    if files.kind == "hf":
+        paths = sorted(path for end in _MODEL_ENDS for path in files.path.glob(f"*{end}"))
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            for index in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_SIZE_BYTES) * index // max(1, _SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_SIZE_BYTES))
     return digest.hexdigest()
 
 

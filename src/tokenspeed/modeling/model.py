@@ -15,7 +15,7 @@ import torch
 
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.distributed import Mesh, Store, connect
+from tokenspeed.distributed import LOOPBACK, Mesh, Store, connect
 from tokenspeed.kernels import PACKED, PANELS, KernelSelector, Stored
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.compiler import (
@@ -187,6 +187,7 @@ def build_model(
     mesh: Mesh | None = None,
     rank: int = 0,
     store: Store | None = None,
+    address: str = LOOPBACK,
     check: bool = False,
 ) -> Model:
     """A model with its kernels chosen, its program in place and its weights yet to load.
@@ -200,6 +201,7 @@ def build_model(
         rank: which of them this is.
         store: where they find each other, all of them at once; None for a model whose sizes are
             wanted and that is not run.
+        address: of this host, where other ranks reach it.
         check: whether every tensor that crosses a boundary is held against the program, which
             takes many times as long.
 
@@ -222,7 +224,9 @@ def build_model(
         model.ranks = mesh.world
         if store is not None:
             wanted = {*program.groups, *(groups_to_check(program) if check else ())}
-            groups = connect(mesh, rank, sorted(wanted), store=store)
+            groups = connect(
+                mesh, rank, sorted(wanted), store=store, address=address, device=device
+            )
             known = TokenCounts()
             if check:
                 check_placements(model, program, groups, known)

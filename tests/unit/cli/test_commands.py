@@ -32,6 +32,8 @@ ENGINE_FLAGS = {
     "--threads",
     "--tp",
     "--ep",
+    "--distributed-executor-backend",
+    "--ray-address",
     "--kernel",
     "--seed",
 }
