@@ -32,6 +32,7 @@ class KVPool:
         page_size: C.
         device: where the tensors live.
         host_pages: pages of the tier on the host.
+        padded: whether there is one page more, behind those that plans name.
 
     Raises:
         InsufficientMemory: the device or the host cannot hold the pool.
@@ -45,13 +46,15 @@ class KVPool:
         page_size: int,
         device: torch.device,
         host_pages: int = 0,
+        padded: bool = False,
     ) -> None:
         self.spec = spec
         self.pages = pages
         self.page_size = page_size
         self.host_pages = host_pages
+        self.padding_page = pages if padded else None
         try:
-            self._layers = self._tensors(pages, device)
+            self._layers = self._tensors(pages + padded, device)
         except (RuntimeError, MemoryError) as error:
             raise InsufficientMemory(
                 f"a KV pool of {pages} pages needs {self.size_bytes:,} bytes on {device}, "
@@ -122,6 +125,7 @@ class KVPools:
         page_size: token positions of a page.
         device: where the tensors live.
         host_pages: pages of each group's tier on the host.
+        padded: whether each has one page more, where rows write that only fill up a captured step.
 
     Raises:
         InsufficientMemory: the device or the host cannot hold them.
@@ -135,9 +139,17 @@ class KVPools:
         page_size: int,
         device: torch.device,
         host_pages: int = 0,
+        padded: bool = False,
     ) -> None:
         self.pools = tuple(
-            KVPool(spec, pages=pages, page_size=page_size, device=device, host_pages=host_pages)
+            KVPool(
+                spec,
+                pages=pages,
+                page_size=page_size,
+                device=device,
+                host_pages=host_pages,
+                padded=padded,
+            )
             for spec in specs
         )
 

@@ -140,6 +140,7 @@ def make_runner(
         page_size=config.page_size,
         device=opened.device,
         host_pages=group.host_pages,
+        padded=opened.device.type == "cuda",
     )
     threads = opened.threads
     return model, pools, Runner(model, pools, config, device=opened.device, threads=threads)

@@ -208,8 +208,16 @@ class StepGraph:
             kept=(model, pools, batch, last_token_X, chosen_S, keeper.memory.blocks),
         )
 
-    def run(self, plan: StepPlan) -> tuple[torch.Tensor, Int32Array]:
+    def serves(self, plan: StepPlan) -> bool:
+        """Any plan."""
+        return True
+
+    def run(self, plan: StepPlan, *, likeliest: bool = True) -> tuple[torch.Tensor, Int32Array]:
         """Compute a plan.
+
+        Args:
+            plan: what runs.
+            likeliest: whether the likeliest tokens are wanted; they are chosen in any case.
 
         Returns:
             logits_SV in float32, valid until the next run, and the likeliest token of each sample.

@@ -3,11 +3,12 @@
 Legend: T tokens, R rows, S sampled rows, X slots, D decode rows, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,15 @@ import torch
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.errors import KernelError
 from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
+from tokenspeed.execution.captured import Capture, CapturedSteps, CudaCapture
 from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.graph import StepGraph
+from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep, RecordedSteps
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
 from tokenspeed.execution.report import joined
@@ -32,30 +36,9 @@ from tokenspeed.modeling import ForwardBatch, Model
 
 __all__ = ["LaunchedStep", "Runner"]
 
+_log = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
-
-
-class Launched(Protocol):
-    """A forward pass that somebody launched."""
-
-    def result(self) -> StepResult:
-        """Wait for the sampled tokens; raises what the forward raised."""
-
-
-class LaunchedStep:
-    """A forward pass under way, or over."""
-
-    def __init__(self, outcome: Future[StepResult] | StepResult | Exception) -> None:
-        self._outcome = outcome
-
-    def result(self) -> StepResult:
-        """Wait for the sampled tokens; raises what the forward raised."""
-        if isinstance(self._outcome, Future):
-            return self._outcome.result()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +66,7 @@ class Runner:
         config: the greatest sizes of a plan, and the overlap depth.
         device: where the model runs.
         threads: CPU threads of the forward, set for the whole process; None for all it may use.
+        capture: what records launches on a GPU, into pools that are padded; CUDA graphs if None.
     """
 
     def __init__(
@@ -93,6 +77,7 @@ class Runner:
         *,
         device: torch.device,
         threads: int | None,
+        capture: Capture | None = None,
     ) -> None:
         self._model = model
         self._pools = pools
@@ -114,18 +99,21 @@ class Runner:
         self._sampled_slots = InputBuffer(config.slots_max, device=device)
         self._decode_slots = InputBuffer(config.slots_max, device=device)
         self._decode_starts = InputBuffer(config.slots_max, device=device)
-        self._last_token_X = torch.zeros(config.slots_max, dtype=torch.int64, device=device)
+        self._capture = CudaCapture() if capture is None and device.type == "cuda" else capture
+        # Rows that fill up a captured step have a slot of their own.
+        slots = config.slots_max + (self._capture is not None)
+        self._last_token_X = torch.zeros(slots, dtype=torch.int64, device=device)
         groups = range(len(pools.pools))
         self._kv_slots = [InputBuffer(config.step_tokens_max, device=device) for _ in groups]
         self._tables = [
             PageTable(
-                slots_max=config.slots_max,
+                slots_max=slots,
                 pages_max=-(-config.context_max // config.page_size),
                 device=device,
             )
             for _ in groups
         ]
-        self._graph: StepGraph | None = None
+        self._graph: RecordedSteps | None = None
         self._bindings: list[_Binding] = []
         self._profiler = ForwardProfiler()
         self._thread = (
@@ -198,16 +186,36 @@ class Runner:
             stop_token_ids=np.zeros(0, dtype=np.int32),
         )
         # What ranks exchange is not recorded.
-        if self._device.type == "cpu" and self._model.ranks == 1:
-            self._graph = StepGraph.record(
+        if self._model.ranks == 1:
+            self._graph = self._recorded() if self._capture is None else self._captured()
+        for plan in warm_up_plans(self._config, groups=len(self._tables)):
+            (launch or self.launch)(plan).result()
+
+    def _recorded(self) -> StepGraph | None:
+        if self._device.type != "cpu":
+            return None
+        return StepGraph.record(
+            self._model,
+            self._pools,
+            self._config,
+            tables=[table.pages_XP for table in self._tables],
+            last_token_X=self._last_token_X,
+        )
+
+    def _captured(self) -> CapturedSteps | None:
+        assert self._capture is not None
+        try:
+            return CapturedSteps(
                 self._model,
                 self._pools,
                 self._config,
-                tables=[table.pages_XP for table in self._tables],
+                tables=self._tables,
                 last_token_X=self._last_token_X,
+                capture=self._capture,
             )
-        for plan in warm_up_plans(self._config, groups=len(self._tables)):
-            (launch or self.launch)(plan).result()
+        except KernelError as error:
+            _log.warning("steps run through Python: %s", error)
+            return None
 
     def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
         """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
@@ -244,7 +252,7 @@ class Runner:
             future.set_exception(error)
         return future
 
-    def _run(self, plan: StepPlan, bindings: list[_Binding]) -> StepResult:
+    def _run(self, plan: StepPlan, bindings: list[_Binding]) -> StepResult | AwaitedTokens:
         for binding in bindings:
             self._sampler.bind(
                 binding.slot,
@@ -261,13 +269,18 @@ class Runner:
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         with self._profiler.step():
-            if self._graph is None or self._profiler.recording:
+            graph = self._graph
+            if graph is None or self._profiler.recording or not graph.serves(plan):
                 return self._forward(plan)
-            logits_SV, tokens = self._graph.run(plan)
             slots_S = plan.row_slots[plan.sample_rows]
-            if self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S):
-                return StepResult(tokens=tokens, logprobs=None)
-            return self._sample(plan, logits_SV)
+            likeliest = self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S)
+            logits_SV, tokens = graph.run(plan, likeliest=likeliest)
+            if not likeliest:
+                return self._sample(plan, logits_SV)
+            if isinstance(tokens, AwaitedTokens):
+                return tokens
+            assert tokens is not None
+            return StepResult(tokens=tokens, logprobs=None)
 
     def _move(self, plan: StepPlan) -> None:
         # What leaves the device is copied before anything is written to where it was.

@@ -7,12 +7,13 @@ N positions a row has once the step is done.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["PagedRow", "PagedRows"]
+__all__ = ["PagedRow", "PagedRows", "Refillable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,16 @@ class PagedRow:
     context_len: int
     pages_P: torch.Tensor
     allowed_LN: torch.Tensor | None
+
+
+class Refillable(Protocol):
+    """What a kernel makes of a step's rows, in memory of the device that stays."""
+
+    def fill(self, rows: "PagedRows") -> None:
+        """Write what other rows come to, as many and with as many tokens each.
+
+        After that, what was launched on that memory serves these rows.
+        """
 
 
 # Not slotted: `by_row` and `kept` are in the instance so that all layers of a step share them.
@@ -58,7 +69,7 @@ class PagedRows:
     page_size: int
 
     @cached_property
-    def kept(self) -> dict[Hashable, object]:
+    def kept(self) -> "dict[Hashable, Refillable]":
         """What kernels made once for the step, each by a key of its own."""
         return {}
 

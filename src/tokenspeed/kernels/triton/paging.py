@@ -1,16 +1,18 @@
 """A step's rows as kernels of this solution take them: schedules on the device.
 
 A schedule is made once a step and serves all layers. Its arrays stay where they are, so that a
-captured step is run again for other rows once `StepSchedules.fill` has written theirs.
+captured step is run again for other rows once `StepSchedules.fill` has written theirs: what is kept
+with a step's rows has that method, and nothing else of the host's goes into a launch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.staging import send
 from tokenspeed.kernels.triton.registration import next_power_of_2
 from tokenspeed.kernels.triton.schedule import (
     DRAFT_ROWS_MAX,
@@ -82,8 +84,6 @@ class _Class:
     programs: int
     sizes: tuple[int, int, int] = (0, 0, 0)
     partials: int = 0
-    host: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    staged: torch.Tensor | None = None
     device: torch.Tensor | None = None
 
 
@@ -144,18 +144,17 @@ class StepSchedules:
         """Write the schedules of other rows, as many and with as many tokens each, to where those
         of the first are."""
         for made, schedule in zip(self._classes, self._schedules(rows), strict=True):
-            made.host[:] = 0
+            packed = np.zeros(sum(made.sizes), dtype=np.int32)
             at = 0
             for part, size in zip(
                 (schedule.starts, schedule.items, schedule.merges), made.sizes, strict=True
             ):
                 assert part.size <= size, "room was made for every step of these rows"
-                made.host[at : at + part.size] = part.reshape(-1)
+                packed[at : at + part.size] = part.reshape(-1)
                 at += size
             assert schedule.partials <= made.partials
             assert made.device is not None
-            if made.staged is not None:
-                made.device.copy_(made.staged, non_blocking=True)
+            send(packed, made.device)
 
     def _short(self, lengths_R: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         geometry = self._geometry
@@ -221,8 +220,3 @@ def _make_room(made: _Class, schedule: Schedule, rows: PagedRows, split: int | N
     made.partials = partials
     made.sizes = (len(schedule.starts), items * ITEM_COLUMNS, merges * MERGE_COLUMNS)
     made.device = torch.zeros(sum(made.sizes), dtype=torch.int32, device=device)
-    staged = made.device
-    if device.type != "cpu":
-        staged = torch.zeros(sum(made.sizes), dtype=torch.int32, pin_memory=True)
-        made.staged = staged
-    made.host = staged.numpy()
