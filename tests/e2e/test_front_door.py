@@ -11,11 +11,16 @@ import httpx
 import pytest
 
 from tests.support.scripted_gateway import SpeakingEngine, behind_gateway
+from tokenspeed.core.step import FinishReason
+from tokenspeed.entrypoint import gateway
 from tokenspeed.entrypoint.parsers import PASSTHROUGH, Parsers
 from tokenspeed.loader import ModelFiles
 
+from .serving import Serve
+
 PLAIN = Parsers(tool_call=PASSTHROUGH, reasoning=PASSTHROUGH)
 MESSAGES = [{"role": "user", "content": "hello"}]
+CHAT = "/v1/chat/completions"
 STREAMS = {
     "/v1/chat/completions": {"messages": MESSAGES},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
@@ -152,3 +157,53 @@ def test_tenants_share_no_cache_and_the_credential_stays_in_the_gateway(
     assert ann == again
     assert len({ann, bob, other}) == 3
     assert other == 0
+
+
+def test_requests_beyond_the_most_at_once_hear_when_to_come_back(
+    smollm2: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gateway.REQUESTS_MAX == 1024
+    # A thousand open requests would need more files than some machines allow.
+    monkeypatch.setattr(gateway, "REQUESTS_MAX", 3)
+    engine = SpeakingEngine(smollm2.tokenizer_dir, model_name="m")
+    engine.text, engine.delay_s = "Yes.", 3600.0
+
+    async def case(client: httpx.AsyncClient) -> httpx.Response:
+        body = {"model": "m", "messages": MESSAGES}
+        running = [asyncio.create_task(client.post(CHAT, json=body)) for _ in range(3)]
+        await engine.wait_for_requests(3)
+        try:
+            return await client.post(CHAT, json=body)
+        finally:
+            for stream in engine.streams:
+                stream.push_end(FinishReason.ABORT)
+            assert [answer.status_code for answer in await asyncio.gather(*running)] == [200] * 3
+            for task in engine.speaking:
+                task.cancel()
+
+    refused = asked(engine, case)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert len(engine.streams) == 3
+
+
+def test_what_one_tenant_sent_is_cached_for_that_tenant_alone(server: Serve) -> None:
+    def cached(name: str) -> int:
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={
+                "model": "smollm2-135m",
+                "messages": [{"role": "user", "content": "Which door is the front door? " * 20}],
+                "max_tokens": 1,
+            },
+            headers={"x-request-id": name} if name else {},
+            timeout=500,
+            trust_env=False,
+        )
+        details: dict[str, int] | None = answer.json()["usage"].get("prompt_tokens_details")
+        return details["cached_tokens"] if details else 0
+
+    names = ("tenant=ann/1", "tenant=bob/1", "tenant=ann/2", "tenant=bob/2", "", "")
+    first, stranger, again, again_stranger, nobody, again_nobody = map(cached, names)
+    assert (first, stranger, nobody) == (0, 0, 0)
+    assert again == again_stranger == again_nobody >= 96

@@ -18,6 +18,7 @@ from tokenspeed.core.errors import ConfigError, EngineError
 from tokenspeed.entrypoint.parsers import Parsers
 
 __all__ = [
+    "REQUESTS_MAX",
     "Gateway",
     "GatewayConfig",
     "check_address",
@@ -36,7 +37,7 @@ _REQUEST_TIMEOUT_S = 7200
 _PAYLOAD_SIZE_MAX_BYTES = 32 * 1024 * 1024
 # Requests at once, those that wait for their turn in the engine among them. One more gets 429 with
 # a Retry-After at once: a queue of the gateway's before the engine's would know nothing of turns.
-_REQUESTS_MAX = 1024
+REQUESTS_MAX = 1024
 # A stream that says nothing carries a sign of life this often; HTTP clients of agents give up
 # after five seconds of silence at the earliest.
 _KEEPALIVE_S = 2
@@ -103,7 +104,7 @@ def gateway_arguments(config: GatewayConfig) -> list[str]:
         *("--worker-stale-secs", "0"),
         *("--request-timeout-secs", str(_REQUEST_TIMEOUT_S)),
         *("--max-payload-size", str(_PAYLOAD_SIZE_MAX_BYTES)),
-        *("--max-concurrent-requests", str(_REQUESTS_MAX)),
+        *("--max-concurrent-requests", str(REQUESTS_MAX)),
         *("--queue-size", "0"),
         *("--sse-keepalive-secs", str(_KEEPALIVE_S)),
         *("--shutdown-grace-period-secs", str(config.shutdown_timeout_s)),

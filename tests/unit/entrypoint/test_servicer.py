@@ -330,6 +330,22 @@ def test_the_tenant_is_what_the_request_id_names(request_id: str, tenant: str | 
     served(case)
 
 
+def test_the_salt_of_a_tenant_is_another_in_each_server() -> None:
+    salts: list[int] = []
+
+    async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
+        request_id = "tenant=ann-0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f"
+        call = stub.Generate(generate_request(request_id=request_id, stream=True))
+        await engine.wait_for_requests(1)
+        engine.finish(0, 1)
+        assert [message async for message in call]
+        salts.extend(engine.salts)
+
+    served(case)
+    served(case)
+    assert len(set(salts)) == 2
+
+
 def test_model_info_names_the_model_and_its_limits() -> None:
     async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
         info = await stub.GetModelInfo(pb.GetModelInfoRequest())
