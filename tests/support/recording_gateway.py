@@ -66,7 +66,7 @@ async def recording_gateway(
         GatewayConfig(
             host="127.0.0.1",
             port=unused_port(),
-            worker_port=worker_port,
+            worker_ports=(worker_port,),
             prometheus_port=unused_port(),
             tokenizer_dir=tokenizer_dir,
             parsers=Parsers(tool_call=PASSTHROUGH, reasoning=PASSTHROUGH),

@@ -105,7 +105,7 @@ async def behind_gateway(
         GatewayConfig(
             host="127.0.0.1",
             port=unused_port(),
-            worker_port=port,
+            worker_ports=(port,),
             prometheus_port=unused_port(),
             tokenizer_dir=Path(engine.info.tokenizer_dir),
             parsers=parsers,

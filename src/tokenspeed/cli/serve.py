@@ -33,6 +33,9 @@ def serve(
             help="Key that clients must send as `Authorization: Bearer KEY`.",
         ),
     ] = None,
+    dp: Annotated[
+        int, typer.Option(min=1, help="Engines side by side, each with its own ranks and cache.")
+    ] = 1,
     tool_call_parser: Annotated[
         str | None, typer.Option(help="Reads tool calls [default: by the chat template].")
     ] = None,
@@ -100,7 +103,10 @@ def serve(
     """Serve a model over HTTP until Ctrl-C."""
     with reported(log_level):
         config = replace(
-            engine(model), tps_floor=tps_floor or None, queue_timeout_s=queue_timeout or None
+            engine(model),
+            dp=dp,
+            tps_floor=tps_floor or None,
+            queue_timeout_s=queue_timeout or None,
         )
         if _follows_rank_0(config):
             # Imported late: the torch behind it takes seconds, and rank 0's server needs none.

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tokenspeed.cli.progress import load_progress
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.environment import torchrun
 from tokenspeed.core.errors import ConfigError, EngineDead, EngineError, TokenSpeedError
+from tokenspeed.engine.client import ProgressCallback
 from tokenspeed.engine.process import EngineProcess
 from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.entrypoint.gateway import (
@@ -93,6 +95,9 @@ def _check(options: ServeOptions) -> None:
             "--restart cannot start ranks that torchrun started: leave it out, and give torchrun "
             "--max-restarts"
         )
+    if options.engine.dp > 1 and backend is None and torchrun() is not None:
+        # The configuration says why.
+        replace(options.engine, distributed_executor_backend="torchrun")
     check_exposure(options.host, options.api_key)
     check_address(options.host, options.port)
     for flag, name, known in (
@@ -103,13 +108,98 @@ def _check(options: ServeOptions) -> None:
             raise ConfigError(f"{flag} must be one of {', '.join(known)}, but is {name!r}")
 
 
+class _Replica:
+    """One engine and its servicer.
+
+    Args:
+        config: the engine's; `dp_rank` says which one it is.
+        servicer: serves it.
+
+    Attributes:
+        server, port: of the servicer, once it listens.
+        engine: the process, when there is one.
+    """
+
+    def __init__(self, config: EngineConfig, servicer: Servicer) -> None:
+        self.servicer = servicer
+        self.server: Any = None
+        self.port = 0
+        self.engine: EngineProcess | None = None
+        self._config = config
+
+    async def start(self, on_progress: ProgressCallback | None) -> None:
+        """Start the engine and serve it.
+
+        Raises:
+            TokenSpeedError: it does not start.
+        """
+        self.engine = await EngineProcess.start(self._config, on_progress=on_progress)
+        self.servicer.attach(self.engine.client)
+
+    async def keep(self, *, restart: bool) -> None:
+        """Wait until the engine ends; it is started again if that was asked for.
+
+        Raises:
+            EngineDead: it ended, and is not started again.
+        """
+        restarts = 0
+        while True:
+            assert self.engine is not None
+            began_s = time.monotonic()
+            reason = self._named(await asyncio.shield(self.engine.exited))
+            self.servicer.detach(reason)
+            await self.engine.stop()
+            if not restart:
+                raise EngineDead(f"{reason}. Serve with --restart to have it started again.")
+            if time.monotonic() - began_s > _STABLE_AFTER_S:
+                restarts = 0
+            restarts = await self._restart(reason, restarts)
+
+    async def stop(self) -> None:
+        """End both."""
+        if self.engine is not None:
+            await self.engine.stop()
+        if self.server is not None:
+            await self.server.stop(grace=0.5)
+
+    async def _restart(self, reason: str, restarts: int) -> int:
+        """Start another engine, with growing pauses between attempts; how many it took so far."""
+        while True:
+            if restarts == _RESTARTS_IN_A_ROW_MAX:
+                raise EngineDead(f"{reason}; gave up after {restarts} restarts in a row")
+            pause_s = min(2.0**restarts, _BACKOFF_MAX_S)
+            restarts += 1
+            _log.error("%s; restart %d in %.0f s", reason, restarts, pause_s)
+            await asyncio.sleep(pause_s)
+            try:
+                with load_progress() as on_progress:
+                    await self.start(on_progress)
+            except TokenSpeedError as error:
+                reason = self._named(f"the engine did not start: {error}")
+                self.servicer.detach(reason)
+                continue
+            _log.warning("%s", self._named("the engine serves again"))
+            return restarts
+
+    def _named(self, text: str) -> str:
+        if self._config.dp == 1:
+            return text
+        return f"engine {self._config.dp_rank} of {self._config.dp}: {text}"
+
+
 class _Supervisor:
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
-        self._servicer = Servicer(token_exact_history=options.token_exact_history)
-        self._server: Any = None
-        self._worker_port = 0
-        self._engine: EngineProcess | None = None
+        first = Servicer(token_exact_history=options.token_exact_history)
+        self._replicas = [
+            _Replica(
+                replace(options.engine, dp_rank=rank),
+                first
+                if rank == 0
+                else Servicer(token_exact_history=options.token_exact_history, beside=first),
+            )
+            for rank in range(options.engine.dp)
+        ]
         self._gateway: Gateway | None = None
         self._operations: OperationsServer | None = None
         self._stopping = asyncio.Event()
@@ -148,75 +238,48 @@ class _Supervisor:
         found = []
         if self._gateway is not None and not self._gateway.exited.done():
             found.append(self._gateway.pid)
-        if self._engine is not None and not self._engine.exited.done():
-            found.append(self._engine.pid)
+        for replica in self._replicas:
+            if replica.engine is not None and not replica.engine.exited.done():
+                found.append(replica.engine.pid)
         return found
 
     async def _serve(self) -> None:
-        self._server, self._worker_port = await start_server(self._servicer)
+        servicers = [replica.servicer for replica in self._replicas]
+        for replica in self._replicas:
+            replica.server, replica.port = await start_server(replica.servicer)
         if self._options.operations is not None:
-            self._operations = await OperationsServer.start(
-                self._servicer, self._options.operations
+            self._operations = await OperationsServer.start(servicers, self._options.operations)
+        with load_progress() as on_progress:
+            await _together(
+                replica.start(on_progress if number == 0 else None)
+                for number, replica in enumerate(self._replicas)
             )
-        await self._start_engine()
-        assert self._engine is not None
-        info = self._engine.client.info
+        assert self._replicas[0].engine is not None
+        info = self._replicas[0].engine.client.info
         self._gateway = await Gateway.launch(self._gateway_config(info))
         await self._gateway.wait_ready(model_name=info.model_name, timeout_s=_GATEWAY_TIMEOUT_S)
         if self._operations is not None:
             self._operations.connect(self._gateway.url, info)
         self._announce(info, self._gateway.url)
-        await self._watch(self._gateway)
-
-    async def _start_engine(self) -> None:
-        with load_progress() as on_progress:
-            self._engine = await EngineProcess.start(self._options.engine, on_progress=on_progress)
-        self._servicer.attach(self._engine.client)
+        await _together(
+            (
+                self._watch(self._gateway),
+                *(replica.keep(restart=self._options.restart) for replica in self._replicas),
+            )
+        )
 
     async def _watch(self, gateway: Gateway) -> None:
-        """Wait until something ends; an engine is started again if that was asked for."""
-        restarts = 0
-        while True:
-            assert self._engine is not None
-            began_s = time.monotonic()
-            await asyncio.wait(
-                {self._engine.exited, gateway.exited}, return_when=asyncio.FIRST_COMPLETED
-            )
-            if gateway.exited.done():
-                raise EngineError(gateway.cause())
-            reason = self._engine.exited.result()
-            self._servicer.detach(reason)
-            await self._engine.stop()
-            if not self._options.restart:
-                raise EngineDead(f"{reason}. Serve with --restart to have it started again.")
-            if time.monotonic() - began_s > _STABLE_AFTER_S:
-                restarts = 0
-            restarts = await self._restart_engine(reason, restarts)
-
-    async def _restart_engine(self, reason: str, restarts: int) -> int:
-        """Start another engine, with growing pauses between attempts; how many it took so far."""
-        while True:
-            if restarts == _RESTARTS_IN_A_ROW_MAX:
-                raise EngineDead(f"{reason}; gave up after {restarts} restarts in a row")
-            pause_s = min(2.0**restarts, _BACKOFF_MAX_S)
-            restarts += 1
-            _log.error("%s; restart %d in %.0f s", reason, restarts, pause_s)
-            await asyncio.sleep(pause_s)
-            try:
-                await self._start_engine()
-            except TokenSpeedError as error:
-                reason = f"the engine did not start: {error}"
-                self._servicer.detach(reason)
-                continue
-            _log.warning("the engine serves again")
-            return restarts
+        """Wait until the gateway ends, which nothing outlives."""
+        await gateway.exited
+        raise EngineError(gateway.cause())
 
     def _gateway_config(self, info: EngineInfo) -> GatewayConfig:
         options = self._options
         return GatewayConfig(
             host=options.host,
             port=options.port,
-            worker_port=self._worker_port,
+            worker_ports=tuple(replica.port for replica in self._replicas),
+            page_size=info.page_size,
             prometheus_port=unused_port(),
             tokenizer_dir=Path(info.tokenizer_dir),
             parsers=_parsers(info, options),
@@ -244,15 +307,28 @@ class _Supervisor:
         The gateway goes on listening for seconds, so that whoever routes to it sees it unready
         first; what it still lets in is refused.
         """
-        self._servicer.draining = self._servicer.ending = True
+        servicer = self._replicas[0].servicer
+        servicer.draining = servicer.ending = True
         if self._gateway is not None:
-            await self._gateway.stop(is_idle=lambda: self._servicer.running == 0)
+            await self._gateway.stop(is_idle=lambda: servicer.running == 0)
         if self._operations is not None:
             await self._operations.stop()
-        if self._engine is not None:
-            await self._engine.stop()
-        if self._server is not None:
-            await self._server.stop(grace=0.5)
+        await asyncio.gather(*(replica.stop() for replica in self._replicas))
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do some things at once; the first that fails ends the others, and is raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            if not task.done():
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
 
 
 def _parsers(info: EngineInfo, options: ServeOptions) -> Parsers:

@@ -190,6 +190,9 @@ class EngineConfig:
         prefix_cache: reuse KV of shared prefixes.
         tp: ranks, each a process, that share every layer.
         ep: of these, how many share the experts of a mixture; the rest divide each expert.
+        dp: engines like this one that serve side by side, each with requests, pages and ranks of
+            its own; they share this host's CPUs and memory.
+        dp_rank: which of them this one is.
         distributed_executor_backend: who starts the ranks: "mp" (this engine, as processes of its
             host), "torchrun" (they run already, and say so in their environment) or "ray" (an actor
             for each); None for torchrun where its environment is there, else mp.
@@ -221,6 +224,8 @@ class EngineConfig:
     prefix_cache: bool = True
     tp: int = 1
     ep: int = 1
+    dp: int = 1
+    dp_rank: int = 0
     distributed_executor_backend: str | None = None
     ray_address: str | None = None
     threads: int | None = None
@@ -252,6 +257,14 @@ class EngineConfig:
             raise ConfigError(
                 "--overlap-depth 1 needs one rank: with --tp, a step's tokens go to the other "
                 "ranks with the next plan"
+            )
+        _at_least("dp", self.dp, 1)
+        if not 0 <= self.dp_rank < self.dp:
+            raise ConfigError(f"dp_rank must be in [0, {self.dp}), but is {self.dp_rank}")
+        if self.dp > 1 and self.distributed_executor_backend == "torchrun":
+            raise ConfigError(
+                f"--dp {self.dp} starts engines by itself, and torchrun's ranks are one engine: "
+                "start `tokenspeed serve` without torchrun, or leave --dp out"
             )
         if self.distributed_executor_backend is not None:
             _one_of(

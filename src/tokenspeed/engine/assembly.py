@@ -71,8 +71,10 @@ def open_model(
     dtype = resolve_dtype(config.dtype, device)
     load_plugins()
     dtype_name = str(dtype).removeprefix("torch.")
-    threads = config.threads or max(1, usable_cpu_count() // place.local_ranks)
-    with _own_cpus(place.local_ranks, place.local_rank):
+    # All engines of this host share its CPUs, and so do their ranks.
+    sharing = config.dp * place.local_ranks
+    threads = config.threads or max(1, usable_cpu_count() // sharing)
+    with _own_cpus(sharing, config.dp_rank * place.local_ranks + place.local_rank):
         runtime = start_runtime(threads=threads)
     kernels = KernelSelector(
         device=device,

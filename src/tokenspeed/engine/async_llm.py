@@ -13,6 +13,7 @@ from tokenspeed.engine.client import ProgressCallback
 from tokenspeed.engine.outputs import TextDelta
 from tokenspeed.engine.process import EngineProcess
 from tokenspeed.engine.text import TextAssembler
+from tokenspeed.engine.validation import check_one_engine
 from tokenspeed.engine.wire import EngineInfo, EngineStats
 
 __all__ = ["AsyncLLM"]
@@ -50,6 +51,7 @@ class AsyncLLM:
             if isinstance(model, str)
             else replace(model, **options)
         )
+        check_one_engine(config)
         return cls(await EngineProcess.start(config, on_progress=on_progress))
 
     async def generate(

@@ -59,7 +59,7 @@ def _build(
         mesh=mesh,
     )
     specs = shape.kv_specs()
-    memory_size_bytes = memory_share_size_bytes(place)
+    memory_size_bytes = memory_share_size_bytes(config, place)
     if group is not None:
         memory_size_bytes = min(memory_size_bytes, group.await_opened(opened))
     pages = pages_that_fit(

@@ -59,7 +59,14 @@ class EngineClient:
         messages: how many messages the engine has sent since then.
     """
 
-    def __init__(self, socket: ClientSocket, info: EngineInfo, tokenizer: loader.Tokenizer) -> None:
+    def __init__(
+        self,
+        socket: ClientSocket,
+        info: EngineInfo,
+        tokenizer: loader.Tokenizer,
+        *,
+        first_request: int = 1,
+    ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self.messages = 0
@@ -69,7 +76,7 @@ class EngineClient:
             int, asyncio.Future[EngineStats | bool | str | list[list[int]] | None]
         ] = {}
         self._cache_queues: list[asyncio.Queue[CacheEventBatch | None]] = []
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first_request)
         self._dead: EngineDead | None = None
         socket.listen(self._receive)
 
@@ -80,6 +87,7 @@ class EngineClient:
         *,
         timeout_s: float | None = None,
         on_progress: ProgressCallback | None = None,
+        first_request: int = 1,
     ) -> "EngineClient":
         """Connect and wait until the engine is ready.
 
@@ -87,6 +95,8 @@ class EngineClient:
             socket_path: the engine's Unix-domain socket; it need not exist yet.
             timeout_s: the longest silence of the engine before it is given up; None for ever.
             on_progress: called as the model loads.
+            first_request: from which requests are numbered, so that several engines' can be told
+                apart.
 
         Raises:
             EngineDead: the engine was silent for too long.
@@ -103,7 +113,8 @@ class EngineClient:
                     case Ready(info):
                         # Read here, off the loop, since it takes a while and stop strings need it.
                         folder = Path(info.tokenizer_dir)
-                        return cls(socket, info, await asyncio.to_thread(loader.Tokenizer, folder))
+                        tokenizer = await asyncio.to_thread(loader.Tokenizer, folder)
+                        return cls(socket, info, tokenizer, first_request=first_request)
                     case Failed(kind, text):
                         raise error_of(kind, text)
                     case LoadProgress():

@@ -171,7 +171,7 @@ def _run(leader: "Link", config: EngineConfig, place: "Place") -> None:
                 config=config,
                 model=loader.fingerprint(opened.files),
                 dtype=opened.dtype_name,
-                memory_size_bytes=memory_share_size_bytes(place),
+                memory_size_bytes=memory_share_size_bytes(config, place),
             )
         )
     )

@@ -19,7 +19,7 @@ from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.outputs import Completion, GenerationOutput
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenDelta, TokenStream
 from tokenspeed.engine.text import TextAssembler, stop_of
-from tokenspeed.engine.validation import checked_max_new_tokens, checked_prompt
+from tokenspeed.engine.validation import check_one_engine, checked_max_new_tokens, checked_prompt
 from tokenspeed.engine.wire import EngineInfo, Submit, error_of
 
 __all__ = ["LLM", "Message", "Prompt"]
@@ -52,6 +52,7 @@ class LLM:
             if isinstance(model, str)
             else replace(model, **options)
         )
+        check_one_engine(config)
         if progress:
             with loader.RichProgress() as shown:
                 engine = build_engine(config, progress=shown)

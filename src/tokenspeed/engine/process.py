@@ -20,6 +20,8 @@ from tokenspeed.engine.pulse import Pulse, descendants
 __all__ = ["EngineProcess"]
 
 STOP_TIMEOUT_S = 10.0
+# More than one engine is ever asked for.
+_REQUESTS_MAX = 1 << 40
 
 
 class EngineProcess:
@@ -69,7 +71,13 @@ class EngineProcess:
             "--config-json",
             msgspec.json.encode(config).decode(),
         )
-        connecting = asyncio.create_task(EngineClient.connect(socket_path, on_progress=on_progress))
+        connecting = asyncio.create_task(
+            EngineClient.connect(
+                socket_path,
+                on_progress=on_progress,
+                first_request=1 + config.dp_rank * _REQUESTS_MAX,
+            )
+        )
         dying = asyncio.create_task(process.wait())
         try:
             await asyncio.wait({connecting, dying}, return_when=asyncio.FIRST_COMPLETED)

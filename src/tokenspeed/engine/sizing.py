@@ -50,9 +50,9 @@ def available_memory_size_bytes() -> int:
     return available
 
 
-def memory_share_size_bytes(place: Place) -> int:
-    """Memory that a rank may take, of what those on its host share."""
-    return available_memory_size_bytes() // place.local_ranks
+def memory_share_size_bytes(config: EngineConfig, place: Place) -> int:
+    """Memory that a rank may take, of what all engines and ranks on its host share."""
+    return available_memory_size_bytes() // (config.dp * place.local_ranks)
 
 
 def pages_that_fit(

@@ -6,12 +6,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokenspeed.core.errors import ContextOverflow, InvalidParameter
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import ConfigError, ContextOverflow, InvalidParameter
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array
 from tokenspeed.engine.wire import EngineInfo
 
-__all__ = ["checked_max_new_tokens", "checked_prompt"]
+__all__ = ["check_one_engine", "checked_max_new_tokens", "checked_prompt"]
+
+
+def check_one_engine(config: EngineConfig) -> None:
+    """Raises ConfigError where more than one engine is asked for of what is one."""
+    if config.dp > 1:
+        raise ConfigError(
+            f"dp is {config.dp}, but this is one engine: `tokenspeed serve --dp {config.dp}` has "
+            "several behind one address; or start an LLM in each of several processes"
+        )
 
 
 def checked_prompt(

@@ -50,7 +50,9 @@ class GatewayConfig:
 
     Attributes:
         host, port: where clients connect.
-        worker_port: port of the servicer on 127.0.0.1.
+        worker_ports: ports of the servicers on 127.0.0.1, one for each engine.
+        page_size: token positions of the engines' KV pages, by which the gateway knows what each
+            has cached.
         prometheus_port: port of the gateway's own metrics on 127.0.0.1.
         tokenizer_dir: folder of the tokenizer the gateway encodes with.
         parsers: which parsers read tool calls and reasoning.
@@ -63,10 +65,11 @@ class GatewayConfig:
 
     host: str
     port: int
-    worker_port: int
+    worker_ports: tuple[int, ...]
     prometheus_port: int
     tokenizer_dir: Path
     parsers: Parsers
+    page_size: int = 32
     api_key: str | None = None
     log_level: str = "warn"
     encoding_cache: bool = True
@@ -77,23 +80,19 @@ class GatewayConfig:
 
 
 def gateway_arguments(config: GatewayConfig) -> list[str]:
-    """The arguments of `smg` for a gateway with one worker."""
+    """The arguments of `smg` for a gateway with a worker for each engine."""
     arguments = [
         "launch",
         *("--host", config.host),
         *("--port", str(config.port)),
         *("--prometheus-host", "127.0.0.1"),
         *("--prometheus-port", str(config.prometheus_port)),
-        *("--worker-urls", f"grpc://127.0.0.1:{config.worker_port}"),
+        *("--worker-urls", *(f"grpc://127.0.0.1:{port}" for port in config.worker_ports)),
         *("--worker-startup-check-interval", "1"),
-        # With one worker there is nothing to balance; prefixes match in the engine.
-        *("--policy", "passthrough"),
+        *_routing(config),
         *("--tokenizer-path", str(config.tokenizer_dir)),
         *("--tool-call-parser", config.parsers.tool_call),
         *("--reasoning-parser", config.parsers.reasoning),
-        # A failed request is the client's to repeat, and one worker that failed ten times is
-        # still the only one: neither retries nor circuit breakers help anybody here.
-        "--disable-retries",
         "--disable-circuit-breaker",
         "--disable-worker-overload-protection",
         *("--health-check-interval-secs", "2"),
@@ -115,6 +114,21 @@ def gateway_arguments(config: GatewayConfig) -> list[str]:
     if config.api_key is not None:
         arguments += ["--api-key", config.api_key]
     return arguments
+
+
+def _routing(config: GatewayConfig) -> list[str]:
+    """How a worker is chosen, and what is done about one that fails."""
+    if len(config.worker_ports) == 1:
+        # With one worker there is nothing to balance; prefixes match in the engine. A failed
+        # request is the client's to repeat: retries would come to the same worker.
+        return ["--policy", "passthrough", "--disable-retries"]
+    return [
+        # By what each engine says that it has cached, unless it is far busier than the others.
+        *("--policy", "cache_aware"),
+        *("--block-size", str(config.page_size)),
+        # An engine that ended says so at the next look.
+        *("--health-failure-threshold", "1"),
+    ]
 
 
 def is_loopback(host: str) -> bool:

@@ -43,6 +43,27 @@ _FLUSH_TIMEOUT_MAX_S = 600.0
 _DRAINING_RETRY_S = 5.0
 
 
+class _Shared:
+    """What the servicers of one server have in common.
+
+    Attributes:
+        salt_key: makes the salts of tenants.
+        book: the requests, for the operations port.
+        generations: the calls in flight, which write at common ticks.
+        history: what was served, so that a conversation may go on at another engine.
+        attached: servicers that have an engine.
+        draining: whether new requests are refused.
+    """
+
+    def __init__(self) -> None:
+        self.salt_key = os.urandom(16)
+        self.book = RequestBook()
+        self.generations = GenerationTable()
+        self.history: TokenHistory | None = None
+        self.attached: set[Servicer] = set()
+        self.draining = False
+
+
 class Servicer:
     """Every RPC of the service, over whichever engine is attached.
 
@@ -52,24 +73,24 @@ class Servicer:
     Args:
         token_exact_history: serve what comes back of a conversation as the tokens it was served
             as; see `history`.
+        beside: another servicer of the same server, for another engine of the same model: all have
+            one book of requests and one history, and drain together.
 
     Attributes:
         book: the requests, for the operations port.
-        draining: whether new requests are refused, with 429 and a time to come back; those that
-            run go on.
         ending: whether the server is going down, after which it drains for good.
     """
 
-    def __init__(self, *, token_exact_history: bool = True) -> None:
-        self.draining = False
+    def __init__(
+        self, *, token_exact_history: bool = True, beside: "Servicer | None" = None
+    ) -> None:
+        self._shared: _Shared = _Shared() if beside is None else beside._shared
         self.ending = False
-        self._salt_key = os.urandom(16)
         self._token_exact_history = token_exact_history
-        self._history: TokenHistory | None = None
         self._client: EngineClient | None = None
         self._absence = "the engine is starting"
-        self.book = RequestBook()
-        self._generations = GenerationTable()
+        self.book = self._shared.book
+        self._generations = self._shared.generations
         self._started_at_s = time.time()
         self._heard_at_s = 0.0
         self._cache_sequence = 0
@@ -77,9 +98,11 @@ class Servicer:
     def attach(self, client: "EngineClient") -> None:
         """Serve with this engine from now on."""
         self._client = client
-        if self._token_exact_history:
+        first = not self._shared.attached
+        self._shared.attached.add(self)
+        if self._token_exact_history and first:
             tokenizer = client.tokenizer
-            self._history = TokenHistory(
+            self._shared.history = TokenHistory(
                 TokenSpelling(
                     tokenizer.bytes_of,
                     control=tokenizer.control_token_ids,
@@ -92,6 +115,17 @@ class Servicer:
         """Answer UNAVAILABLE with this reason from now on; running calls end by themselves."""
         self._client = None
         self._absence = reason
+        self._shared.attached.discard(self)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused, with 429 and a time to come back; those that run go
+        on."""
+        return self._shared.draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._shared.draining = value
 
     @property
     def client(self) -> "EngineClient | None":
@@ -105,13 +139,14 @@ class Servicer:
 
     @property
     def running(self) -> int:
-        """How many Generate calls are in flight."""
+        """How many Generate calls are in flight, at all engines of the server."""
         return len(self._generations)
 
     @property
     def history(self) -> HistoryStats | None:
         """What is remembered of served tokens; None where nothing is."""
-        return None if self._history is None else self._history.stats
+        history = self._shared.history
+        return None if history is None else history.stats
 
     def _live(self) -> "EngineClient":
         if self._client is None:
@@ -130,7 +165,7 @@ class Servicer:
                     raise Overloaded("the server is draining", retry_after_s=_DRAINING_RETRY_S)
                 self._generations.check_free(request.request_id)
                 generation = Generation(
-                    request, self._live(), self._history, salt_key=self._salt_key
+                    request, self._live(), self._shared.history, salt_key=self._shared.salt_key
                 )
                 record.begin(generation.prompt, generation.streams)
                 with self._generations.listed(generation):
@@ -231,8 +266,8 @@ class Servicer:
                     f"timeout_s must be in [0, {_FLUSH_TIMEOUT_MAX_S:g}], but is {timeout_s}"
                 )
             done = await self._live().flush_cache(timeout_s)
-            if done and self._history is not None:
-                self._history.clear()
+            if done and self._shared.history is not None:
+                self._shared.history.clear()
         except Exception as error:
             return await _refuse(context, error)
         message = "the prefix cache is empty" if done else "requests are running; nothing was done"

@@ -43,6 +43,7 @@ FLAGS: dict[str, set[str]] = {
         "--host",
         "--port",
         "--api-key",
+        "--dp",
         "--tool-call-parser",
         "--reasoning-parser",
         "--tps-floor",

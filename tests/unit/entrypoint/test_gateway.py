@@ -39,7 +39,7 @@ def config(**fields: Any) -> GatewayConfig:
     standard: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": 8000,
-        "worker_port": 9000,
+        "worker_ports": (9000,),
         "prometheus_port": 9001,
         "tokenizer_dir": Path("/models/tok"),
         "parsers": PLAIN,
@@ -156,7 +156,7 @@ def test_a_gateway_that_cannot_start_says_why() -> None:
             config(
                 port=unused_port(),
                 prometheus_port=unused_port(),
-                worker_port=unused_port(),
+                worker_ports=(unused_port(),),
                 parsers=Parsers(tool_call="no-such-parser", reasoning="passthrough"),
             )
         )
@@ -175,7 +175,7 @@ def test_a_gateway_that_cannot_start_says_why() -> None:
 def test_a_gateway_with_no_worker_is_not_ready() -> None:
     async def run() -> str:
         gateway = await Gateway.launch(
-            config(port=unused_port(), prometheus_port=unused_port(), worker_port=unused_port())
+            config(port=unused_port(), prometheus_port=unused_port(), worker_ports=(unused_port(),))
         )
         try:
             with pytest.raises(EngineError) as caught:
@@ -204,7 +204,7 @@ def gateway_of_a_parent(parent: str) -> tuple[subprocess.Popen[str], psutil.Proc
         config(
             port=unused_port(),
             prometheus_port=unused_port(),
-            worker_port=unused_port(),
+            worker_ports=(unused_port(),),
             api_key="a-secret",
         )
     )

@@ -90,7 +90,7 @@ def watched(case: Case, **options: Any) -> None:
         scene = Scene(servicer, ScriptedEngine())
         servicer.attach(scene.engine)  # type: ignore[arg-type]
         config = OperationsConfig(near_port=0, **options)
-        scene.operations = await OperationsServer.start(servicer, config)
+        scene.operations = await OperationsServer.start([servicer], config)
         server, port = await start_server(servicer)
         url = scene.operations.url
         transport = None
@@ -429,7 +429,7 @@ def test_a_unix_socket_is_its_owner_s_alone(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert (await scene.http.get("/health")).status_code == 200
         with pytest.raises(ConfigError, match="somebody listens"):
-            await OperationsServer.start(scene.servicer, OperationsConfig(socket_path=path))
+            await OperationsServer.start([scene.servicer], OperationsConfig(socket_path=path))
 
     watched(case, socket_path=path)
     assert not path.exists()
@@ -446,8 +446,8 @@ def test_a_named_port_that_is_taken_is_an_error_and_an_unnamed_one_is_not() -> N
             taken.listen()
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match="--operations-port"):
-                await OperationsServer.start(Servicer(), OperationsConfig(port=port))
-            made = await OperationsServer.start(Servicer(), OperationsConfig(near_port=port))
+                await OperationsServer.start([Servicer()], OperationsConfig(port=port))
+            made = await OperationsServer.start([Servicer()], OperationsConfig(near_port=port))
             assert not made.url.endswith(f":{port}")
             await made.stop()
 

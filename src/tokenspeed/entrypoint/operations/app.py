@@ -34,9 +34,9 @@ class Operations:
     """Answers the routes. Everything is JSON but `/metrics`.
 
     Args:
-        servicer: the service that is looked at.
+        servicer: the service that is looked at; one of those that share their state.
         book: its requests.
-        monitor: its engine.
+        monitor: its engines.
         metrics: what Prometheus reads.
     """
 
@@ -66,7 +66,7 @@ class Operations:
         ]
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine gets on or has nothing to do, else 503; a drained one is healthy."""
+        """200 while all engines get on or have nothing to do, else 503; a drain is healthy."""
         health = self._monitor.health()
         return JSONResponse(
             {
@@ -81,8 +81,9 @@ class Operations:
     async def ready(self, request: Request) -> Response:
         """200 while a new request would be taken, else 503."""
         health = self._monitor.health()
-        is_ready = health.healthy and not self._servicer.draining
-        reason = "draining" if health.healthy and not is_ready else health.reason
+        able = self._monitor.able
+        is_ready = able and not self._servicer.draining
+        reason = "draining" if able and not is_ready else health.reason
         return JSONResponse(
             {"status": "ready" if is_ready else "not ready", "reason": reason},
             status_code=200 if is_ready else 503,

@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,13 +70,13 @@ class OperationsConfig:
 
 
 class OperationsServer:
-    """The operations port of a servicer. Made by `start`, ended by `stop`.
+    """The operations port of a server. Made by `start`, ended by `stop`.
 
     Attributes:
         url: where it answers; for a Unix socket, its path behind `unix:`.
     """
 
-    def __init__(self, servicer: "Servicer", config: OperationsConfig) -> None:
+    def __init__(self, servicers: "Sequence[Servicer]", config: OperationsConfig) -> None:
         """Raises ConfigError where the address cannot be served, or spans cannot be sent."""
         self._config = config
         self._metrics = Metrics()
@@ -86,9 +86,11 @@ class OperationsServer:
             self._spans = SpanExport(otlp_provider(config.otlp_endpoint))
         self._socket = _bound(config)
         self.url = _url(config, self._socket)
+        # They have one book, and drain together.
+        servicer = servicers[0]
         servicer.book.watch(self._take)
         self._monitor = Monitor(
-            servicer,
+            servicers,
             servicer.book,
             loop=asyncio.get_running_loop(),
             health_timeout_s=config.health_timeout_s,
@@ -115,14 +117,20 @@ class OperationsServer:
         self._thread = threading.Thread(target=self._run, name="operations", daemon=True)
 
     @classmethod
-    async def start(cls, servicer: "Servicer", config: OperationsConfig) -> "OperationsServer":
+    async def start(
+        cls, servicers: "Sequence[Servicer]", config: OperationsConfig
+    ) -> "OperationsServer":
         """Serve from now on.
+
+        Args:
+            servicers: of one server, one for each engine.
+            config: where, and for whom.
 
         Raises:
             ConfigError: the address cannot be served.
             EngineError: the server did not come up.
         """
-        made = cls(servicer, config)
+        made = cls(servicers, config)
         made._thread.start()
         if not await asyncio.to_thread(made._server.came_up.wait, _START_TIMEOUT_S):
             raise EngineError("the operations port did not come up; see the log")
