@@ -1,6 +1,7 @@
 """Reads the weights of a GGUF file as those of the Hugging Face model it was made from."""
 
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -89,7 +90,11 @@ class GGUFCheckpoint:
             yield name, value if isinstance(value, Tensor) else value.to_float()
 
     def blocks(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor | Blocks]]:
-        """Give matrices in blocks as they are, all else as float32; see `Checkpoint`."""
+        """Give matrices in blocks as they are, all else as float32; see `Checkpoint`.
+
+        Raises:
+            CorruptCheckpoint: the file is shorter than it was.
+        """
         total, done = self.size_bytes, 0
         permuted = self.hf_config["model_type"] == "llama"
         shifted = self.hf_config["model_type"] == "gemma3_text"
@@ -97,10 +102,7 @@ class GGUFCheckpoint:
             "q_proj": self.hf_config["num_attention_heads"],
             "k_proj": self.hf_config["num_key_value_heads"],
         }
-        with self._gguf.path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        # What no cache of the system has yet is read ahead of those who use it.
-        data.madvise(mmap.MADV_WILLNEED)
+        data = self._map()
         for name, known_name in self._names.items():
             tensor = self._gguf.tensors[name]
             read = read_blocks(data, tensor)
@@ -116,6 +118,26 @@ class GGUFCheckpoint:
             if progress is not None:
                 progress.update("Loading weights", done, total, "bytes")
             yield known_name, value
+
+    def _map(self) -> mmap.mmap:
+        """The file in memory, as long as it was when its header was read.
+
+        To read a mapped page that the file no longer has ends the process (SIGBUS), so a file that
+        was cut since then must not be mapped. One that is cut from here on still does that.
+        """
+        path = self._gguf.path
+        wanted = max(tensor.offset + tensor.size_bytes for tensor in self._gguf.tensors.values())
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found < wanted:
+                raise CorruptCheckpoint(
+                    f"{path} was cut short since its header was read: its tensors end at byte "
+                    f"{wanted:,}, the file at {found:,}; restore the file and start again"
+                )
+            data = mmap.mmap(file.fileno(), found, access=mmap.ACCESS_COPY)
+        # What no cache of the system has yet is read ahead of those who use it.
+        data.madvise(mmap.MADV_WILLNEED)
+        return data
 
 
 def _is_block_matrix(tensor: GGUFTensor) -> bool:

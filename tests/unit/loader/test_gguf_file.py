@@ -1,5 +1,7 @@
 """The header of a GGUF file: read right when whole, refused with a typed error when not."""
 
+import mmap
+import os
 import random
 import struct
 import tempfile
@@ -102,6 +104,19 @@ def test_a_file_cut_within_its_tensors_is_truncated(whole: Path, tmp_path: Path)
     path.write_bytes(whole.read_bytes()[:-64])
     with pytest.raises(CorruptCheckpoint, match="truncated: tensor"):
         GGUFFile.open(path)
+
+
+def test_a_file_cut_after_its_header_was_read_is_not_mapped(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    content = whole.read_bytes()
+    path.write_bytes(content)
+    # Two pages, so that reading the mapping would end the test's process.
+    assert len(content) > 2 * mmap.PAGESIZE
+    checkpoint = loader.open_checkpoint(_files(path))
+    os.truncate(path, mmap.PAGESIZE)
+    says = rf"cut.gguf was cut short.*at byte [\d,]+, the file at {mmap.PAGESIZE:,};"
+    with pytest.raises(CorruptCheckpoint, match=says):
+        list(checkpoint.tensors())
 
 
 @settings(max_examples=60, deadline=None)
