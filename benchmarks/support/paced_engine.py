@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,8 +93,10 @@ def main() -> int:
     arguments = parser.parse_args()
     config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
 
-    def builder(progress: Progress) -> Engine:
-        return build(config)
+    def builder(progress: Progress, found: Callable[[Path], None]) -> Engine:
+        engine = build(config)
+        found(Path(engine.info.tokenizer_dir))
+        return engine
 
     return serve(builder, arguments.socket, parent_pid=os.getppid())
 

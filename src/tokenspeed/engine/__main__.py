@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -31,8 +32,8 @@ def main() -> int:
     from tokenspeed.engine.build import build_engine  # noqa: PLC0415
     from tokenspeed.engine.server import serve  # noqa: PLC0415
 
-    def build(progress: Progress) -> Engine:
-        engine = build_engine(config, progress=progress)
+    def build(progress: Progress, found: Callable[[Path], None]) -> Engine:
+        engine = build_engine(config, progress=progress, found=found)
         gc.freeze()
         gc.enable()
         return engine

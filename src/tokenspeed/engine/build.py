@@ -1,5 +1,9 @@
 """Puts an engine together: files, model, pool, planes."""
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import torch
 
 from tokenspeed import loader
@@ -7,7 +11,7 @@ from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place
-from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
+from tokenspeed.engine.assembly import OpenedModel, make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.pace import learn_drafts, learn_pace, tps_alone
 from tokenspeed.engine.rank_launch import check_ranks
@@ -21,8 +25,18 @@ from tokenspeed.modeling import ModelConfig, build_model
 __all__ = ["build_engine"]
 
 
-def build_engine(config: EngineConfig, *, progress: loader.Progress | None = None) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    *,
+    progress: loader.Progress | None = None,
+    found: Callable[[Path], None] | None = None,
+) -> Engine:
     """Find, verify and load a model, and make it ready to step.
+
+    Args:
+        config: the model, and how it is to run.
+        progress: told how far it is.
+        found: called with the tokenizer's folder, before anything is loaded.
 
     Raises:
         ModelError: the model cannot be had, read or run.
@@ -35,7 +49,11 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
     # Ranks of this host start while this one looks for the model.
     group = RankGroup(config, mesh) if mesh.world > 1 else None
     try:
-        return _build(config, mesh, group, progress)
+        place = Place() if group is None else group.place
+        opened = open_model(config, place=place, progress=progress)
+        if found is not None:
+            found(opened.files.tokenizer_dir)
+        return _build(config, mesh, group, opened, progress)
     except BaseException:
         if group is not None:
             group.end()
@@ -43,10 +61,12 @@ def build_engine(config: EngineConfig, *, progress: loader.Progress | None = Non
 
 
 def _build(
-    config: EngineConfig, mesh: Mesh, group: RankGroup | None, progress: loader.Progress | None
+    config: EngineConfig,
+    mesh: Mesh,
+    group: RankGroup | None,
+    opened: OpenedModel,
+    progress: loader.Progress | None,
 ) -> Engine:
-    place = Place() if group is None else group.place
-    opened = open_model(config, place=place, progress=progress)
     files, checkpoint, model_config = opened.files, opened.checkpoint, opened.config
     context_max = _context_max(config, model_config)
     # On the meta device a model has shapes and no memory: enough to know what it will take. The
@@ -113,16 +133,18 @@ def _build(
         learn_pace(runner, scheduler_config, scheduler)
     if scheduler_config.step_drafts_max:
         learn_drafts(runner, scheduler_config, scheduler)
-    tokenizer = loader.Tokenizer(files.tokenizer_dir)
+    # Whoever serves texts reads the tokenizer; this side needs it for constraints alone.
+    tokenizer = cache(lambda: loader.Tokenizer(files.tokenizer_dir))
+    special = loader.SpecialTokens.read(files.tokenizer_dir) or tokenizer().special
     core = EngineCore(
         scheduler,
         runner,
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        eos_token_ids=special.eos,
         overlap_depth=overlap_depth,
         seed=config.seed,
         constraints=ConstraintCompiler(
-            lambda: _token_table(tokenizer, model_config.vocab_size),
-            lambda text: tokenizer.encode(text.decode(errors="replace")),
+            lambda: _token_table(tokenizer(), model_config.vocab_size),
+            lambda text: tokenizer().encode(text.decode(errors="replace")),
         ),
     )
     info = EngineInfo(
@@ -135,9 +157,9 @@ def _build(
         dtype=opened.dtype_name,
         vocab_size=model_config.vocab_size,
         context_max=context_max,
-        eos_token_ids=list(tokenizer.eos_token_ids),
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_ids=list(special.eos),
+        bos_token_id=special.bos,
+        pad_token_id=special.pad,
         default_sampling=checkpoint.sampling_defaults,
         pages=pages,
         page_size=config.page_size,

@@ -26,6 +26,7 @@ from tokenspeed.engine.wire import (
     EngineInfo,
     EngineStats,
     Failed,
+    Found,
     FromEngine,
     LiveRequest,
     LoadProgress,
@@ -105,16 +106,18 @@ class EngineClient:
         socket = ClientSocket(socket_path)
         inbox: asyncio.Queue[bytes] = asyncio.Queue()
         socket.listen(inbox.put_nowait)
+        tokenizer: asyncio.Task[loader.Tokenizer] | None = None
         try:
             while True:
                 async with asyncio.timeout(timeout_s):
                     message = decode_from_engine(await inbox.get())
                 match message:
-                    case Ready(info):
-                        # Read here, off the loop, since it takes a while and stop strings need it.
-                        folder = Path(info.tokenizer_dir)
-                        tokenizer = await asyncio.to_thread(loader.Tokenizer, folder)
-                        return cls(socket, info, tokenizer, first_request=first_request)
+                    case Found(folder):
+                        # It takes a while, and stop strings need it: off the loop, beside the load.
+                        reading = asyncio.to_thread(loader.Tokenizer, Path(folder))
+                        tokenizer = asyncio.create_task(reading)
+                    case Ready(info) if tokenizer is not None:
+                        return cls(socket, info, await tokenizer, first_request=first_request)
                     case Failed(kind, text):
                         raise error_of(kind, text)
                     case LoadProgress():
@@ -124,11 +127,12 @@ class EngineClient:
                         pass
                     case _:
                         raise EngineError(f"the engine sent {type(message).__name__} unready")
-        except TimeoutError:
+        except BaseException as error:
             socket.close()
-            raise EngineDead(f"the engine said nothing for {timeout_s} s") from None
-        except BaseException:
-            socket.close()
+            if tokenizer is not None:
+                tokenizer.cancel()
+            if isinstance(error, TimeoutError):
+                raise EngineDead(f"the engine said nothing for {timeout_s} s") from None
             raise
 
     @property
@@ -323,7 +327,7 @@ class EngineClient:
                 self._streams.fail(request, error_of(kind, text))
             case Failed(kind, text):
                 self.fail(f"the engine stopped: {kind}: {text}")
-            case Begun() | LoadProgress() | Ready():
+            case Begun() | Found() | LoadProgress() | Ready():
                 raise EngineError(f"the engine sent {type(message).__name__} twice")
 
 

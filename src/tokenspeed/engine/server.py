@@ -22,6 +22,7 @@ from tokenspeed.engine.wire import (
     Call,
     EngineStats,
     Failed,
+    Found,
     FromEngine,
     LoadProgress,
     Ready,
@@ -36,7 +37,8 @@ from tokenspeed.engine.wire import (
 
 __all__ = ["serve"]
 
-EngineBuilder = Callable[[loader.Progress], Engine]
+EngineBuilder = Callable[[loader.Progress, Callable[[Path], None]], Engine]
+"""Tells of its progress, and of the tokenizer's folder as soon as it knows it."""
 
 # How long an idle engine waits before it looks whether its parent still lives.
 IDLE_POLL_MS = 500
@@ -55,7 +57,7 @@ def serve(build: EngineBuilder, socket_path: Path, *, parent_pid: int) -> int:
     """Build an engine and serve it. Returns the process's exit code.
 
     Args:
-        build: makes the engine, and tells of its progress.
+        build: makes the engine.
         socket_path: Unix-domain socket to bind; its folder must be the user's alone.
         parent_pid: the engine ends when its parent is no longer this process.
     """
@@ -65,7 +67,7 @@ def serve(build: EngineBuilder, socket_path: Path, *, parent_pid: int) -> int:
         peer = _Peer(socket, parent_pid)
         try:
             peer.send(Begun())
-            engine = build(_PeerProgress(peer))
+            engine = build(_PeerProgress(peer), lambda folder: peer.send(Found(str(folder))))
             with closing(engine.core):
                 peer.send(Ready(engine.info))
                 _Server(engine, peer).run()

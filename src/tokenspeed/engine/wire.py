@@ -23,6 +23,7 @@ __all__ = [
     "EngineInfo",
     "EngineStats",
     "Failed",
+    "Found",
     "FromEngine",
     "LiveRequest",
     "LoadProgress",
@@ -222,6 +223,12 @@ class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
     """The engine process lives; a model is about to be loaded."""
 
 
+class Found(msgspec.Struct, frozen=True, tag="found", array_like=True):
+    """The model's files are there; its tokenizer can be read while the weights are."""
+
+    tokenizer_dir: str
+
+
 class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     """How far a stage of the start has come, in units of the stage (bytes, tensors, packages)."""
 
@@ -324,7 +331,9 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
 
 
 ToEngine = Submit | Abort | Call | Shutdown
-FromEngine = Begun | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
+FromEngine = (
+    Begun | Found | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -8,6 +8,7 @@ from tokenspeed.loader.detokenizer import IncrementalDetokenizer
 from tokenspeed.loader.files import ModelFiles, fingerprint
 from tokenspeed.loader.progress import Progress, RichProgress, terminal_progress
 from tokenspeed.loader.sources import ListedModel, list_models, pull, resolve
+from tokenspeed.loader.special_tokens import SpecialTokens
 from tokenspeed.loader.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "ModelFiles",
     "Progress",
     "RichProgress",
+    "SpecialTokens",
     "Tokenizer",
     "fingerprint",
     "list_models",

@@ -10,11 +10,10 @@ import tokenizers
 from tokenspeed.core.errors import CorruptCheckpoint, InvalidParameter
 from tokenspeed.loader.chat_template import ChatTemplate
 from tokenspeed.loader.detokenizer import IncrementalDetokenizer, TokenBytes
-from tokenspeed.loader.files import JSON_SIZE_BYTES_MAX, read_json_object
+from tokenspeed.loader.files import read_json_object
+from tokenspeed.loader.special_tokens import SpecialTokens, special_texts, tokenizer_file
 
 __all__ = ["Tokenizer"]
-
-_SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
@@ -25,9 +24,8 @@ class Tokenizer:
             tokenizer_config.json, generation_config.json, config.json and chat_template.jinja.
 
     Attributes:
-        bos_token_id: begins a text; None if the model has no such token.
-        eos_token_ids: any of these ends a text.
-        pad_token_id: fills up a batch; None if the model has no such token.
+        special: tokens that begin, end and fill up texts.
+        bos_token_id, eos_token_ids, pad_token_id: each of them.
         vocab_size: token ids that the tokenizer knows.
 
     Raises:
@@ -36,11 +34,7 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer_dir: Path) -> None:
-        path = tokenizer_dir / "tokenizer.json"
-        if not path.is_file():
-            raise CorruptCheckpoint(f"{tokenizer_dir} has no {path.name}")
-        if path.stat().st_size > JSON_SIZE_BYTES_MAX:
-            raise CorruptCheckpoint(f"{path} is too large to be what its name says")
+        path = tokenizer_file(tokenizer_dir)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
@@ -66,14 +60,13 @@ class Tokenizer:
         if unknown is not None and (token := self._tokenizer.token_to_id(unknown)) is not None:
             marks.add(token)
         self._control = self._bytes.special | marks
-        special = {name: text for name in _SPECIAL_NAMES if (text := _text(config.get(name)))}
-        generation = _optional(tokenizer_dir / "generation_config.json")
-        model = _optional(tokenizer_dir / "config.json")
-        self.bos_token_id = self._id("bos", special, generation, model)
-        self.pad_token_id = self._id("pad", special, generation, model)
-        self.eos_token_ids: tuple[int, ...] = self._ends(special, generation, model)
+        self.special = SpecialTokens.find(tokenizer_dir, self._tokenizer.token_to_id)
+        self.bos_token_id = self.special.bos
+        self.eos_token_ids = self.special.eos
+        self.pad_token_id = self.special.pad
+        texts = special_texts(config)
         sources = _templates(tokenizer_dir, config)
-        self._templates = {name: ChatTemplate(text, special) for name, text in sources.items()}
+        self._templates = {name: ChatTemplate(text, texts) for name, text in sources.items()}
 
     @property
     def has_chat_template(self) -> bool:
@@ -142,34 +135,9 @@ class Tokenizer:
             )
         return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
-    def _id(self, name: str, special: Mapping[str, str], *configs: Mapping[str, Any]) -> int | None:
-        text = special.get(f"{name}_token")
-        if text is not None and (token := self._tokenizer.token_to_id(text)) is not None:
-            return int(token)
-        for config in configs:
-            value = config.get(f"{name}_token_id")
-            if type(value) is int:
-                return value
-        return None
-
-    def _ends(self, special: Mapping[str, str], *configs: Mapping[str, Any]) -> tuple[int, ...]:
-        ends: list[Any] = []
-        for config in configs:
-            value = config.get("eos_token_id")
-            ends += value if isinstance(value, list) else [value]
-        if "eos_token" in special:
-            ends.append(self._tokenizer.token_to_id(special["eos_token"]))
-        return tuple(dict.fromkeys(item for item in ends if type(item) is int))
-
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
-
-
-def _text(token: Any) -> str | None:
-    """A special token of tokenizer_config.json: a text, or an object with one."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -116,6 +117,25 @@ def test_the_stock_decoder_agrees_with_ours(model: tuple[str, loader.ModelFiles]
             assert ours.decode(cut, skip_special=skip) == stock.decode(
                 cut, skip_special_tokens=skip
             )
+
+
+def test_special_ids_are_found_without_the_vocabulary(
+    model: tuple[str, loader.ModelFiles], tmp_path: Path
+) -> None:
+    _, files = model
+    whole = loader.Tokenizer(files.tokenizer_dir).special
+    assert loader.SpecialTokens.read(files.tokenizer_dir) == whole
+    # A file that does not say what was added, or not what is looked for, is left to the library.
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(files.tokenizer_dir, folder)
+    content = (folder / "tokenizer.json").read_text()
+    for damaged in (
+        content.replace('"added_tokens"', '"other"'),
+        content.replace('"added_tokens":', '"x": {"added_tokens": 3}, "added_tokens":', 1),
+        content.replace('"content"', '"contents"'),
+    ):
+        (folder / "tokenizer.json").write_text(damaged)
+        assert loader.SpecialTokens.read(folder) is None
 
 
 def test_special_ids_and_sizes(smollm2: loader.ModelFiles, qwen_coder: loader.ModelFiles) -> None:
