@@ -18,6 +18,7 @@
 #include "quantise.h"
 #include "rowwise.h"
 #include "runtime.h"
+#include "sampler.h"
 #include "sampling.h"
 #include "tensor.h"
 
@@ -44,6 +45,24 @@ void translate(const std::exception_ptr& pointer, void* errors) {
 using HostInts = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 using Ints = nb::ndarray<std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A sampler, the position of each sample, and where log-probabilities go.
+using Sampling = std::tuple<cpu::Sampler*, HostInts, Floats, Ints, Floats>;
+
+std::span<const std::int32_t> host_span(const HostInts& array) {
+    return {array.data(), array.shape(0)};
+}
+
+// Room for log-probabilities: of each row that has some, and of as many likeliest tokens each.
+cpu::Reports reports(const Floats& chosen, const Ints& ids, const Floats& values) {
+    const std::size_t rows = chosen.shape(0);
+    const std::size_t width = rows == 0 ? 0 : ids.shape(0) / rows;
+    if (ids.shape(0) != rows * width || values.shape(0) != ids.shape(0)) {
+        throw cpu::KernelError("every row that has log-probabilities needs as many of them");
+    }
+    return {{chosen.data(), rows}, ids.data(), values.data(), static_cast<std::int64_t>(width)};
+}
 
 // Room for so many quantised rows, in a tensor of bytes.
 cpu::QuantisedRows quantised(const cpu::Runtime& runtime,
@@ -395,6 +414,125 @@ NB_MODULE(_cpu, module) {
         "runtime"_a, "logits"_a, "uniforms"_a, "temperatures"_a, "top_ks"_a, "top_ps"_a, "min_ps"_a,
         "tokens"_a);
 
+    module.def(
+        "logprobs",
+        [](cpu::Runtime& runtime, nb::handle logits, nb::handle tokens, std::int64_t count,
+           nb::handle chosen, nb::handle ids, nb::handle values) {
+            cpu::Logprobs call{};
+            call.logits = tensors.rows<const void*>(logits, "logits", cpu::Element::f32);
+            call.count = count;
+            const auto rows = static_cast<std::size_t>(call.logits.rows);
+            const auto entries = rows * static_cast<std::size_t>(count);
+            const auto wanted = tensors.integers<std::int64_t>(tokens, "tokens");
+            const auto found = tensors.integers<std::int64_t>(ids, "ids");
+            if (wanted.size() != rows || found.size() != entries) {
+                throw cpu::KernelError("every row needs one token, and room for the likeliest");
+            }
+            call.tokens = wanted.data();
+            call.chosen = tensors.floats(chosen, "chosen", rows).data();
+            call.ids = const_cast<std::int64_t*>(found.data());
+            call.values = tensors.floats(values, "values", entries).data();
+            const nb::gil_scoped_release release;
+            cpu::logprobs(runtime, call);
+        },
+        "runtime"_a, "logits"_a, "tokens"_a, "count"_a, "chosen"_a, "ids"_a, "values"_a);
+    module.def(
+        "apply_bitmask",
+        [](cpu::Runtime& runtime, nb::handle logits, nb::handle bitmask) {
+            const auto rows = tensors.rows<void*>(logits, "logits", cpu::Element::f32);
+            const auto words = tensors.integers<std::int32_t>(bitmask, "bitmask");
+            const auto shape = tensors.borrow(bitmask, "bitmask");
+            if (shape.dims != 2 || shape.shape[0] != rows.rows) {
+                throw cpu::KernelError("every row of logits needs a row of bits");
+            }
+            const nb::gil_scoped_release release;
+            cpu::apply_bitmask(runtime, {rows, words.data(), shape.shape[1]});
+        },
+        "runtime"_a, "logits"_a, "bitmask"_a);
+    module.def(
+        "penalise",
+        [](nb::handle logits, nb::handle seen, nb::handle output_counts, float repetition,
+           float presence, float frequency) {
+            const auto row = tensors.floats(logits, "logits");
+            const auto ids = tensors.integers<std::int64_t>(seen, "seen");
+            const auto counts = tensors.integers<std::int32_t>(output_counts, "output_counts");
+            cpu::penalise(row, ids, counts, {repetition, presence, frequency});
+        },
+        "logits"_a, "seen"_a, "output_counts"_a, "repetition"_a, "presence"_a, "frequency"_a);
+    module.def(
+        "add_bias",
+        [](nb::handle logits, nb::handle ids, nb::handle values) {
+            const auto row = tensors.floats(logits, "logits");
+            cpu::add_bias(row, {tensors.integers<std::int64_t>(ids, "ids"),
+                                tensors.floats(values, "values")});
+        },
+        "logits"_a, "ids"_a, "values"_a);
+
+    nb::class_<cpu::Sampler>(module, "Sampler")
+        .def(nb::init<cpu::Runtime&, std::int64_t, std::int64_t>(), "runtime"_a, nb::kw_only(),
+             "slots_max"_a, "vocabulary"_a, nb::keep_alive<1, 2>())
+        .def(
+            "bind",
+            [](cpu::Sampler& self, std::int64_t slot, double temperature, std::int64_t top_k,
+               double top_p, double min_p, std::uint64_t seed, std::int64_t min_new_tokens,
+               std::optional<std::int64_t> logprobs, std::vector<std::int64_t> ends,
+               std::vector<std::int64_t> bias_ids, std::vector<float> bias_values, float repetition,
+               float presence, float frequency,
+               std::optional<std::tuple<HostInts, HostInts>> seen) {
+                cpu::SlotSettings settings{temperature,
+                                           top_k,
+                                           top_p,
+                                           min_p,
+                                           seed,
+                                           min_new_tokens,
+                                           {repetition, presence, frequency},
+                                           logprobs,
+                                           std::move(ends),
+                                           std::move(bias_ids),
+                                           std::move(bias_values)};
+                std::optional<cpu::SlotTokens> tokens;
+                if (seen) {
+                    const auto& [prompt, output] = *seen;
+                    tokens = {host_span(prompt), host_span(output)};
+                }
+                self.bind(slot, std::move(settings), tokens);
+            },
+            "slot"_a, nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
+            "min_new_tokens"_a, "logprobs"_a.none(), "ends"_a, "bias_ids"_a, "bias_values"_a,
+            "repetition"_a, "presence"_a, "frequency"_a, "seen"_a.none())
+        .def("expect", &cpu::Sampler::expect, "slot"_a)
+        .def(
+            "allow",
+            [](cpu::Sampler& self, std::int64_t slot, nb::handle bitmask) {
+                if (bitmask.is_none()) return self.allow(slot, nullptr);
+                const auto words = tensors.integers<std::int32_t>(bitmask, "bitmask");
+                if (std::ssize(words) * 32 < self.vocabulary()) {
+                    throw cpu::KernelError("a bitmask has a bit for each of " +
+                                           std::to_string(self.vocabulary()) + " tokens");
+                }
+                self.allow(slot, words.data());
+            },
+            "slot"_a, "bitmask"_a.none())
+        .def(
+            "sample",
+            [](cpu::Sampler& self, nb::handle logits, HostInts slots, HostInts positions,
+               nb::handle tokens, Floats chosen, Ints ids, Floats values) {
+                const auto rows = tensors.rows<void*>(logits, "logits", cpu::Element::f32);
+                const auto found = tensors.integers<std::int64_t>(tokens, "tokens");
+                const auto count = static_cast<std::size_t>(rows.rows);
+                if (found.size() != count || slots.shape(0) != count ||
+                    positions.shape(0) != count) {
+                    throw cpu::KernelError(
+                        "every row of logits needs one slot, position and token");
+                }
+                const cpu::Reports to = reports(chosen, ids, values);
+                const nb::gil_scoped_release release;
+                self.sample({rows, host_span(slots), host_span(positions),
+                             const_cast<std::int64_t*>(found.data())},
+                            to);
+            },
+            "logits"_a, "slots"_a, "positions"_a, "tokens"_a, "chosen"_a, "ids"_a, "values"_a);
+
     nb::class_<cpu::StepRecording>(module, "StepRecording")
         .def(
             "__init__",
@@ -426,8 +564,10 @@ NB_MODULE(_cpu, module) {
             "row_slots"_a, "sampled"_a, "last_tokens"_a, "groups"_a, nb::keep_alive<1, 2>())
         .def("begin", &cpu::StepRecording::begin)
         .def("end",
-             [](cpu::StepRecording& self, nb::handle chosen) {
-                 return self.end(tensors.integers<std::int64_t>(chosen, "chosen").data());
+             [](cpu::StepRecording& self, nb::handle logits, nb::handle chosen) {
+                 const auto tokens = tensors.integers<std::int64_t>(chosen, "chosen");
+                 return self.end(tensors.rows<void*>(logits, "logits"),
+                                 const_cast<std::int64_t*>(tokens.data()));
              })
         .def(
             "run",
@@ -435,26 +575,31 @@ NB_MODULE(_cpu, module) {
                HostInts query_starts, HostInts context_lens, HostInts token_ids,
                HostInts sample_rows,
                const std::vector<std::tuple<HostInts, HostInts, HostInts, HostInts>>& groups,
-               Ints tokens) {
-                const auto span = [](const HostInts& array) {
-                    return std::span(array.data(), array.shape(0));
-                };
+               Ints tokens, std::optional<Sampling> sampling) {
                 cpu::RecordedPlan plan{decode_count,
-                                       span(row_slots),
-                                       span(query_starts),
-                                       span(context_lens),
-                                       span(token_ids),
-                                       span(sample_rows),
+                                       host_span(row_slots),
+                                       host_span(query_starts),
+                                       host_span(context_lens),
+                                       host_span(token_ids),
+                                       host_span(sample_rows),
                                        {}};
                 for (const auto& [kv_slots, slots, indices, pages] : groups) {
-                    plan.groups.push_back(
-                        {span(kv_slots), span(slots), span(indices), span(pages)});
+                    plan.groups.push_back({host_span(kv_slots), host_span(slots),
+                                           host_span(indices), host_span(pages)});
+                }
+                std::optional<cpu::RecordedSampling> choosing;
+                if (sampling) {
+                    const auto& [sampler, positions, chosen, ids, values] = *sampling;
+                    if (positions.shape(0) != sample_rows.shape(0)) {
+                        throw cpu::KernelError("every sample needs one position");
+                    }
+                    choosing.emplace(*sampler, host_span(positions), reports(chosen, ids, values));
                 }
                 const std::span<std::int32_t> chosen(tokens.data(), tokens.shape(0));
                 const nb::gil_scoped_release release;
-                self.run(plan, chosen);
+                self.run(plan, choosing, chosen);
             },
             "decode_count"_a, "row_slots"_a, "query_starts"_a, "context_lens"_a, "token_ids"_a,
-            "sample_rows"_a, "groups"_a, "tokens"_a)
+            "sample_rows"_a, "groups"_a, "tokens"_a, "sampling"_a.none())
         .def("__len__", &cpu::StepRecording::size);
 }

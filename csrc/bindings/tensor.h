@@ -100,7 +100,7 @@ class TensorReader {
         std::int64_t found = 1;
         bool fits = element(tensor, name) == cpu::Element::f32;
         for (int dim = tensor.dims - 1; dim >= 0; --dim) {
-            fits = fits && (tensor.strides[dim] == found || tensor.shape[dim] <= 1);
+            fits = fits && (tensor.strides[dim] == found || tensor.shape[dim] <= 1 || found == 0);
             found *= tensor.shape[dim];
         }
         if (!fits || (size && *size != static_cast<std::size_t>(found))) {
@@ -206,7 +206,7 @@ class TensorReader {
         std::int64_t size = 1;
         bool fits = tensor.element.code == code && tensor.element.bits == 8 * sizeof(T);
         for (int dim = tensor.dims - 1; dim >= 0; --dim) {
-            fits = fits && (tensor.strides[dim] == size || tensor.shape[dim] <= 1);
+            fits = fits && (tensor.strides[dim] == size || tensor.shape[dim] <= 1 || size == 0);
             size *= tensor.shape[dim];
         }
         if (!fits) {

@@ -21,8 +21,9 @@ void StepRecording::begin() {
     runtime_.record(&recorded_);
 }
 
-bool StepRecording::end(const std::int64_t* chosen) {
+bool StepRecording::end(const Out& logits, std::int64_t* chosen) {
     runtime_.record(nullptr);
+    logits_ = logits;
     chosen_ = chosen;
     const StepSize most = inputs_.most();
     for (Call& call : std::exchange(recorded_, {})) {
@@ -76,7 +77,8 @@ void StepRecording::fill(const RecordedPlan& plan) const {
     }
 }
 
-void StepRecording::run(const RecordedPlan& plan, std::span<std::int32_t> tokens) const {
+void StepRecording::run(const RecordedPlan& plan, const std::optional<RecordedSampling>& sampling,
+                        std::span<std::int32_t> tokens) const {
     const StepSize most = inputs_.most();
     const StepSize size{std::ssize(plan.token_ids), std::ssize(plan.row_slots),
                         std::ssize(plan.sample_rows)};
@@ -89,6 +91,14 @@ void StepRecording::run(const RecordedPlan& plan, std::span<std::int32_t> tokens
     fill(plan);
     for (const StepCall& call : calls_) {
         if (const std::int64_t rows = size.*call.count; rows > 0) call.work(rows);
+    }
+    if (sampling) {
+        std::vector<std::int32_t> slots(plan.sample_rows.size());
+        for (std::size_t sample = 0; sample < slots.size(); ++sample) {
+            slots[sample] = plan.row_slots[static_cast<std::size_t>(plan.sample_rows[sample])];
+        }
+        sampling->sampler.sample({logits_.first(size.samples), slots, sampling->positions, chosen_},
+                                 sampling->reports);
     }
     take_out(plan, tokens);
 }

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "runtime.h"
+#include "sampler.h"
 
 namespace tokenspeed::cpu {
 
@@ -49,6 +51,14 @@ struct RecordedPlan {
     std::vector<Group> groups;
 };
 
+// What chooses a step's tokens where they are not to be the likeliest.
+struct RecordedSampling {
+    Sampler& sampler;
+    // Of each sample, which of its request's output tokens it is.
+    std::span<const std::int32_t> positions;
+    Reports reports;
+};
+
 // Operands are remembered by address: whoever records keeps their memory, and sees to it that
 // nothing but kernels of the runtime touches it between inputs and results. What a kernel is called
 // for while recording says what its work grows with: a step's tokens, its rows or its samples. So
@@ -62,17 +72,19 @@ class StepRecording {
     StepRecording& operator=(const StepRecording&) = delete;
 
     // Kernels called on the runtime between these two are recorded instead of run. The last one
-    // chooses a token for each sample, and writes it where `chosen` says.
+    // chooses the likeliest token of each sample's logits, and writes it where `chosen` says.
     // `end` is false, and keeps nothing, where a kernel was called for another number of rows.
     void begin();
-    bool end(const std::int64_t* chosen);
+    bool end(const Out& logits, std::int64_t* chosen);
     std::size_t size() const { return calls_.size(); }
 
-    // Takes a plan's inputs in, runs what was recorded for its sizes, and writes the chosen tokens
-    // to `tokens`. The last one of a row that counts becomes its slot's last: one counts if those
-    // of the row before it are what the row's draft guessed. Throws KernelError: more of something
-    // than was recorded for, or what a kernel throws.
-    void run(const RecordedPlan& plan, std::span<std::int32_t> tokens) const;
+    // Takes a plan's inputs in, runs what was recorded for its sizes, lets the sampler choose where
+    // there is one, and writes the chosen tokens to `tokens`. The last one of a row that counts
+    // becomes its slot's last: one counts if those of the row before it are what the row's draft
+    // guessed. Throws KernelError: more of something than was recorded for, or what a kernel
+    // throws.
+    void run(const RecordedPlan& plan, const std::optional<RecordedSampling>& sampling,
+             std::span<std::int32_t> tokens) const;
 
   private:
     void fill(const RecordedPlan& plan) const;
@@ -86,7 +98,8 @@ class StepRecording {
         Call::Work work;
     };
     std::vector<StepCall> calls_;
-    const std::int64_t* chosen_ = nullptr;
+    Out logits_{};
+    std::int64_t* chosen_ = nullptr;
 };
 
 }  // namespace tokenspeed::cpu

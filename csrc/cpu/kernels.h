@@ -273,6 +273,9 @@ struct LatentPart {
     float* partials;  // as an AttentionPart has
 };
 
+// The greatest of so many logits stands for them where the likeliest tokens are looked for.
+constexpr std::int64_t peak_block = 64;
+
 struct Kernels {
     // Microkernels that do nothing useful, as fast as it goes; `probes.cpp` times them. Each
     // returns a number that depends on all its work, so that none of it can be left out.
@@ -301,6 +304,12 @@ struct Kernels {
     void (*gate)(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t to);
     void (*rotate)(const Rotation& call, std::int64_t token);
     std::int64_t (*argmax)(const float* logits, std::int64_t count);
+    // Of each `peak_block` logits.
+    void (*block_peaks)(const float* logits, std::int64_t count, float* peaks);
+    // `words` holds a bit for each token; `to` may be `logits`.
+    void (*mask_logits)(const float* logits, const std::int32_t* words, std::int64_t count,
+                        float* to);
+    double (*sum_weights)(const float* logits, std::int64_t count, float peak);
     void (*weigh_logits)(const float* logits, std::int64_t count, float peak, float temperature,
                          float* weights);
     // Tokens [token, end) of so many.

@@ -1,10 +1,9 @@
 #include "sampling.h"
 
 #include <algorithm>
-#include <bit>
-#include <cfloat>
-#include <cmath>
-#include <numeric>
+#include <cstddef>
+#include <string>
+#include <utility>
 
 #include "errors.h"
 
@@ -12,151 +11,40 @@ namespace tokenspeed::cpu {
 
 namespace {
 
-// The greatest of so many logits stands for them where the k-th likeliest token is looked for.
-constexpr std::int64_t peak_block = 64;
-// Weights are told apart by exponent and four bits of mantissa before any are sorted.
-constexpr int bins = 1 << 12;
-
-int bin_of(float weight) {
-    return static_cast<int>(std::bit_cast<std::uint32_t>(weight) >> 19);
+template <class Pointer>
+void check(const Rows<Pointer>& logits) {
+    if (logits.type != Element::f32) throw KernelError("logits must be float32");
 }
 
-float capped(float logit) {
-    if (std::isnan(logit)) return -INFINITY;
-    return std::min(logit, FLT_MAX);
-}
-
-// One row in the making: what its tokens weigh, and which are still possible.
-class Row {
-  public:
-    // Memory of `count` numbers each.
-    struct Memory {
-        float* weights;
-        float* spare;
-        std::int32_t* ids;
-    };
-
-    Row(const Kernels& kernels, const float* logits, std::int64_t count, const Memory& memory)
-        : kernels_(kernels), logits_(logits), count_(count), memory_(memory) {}
-
-    std::int64_t draw(double uniform, double temperature, std::int64_t top_k, double top_p,
-                      double min_p) {
-        const std::int64_t likeliest = kernels_.argmax(logits_, count_);
-        const float peak = capped(logits_[likeliest]);
-        if (peak == -INFINITY) return 0;
-        if (top_k == 1) return likeliest;
-        kernels_.weigh_logits(logits_, count_, peak,
-                              std::max(static_cast<float>(temperature), FLT_MIN), memory_.weights);
-        if (top_k < count_) keep_likeliest(top_k);
-        if (min_p > 0.0) {
-            for_each([&](float& weight, std::int64_t) {
-                if (weight < min_p) weight = 0.0f;
-            });
+void check_tokens(std::span<const std::int64_t> tokens, std::int64_t vocabulary) {
+    for (const std::int64_t token : tokens) {
+        if (token < 0 || token >= vocabulary) {
+            throw KernelError("token " + std::to_string(token) + " is not among the " +
+                              std::to_string(vocabulary) + " that logits have");
         }
-        if (top_p < 1.0) keep_nucleus(top_p);
-        return at_share(uniform);
+    }
+}
+
+// A thread's part of memory for rows of so many logits.
+class Memories {
+  public:
+    Memories(Runtime& runtime, std::int64_t count)
+        : room_(row_room(count)),
+          lease_(runtime.lease()),
+          memory_(lease_.memory(
+              static_cast<std::size_t>(runtime.pool().threads() * row_arrays * room_) *
+              sizeof(float))) {}
+
+    RowMemory of(int thread) const {
+        float* const at = reinterpret_cast<float*>(memory_) + thread * row_arrays * room_;
+        return {at, at + room_, reinterpret_cast<std::int32_t*>(at + 2 * room_)};
     }
 
   private:
-    // Calls f(weight, token) for the tokens that may be left, in the order of their ids.
-    template <class F>
-    void for_each(const F& f) {
-        if (all_) {
-            for (std::int64_t id = 0; id < count_; ++id) f(memory_.weights[id], id);
-        } else {
-            for (std::int64_t at = 0; at < kept_; ++at) {
-                f(memory_.weights[memory_.ids[at]], memory_.ids[at]);
-            }
-        }
-    }
-
-    // At least k tokens reach the k-th greatest of the blocks' greatest, so no other token can be
-    // among the k likeliest.
-    void keep_likeliest(std::int64_t k) {
-        std::int64_t peaks = 0;
-        if (count_ / peak_block >= k) {
-            for (std::int64_t first = 0; first + peak_block <= count_; first += peak_block) {
-                float most = -INFINITY;
-                for (std::int64_t id = first; id < first + peak_block; ++id) {
-                    most = std::max(most, capped(logits_[id]));
-                }
-                memory_.spare[peaks++] = most;
-            }
-        } else {
-            for (; peaks < count_; ++peaks) memory_.spare[peaks] = capped(logits_[peaks]);
-        }
-        std::nth_element(memory_.spare, memory_.spare + (k - 1), memory_.spare + peaks,
-                         std::greater<>());
-        const float bound = memory_.spare[k - 1];
-        all_ = false;
-        for (std::int64_t id = 0; id < count_; ++id) {
-            if (capped(logits_[id]) >= bound) memory_.ids[kept_++] = static_cast<std::int32_t>(id);
-        }
-        if (kept_ <= k) return;
-        const auto likelier = [&](std::int32_t a, std::int32_t b) {
-            const float first = capped(logits_[a]), second = capped(logits_[b]);
-            return first != second ? first > second : a < b;
-        };
-        std::nth_element(memory_.ids, memory_.ids + k, memory_.ids + kept_, likelier);
-        kept_ = k;
-        std::sort(memory_.ids, memory_.ids + kept_);
-    }
-
-    // Leaves the fewest tokens, the likeliest first, whose weights reach `share` of all.
-    void keep_nucleus(double share) {
-        double masses[bins] = {};
-        for_each([&](float weight, std::int64_t) { masses[bin_of(weight)] += weight; });
-        const double needed = share * std::accumulate(masses, masses + bins, 0.0);
-        int last = bins - 1;
-        double mass = 0.0;
-        while (last > 0 && mass + masses[last] < needed) mass += masses[last--];
-        // Within the last bin tokens are sorted.
-        std::int32_t* const ids =
-            all_ ? memory_.ids : reinterpret_cast<std::int32_t*>(memory_.spare);
-        std::int64_t found = 0;
-        for_each([&](float& weight, std::int64_t id) {
-            const int bin = bin_of(weight);
-            if (bin == last) ids[found++] = static_cast<std::int32_t>(id);
-            if (bin < last) weight = 0.0f;
-        });
-        std::sort(ids, ids + found, [&](std::int32_t a, std::int32_t b) {
-            const float first = memory_.weights[a], second = memory_.weights[b];
-            return first != second ? first > second : a < b;
-        });
-        std::int64_t at = 0;
-        while (at < found && mass < needed) mass += memory_.weights[ids[at++]];
-        for (; at < found; ++at) memory_.weights[ids[at]] = 0.0f;
-    }
-
-    // The first token at which the running sum of weights exceeds a share of the whole.
-    std::int64_t at_share(double share) {
-        double total = 0.0;
-        std::int64_t last = 0;
-        for_each([&](float weight, std::int64_t id) {
-            total += weight;
-            if (weight > 0.0f) last = id;
-        });
-        const double target = share * total;
-        double sum = 0.0;
-        std::int64_t chosen = -1;
-        for_each([&](float weight, std::int64_t id) {
-            sum += weight;
-            if (chosen < 0 && sum > target) chosen = id;
-        });
-        return chosen < 0 ? last : chosen;
-    }
-
-    const Kernels& kernels_;
-    const float* logits_;
-    std::int64_t count_;
-    Memory memory_;
-    bool all_ = true;
-    std::int64_t kept_ = 0;
+    std::int64_t room_;
+    Runtime::Lease lease_;
+    std::byte* memory_;
 };
-
-void check(const In& logits) {
-    if (logits.type != Element::f32) throw KernelError("logits must be float32");
-}
 
 }  // namespace
 
@@ -172,19 +60,65 @@ void argmax(Runtime& runtime, const In& logits, std::int64_t* tokens) {
 
 void draw(Runtime& runtime, const Draw& call) {
     check(call.logits);
-    const auto count = static_cast<std::size_t>(call.logits.columns);
-    const auto lease = runtime.lease();
-    const auto threads = static_cast<std::size_t>(runtime.pool().threads());
-    std::byte* const memory = lease.memory(threads * count * (2 * sizeof(float) + sizeof(int)));
+    const std::int64_t count = call.logits.columns;
+    const Memories memories(runtime, count);
     runtime.pool().run(static_cast<int>(call.logits.rows), [&](int row, int thread) noexcept {
-        auto* const weights =
-            reinterpret_cast<float*>(memory) + static_cast<std::size_t>(thread) * 3 * count;
-        Row one(runtime.kernels(), static_cast<const float*>(call.logits.at(row)),
-                call.logits.columns,
-                {weights, weights + count, reinterpret_cast<std::int32_t*>(weights + 2 * count)});
-        call.tokens[row] = one.draw(call.uniforms[row], call.temperatures[row], call.top_ks[row],
-                                    call.top_ps[row], call.min_ps[row]);
+        const auto* const logits = static_cast<const float*>(call.logits.at(row));
+        const DrawSettings settings{call.uniforms[row], call.temperatures[row], call.top_ks[row],
+                                    call.top_ps[row], call.min_ps[row]};
+        call.tokens[row] =
+            draw_token(runtime.kernels(), logits, count, runtime.kernels().argmax(logits, count),
+                       settings, memories.of(thread));
     });
+}
+
+void logprobs(Runtime& runtime, const Logprobs& call) {
+    check(call.logits);
+    const std::int64_t count = call.logits.columns;
+    check_tokens({call.tokens, static_cast<std::size_t>(call.logits.rows)}, count);
+    if (call.count > count) {
+        throw KernelError("the " + std::to_string(call.count) + " likeliest of " +
+                          std::to_string(count) + " tokens");
+    }
+    const Memories memories(runtime, count);
+    runtime.pool().run(static_cast<int>(call.logits.rows), [&](int row, int thread) noexcept {
+        const auto* const logits = static_cast<const float*>(call.logits.at(row));
+        const Softmax softmax = softmax_of(runtime.kernels(), logits, count);
+        call.chosen[row] = softmax.log_probability(logits[call.tokens[row]]);
+        report_likeliest(runtime.kernels(), logits, count, call.count, softmax, memories.of(thread),
+                         call.ids + row * call.count, call.values + row * call.count);
+    });
+}
+
+void apply_bitmask(Runtime& runtime, const Bitmasks& call) {
+    check(call.logits);
+    const std::int64_t count = call.logits.columns;
+    if (call.words_per_row * 32 < count) {
+        throw KernelError(std::to_string(call.words_per_row) + " words have no bit for each of " +
+                          std::to_string(count) + " logits");
+    }
+    runtime.pool().run(static_cast<int>(call.logits.rows), [&](int row, int) noexcept {
+        auto* const logits = static_cast<float*>(call.logits.at(row));
+        runtime.kernels().mask_logits(logits, call.words + row * call.words_per_row, count, logits);
+    });
+}
+
+void penalise(std::span<float> logits, std::span<const std::int64_t> seen,
+              std::span<const std::int32_t> output_counts, const Penalties& penalties) {
+    check_tokens(seen, std::ssize(logits));
+    if (seen.size() != output_counts.size()) throw KernelError("every token seen needs a count");
+    for (std::size_t at = 0; at < seen.size(); ++at) {
+        float& logit = logits[static_cast<std::size_t>(seen[at])];
+        logit = penalties.apply(logit, output_counts[at]);
+    }
+}
+
+void add_bias(std::span<float> logits, const Biases& biases) {
+    check_tokens(biases.ids, std::ssize(logits));
+    if (biases.ids.size() != biases.values.size()) {
+        throw KernelError("every token with a bias needs one value");
+    }
+    add_bias(logits.data(), biases);
 }
 
 }  // namespace tokenspeed::cpu

@@ -122,6 +122,59 @@ def draw(
     tokens: torch.Tensor,
 ) -> None: ...
 def argmax(runtime: Runtime, logits: torch.Tensor, tokens: torch.Tensor) -> None: ...
+def logprobs(
+    runtime: Runtime,
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    count: int,
+    chosen: torch.Tensor,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+) -> None: ...
+def apply_bitmask(runtime: Runtime, logits: torch.Tensor, bitmask: torch.Tensor) -> None: ...
+def penalise(
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    output_counts: torch.Tensor,
+    repetition: float,
+    presence: float,
+    frequency: float,
+) -> None: ...
+def add_bias(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> None: ...
+
+class Sampler:
+    def __init__(self, runtime: Runtime, *, slots_max: int, vocabulary: int) -> None: ...
+    def bind(
+        self,
+        slot: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+        min_new_tokens: int,
+        logprobs: int | None,
+        ends: Sequence[int],
+        bias_ids: Sequence[int],
+        bias_values: Sequence[float],
+        repetition: float,
+        presence: float,
+        frequency: float,
+        seen: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
+    ) -> None: ...
+    def expect(self, slot: int) -> None: ...
+    def allow(self, slot: int, bitmask: torch.Tensor | None) -> None: ...
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        tokens: torch.Tensor,
+        chosen: npt.NDArray[np.float32],
+        ids: npt.NDArray[np.int32],
+        values: npt.NDArray[np.float32],
+    ) -> None: ...
 
 class StepRecording:
     def __init__(
@@ -137,7 +190,7 @@ class StepRecording:
         groups: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None: ...
     def begin(self) -> None: ...
-    def end(self, chosen: torch.Tensor) -> bool: ...
+    def end(self, logits: torch.Tensor, chosen: torch.Tensor) -> bool: ...
     def run(
         self,
         decode_count: int,
@@ -155,5 +208,13 @@ class StepRecording:
             ]
         ],
         tokens: npt.NDArray[np.int32],
+        sampling: tuple[
+            Sampler,
+            npt.NDArray[np.int32],
+            npt.NDArray[np.float32],
+            npt.NDArray[np.int32],
+            npt.NDArray[np.float32],
+        ]
+        | None,
     ) -> None: ...
     def __len__(self) -> int: ...

@@ -166,6 +166,31 @@ def last_of_equals(logits_SV: Any) -> torch.Tensor:
     return logits_SV.shape[1] - 1 - sampling.argmax(logits_SV.flip(-1))
 
 
+def one_token_allowed_too_many(logits_SV: Any, bitmask_SW: Any) -> None:
+    kept = logits_SV[:, -1].clone()
+    sampling.apply_bitmask(logits_SV, bitmask_SW)
+    logits_SV[:, -1] = kept
+
+
+def penalised_where_only_seen(
+    logits_V: Any,
+    seen_L: Any,
+    output_counts_L: Any,
+    *,
+    repetition: Any,
+    presence: Any,
+    frequency: Any,
+) -> None:
+    sampling.penalise(
+        logits_V, seen_L, output_counts_L + 1, repetition=repetition, presence=presence,
+        frequency=frequency,
+    )  # fmt: skip
+
+
+def added_to_the_next_token(logits_V: Any, ids_N: Any, values_N: Any) -> None:
+    sampling.add_bias(logits_V, (ids_N + 1) % len(logits_V), values_N)
+
+
 def no_top_p(logits_SV: Any, uniforms_S: Any, **settings: Any) -> torch.Tensor:
     return sampling.draw(logits_SV, uniforms_S, **settings | {"top_ps_S": torch.ones(32).double()})
 
@@ -222,6 +247,9 @@ def raises(gate_up_T2F: Any) -> torch.Tensor:
         ("norm.add_rms_norm", sum_of_another_order, "the sum differs in"),
         ("rope.rotate", turned_the_other_way, "x: error"),
         ("sampling.argmax", last_of_equals, "tokens differs in"),
+        ("sampling.add_bias", added_to_the_next_token, "logits: error"),
+        ("sampling.apply_bitmask", one_token_allowed_too_many, "logits differs in"),
+        ("sampling.penalise", penalised_where_only_seen, "logits: error"),
         ("sampling.draw", draws(no_top_p), "tokens: error"),
         ("sampling.draw", draws(one_row_a_little_off), "tokens: error"),
         ("activation.silu_and_mul", no_numbers, "x: error inf"),

@@ -105,6 +105,16 @@ inline Floats keep(Floats a, int from, int to, float other) {
     };
     return {pick(a.low, low), pick(a.high, high)};
 }
+// Lanes of a whose bit of the 16 lowest is set; `other` elsewhere.
+inline Floats keep_bits(Floats a, std::uint32_t bits, float other) {
+    const auto pick = [&](__m256 x, std::uint32_t eight) {
+        const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i set = _mm256_cmpeq_epi32(
+            _mm256_and_si256(_mm256_set1_epi32(static_cast<std::int32_t>(eight)), lanes), lanes);
+        return _mm256_blendv_ps(_mm256_set1_ps(other), x, _mm256_castsi256_ps(set));
+    };
+    return {pick(a.low, bits & 255), pick(a.high, bits >> 8 & 255)};
+}
 // Lanes are added in halves: 8 to 8, 4 to 4, and so on.
 inline float sum(Floats a) {
     const __m256 eight = _mm256_add_ps(a.low, a.high);

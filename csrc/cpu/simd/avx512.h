@@ -91,6 +91,10 @@ inline Floats keep(Floats a, int from, int to, float other) {
     const __mmask16 kept = static_cast<__mmask16>((1u << to) - (1u << from));
     return {_mm512_mask_mov_ps(_mm512_set1_ps(other), kept, a.v)};
 }
+// Lanes of a whose bit of the 16 lowest is set; `other` elsewhere.
+inline Floats keep_bits(Floats a, std::uint32_t bits, float other) {
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(other), static_cast<__mmask16>(bits), a.v)};
+}
 // Lanes are added in halves: 8 to 8, 4 to 4, and so on.
 inline float sum(Floats a) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));

@@ -104,6 +104,10 @@ inline Floats zero_below(const Floats& x, float bound, const Floats& a) {
 inline Floats keep(const Floats& a, int from, int to, float other) {
     return each<Floats>([&](int i) { return i >= from && i < to ? a.v[i] : other; });
 }
+// Lanes of a whose bit of the 16 lowest is set; `other` elsewhere.
+inline Floats keep_bits(const Floats& a, std::uint32_t bits, float other) {
+    return each<Floats>([&](int i) { return (bits >> i & 1) != 0 ? a.v[i] : other; });
+}
 // Lanes are added in halves: 8 to 8, 4 to 4, and so on.
 inline float sum(Floats a) {
     for (int half = lanes / 2; half > 0; half /= 2) {

@@ -11,7 +11,7 @@ from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place
-from tokenspeed.engine.assembly import OpenedModel, make_runner, mesh_of, open_model
+from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
 from tokenspeed.engine.pace import learn_drafts, learn_pace, tps_alone
 from tokenspeed.engine.rank_launch import check_ranks
@@ -49,11 +49,7 @@ def build_engine(
     # Ranks of this host start while this one looks for the model.
     group = RankGroup(config, mesh) if mesh.world > 1 else None
     try:
-        place = Place() if group is None else group.place
-        opened = open_model(config, place=place, progress=progress)
-        if found is not None:
-            found(opened.files.tokenizer_dir)
-        return _build(config, mesh, group, opened, progress)
+        return _build(config, mesh, group, progress, found)
     except BaseException:
         if group is not None:
             group.end()
@@ -64,9 +60,13 @@ def _build(
     config: EngineConfig,
     mesh: Mesh,
     group: RankGroup | None,
-    opened: OpenedModel,
     progress: loader.Progress | None,
+    found: Callable[[Path], None] | None,
 ) -> Engine:
+    place = Place() if group is None else group.place
+    opened = open_model(config, place=place, progress=progress)
+    if found is not None:
+        found(opened.files.tokenizer_dir)
     files, checkpoint, model_config = opened.files, opened.checkpoint, opened.config
     context_max = _context_max(config, model_config)
     # On the meta device a model has shapes and no memory: enough to know what it will take. The

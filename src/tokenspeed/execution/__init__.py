@@ -1,10 +1,12 @@
 """Owns turning a plan into one forward pass and its sampled tokens; never schedules or pages."""
 
+from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.platform import resolve_dtype, set_threads, usable_cpu_count
 from tokenspeed.execution.runner import LaunchedStep, Runner
 from tokenspeed.execution.sampler import Sampler
 
 __all__ = [
+    "CpuSampler",
     "LaunchedStep",
     "Runner",
     "Sampler",

@@ -9,6 +9,7 @@ Legend: X slots, S sampled rows, W 32-bit words of a bit for each token.
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,16 @@ from tokenspeed.core.step import Int32Array
 from tokenspeed.grammar import Grammar, Matcher, deep_stacks
 
 __all__ = ["Confinement"]
+
+
+class Gates(Protocol):
+    """Whoever samples, and waits for what a slot may get."""
+
+    def expect(self, slot: int) -> None:
+        """Have the slot's next token wait until `allow` says which it may be."""
+
+    def allow(self, slot: int, bitmask_W: torch.Tensor | None) -> None:
+        """Say which it may be, int32 [W] a bit for each token; None for any."""
 
 
 class _Confined:
@@ -57,13 +68,13 @@ class Confinement:
     Args:
         slots_max: X.
         vocabulary: tokens that logits have.
-        device: of the logits.
+        gates: of the sampler.
     """
 
-    def __init__(self, *, slots_max: int, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, *, slots_max: int, vocabulary: int, gates: Gates) -> None:
         self._slots_max = slots_max
         self._words = (vocabulary + 31) // 32
-        self._device = device
+        self._gates = gates
         self._confined: dict[int, _Confined] = {}
         # Both come with the first grammar.
         self._bitmask_XW: torch.Tensor | None = None
@@ -88,11 +99,12 @@ class Confinement:
             ignore_eos: it ends only where the grammar lets it do nothing else.
         """
         before = self._confined.pop(slot, None)
+        if before is not None:
+            # It writes where the new one's bitmask will be, and says so.
+            before.ready.exception()
+            self._gates.allow(slot, None)
         if grammar is None:
             return
-        if before is not None:
-            # It writes where the new one's bitmask will be.
-            before.ready.exception()
         if self._bitmask_XW is None:
             self._bitmask_XW = torch.zeros((self._slots_max, self._words), dtype=torch.int32)
             self._thread = ThreadPoolExecutor(1, "bitmasks")
@@ -105,7 +117,7 @@ class Confinement:
             put_off_W=self._bits(grammar.ends) if ignore_eos else None,
         )
         self._confined[slot] = confined
-        self._begin(confined, output)
+        self._begin(slot, confined, output)
 
     def free(self, slots_S: Int32Array) -> bool:
         """Whether none of the slots has a grammar."""
@@ -117,27 +129,17 @@ class Confinement:
             return np.zeros(len(slots_S), dtype=np.bool_)
         return np.isin(slots_S, list(self._confined))
 
-    def bitmasks(self, slots_S: Int32Array) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
-        """Wait for the bitmasks of a step's samples.
-
-        Returns:
-            int32 [1, W] of each row that has a grammar, on the logits' device; and slots whose
-            grammar cannot be followed any further, with the reason.
-        """
-        bitmasks: dict[int, torch.Tensor] = {}
+    def failures(self, slots_S: Int32Array) -> dict[int, str]:
+        """Slots of a step just sampled whose grammar cannot be followed any further, and why."""
         failures: dict[int, str] = {}
-        for row, slot in enumerate(slots_S.tolist() if self._confined else ()):
+        for slot in slots_S.tolist() if self._confined else ():
             confined = self._confined.get(slot)
-            if confined is None:
-                continue
             try:
-                confined.ready.result()
+                if confined is not None:
+                    confined.ready.result()
             except InvalidParameter as error:
                 failures[slot] = str(error)
-                continue
-            assert self._bitmask_XW is not None
-            bitmasks[row] = self._bitmask_XW[slot : slot + 1].to(self._device)
-        return bitmasks, failures
+        return failures
 
     def advance(self, slots_S: Int32Array, tokens_S: Int32Array) -> npt.NDArray[np.bool_]:
         """Begin with the bitmasks that follow the tokens just sampled.
@@ -158,7 +160,7 @@ class Confinement:
             if token in confined.ends or confined.ready.exception() is not None:
                 going_on_S[sample] = False
             else:
-                self._begin(confined, [token])
+                self._begin(slot, confined, [token])
         return going_on_S
 
     def close(self) -> None:
@@ -171,6 +173,17 @@ class Confinement:
         flags[list(tokens)] = True
         return np.packbits(flags, bitorder="little").view(np.int32)
 
-    def _begin(self, confined: _Confined, tokens: list[int]) -> None:
+    def _begin(self, slot: int, confined: _Confined, tokens: list[int]) -> None:
         assert self._thread is not None
-        confined.ready = self._thread.submit(confined.follow, tokens)
+        self._gates.expect(slot)
+        confined.ready = self._thread.submit(self._follow, slot, confined, tokens)
+
+    def _follow(self, slot: int, confined: _Confined, tokens: list[int]) -> None:
+        assert self._bitmask_XW is not None
+        bitmask_W: torch.Tensor | None = None
+        try:
+            confined.follow(tokens)
+            bitmask_W = self._bitmask_XW[slot]
+        finally:
+            # Tokens of a request that failed mean nothing, but its step must not wait for them.
+            self._gates.allow(slot, bitmask_W)

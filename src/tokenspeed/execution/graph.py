@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.step import Int32Array, StepPlan
+from tokenspeed.core.step import Float32Array, Int32Array, SampledLogprobs, StepPlan
+from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.kernels import ops
-from tokenspeed.kernels.cpu import StepRecording, prefer_huge_pages
+from tokenspeed.kernels.cpu import CpuSampling, StepRecording, prefer_huge_pages
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling import ForwardBatch, Model
 
@@ -25,6 +26,8 @@ __all__ = ["StepGraph"]
 
 # Blocks of memory begin where lines of any cache do.
 _ALIGNMENT_BYTES = 64
+
+_Sampling = tuple[CpuSampling, Int32Array, Float32Array, Int32Array, Float32Array]
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -190,6 +193,7 @@ class StepGraph:
         )
         keeper = _Keeper()
         recordable = False
+        logits_SV = torch.empty(0, 0)
         chosen_S = last_token_X
         recording.begin()
         try:
@@ -199,7 +203,7 @@ class StepGraph:
         except _NotRecordable:
             return None
         finally:
-            recordable = recording.end(chosen_S)
+            recordable = recording.end(logits_SV, chosen_S)
         if not recordable:
             return None
         return cls(
@@ -212,6 +216,20 @@ class StepGraph:
         """Any plan."""
         return True
 
+    def sample(
+        self, plan: StepPlan, sampler: CpuSampler
+    ) -> tuple[Int32Array, SampledLogprobs | None]:
+        """Compute a plan and choose its tokens, which are their slots' last from now on."""
+        reports = sampler.reports(plan.row_slots[plan.sample_rows])
+        sampling = (
+            sampler.native,
+            plan.sample_positions,
+            reports.chosen,
+            reports.ids,
+            reports.values,
+        )
+        return self._run(plan, sampling), reports.logprobs()
+
     def run(self, plan: StepPlan, *, likeliest: bool = True) -> tuple[torch.Tensor, Int32Array]:
         """Compute a plan.
 
@@ -223,6 +241,10 @@ class StepGraph:
             logits_SV in float32, valid until the next run, and the likeliest token of each sample.
             The last that counts of each row is its slot's last one from now on.
         """
+        tokens = self._run(plan, None)
+        return self._logits_SV[: len(tokens)], tokens
+
+    def _run(self, plan: StepPlan, sampling: _Sampling | None) -> Int32Array:
         tokens = np.empty(len(plan.sample_rows), dtype=np.int32)
         self._recording.run(
             plan.decode_count,
@@ -236,5 +258,6 @@ class StepGraph:
                 for group in plan.groups
             ],
             tokens,
+            sampling,
         )
-        return self._logits_SV[: len(tokens)], tokens
+        return tokens

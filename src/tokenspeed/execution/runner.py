@@ -23,6 +23,7 @@ from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
 from tokenspeed.execution.captured import Capture, CapturedSteps, CudaCapture
 from tokenspeed.execution.confinement import Confinement
+from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep, RecordedSteps
 from tokenspeed.execution.platform import set_threads
@@ -84,14 +85,11 @@ class Runner:
         self._config = config
         self._device = device
         set_threads(threads)
-        self._sampler = Sampler(
-            slots_max=config.slots_max,
-            vocabulary=model.config.vocab_size,
-            kernels=model.kernels,
+        sizes = {"slots_max": config.slots_max, "vocabulary": model.config.vocab_size}
+        self._sampler = (CpuSampler if CpuSampler.fits(model.kernels) else Sampler)(
+            **sizes, kernels=model.kernels
         )
-        self._confinement = Confinement(
-            slots_max=config.slots_max, vocabulary=model.config.vocab_size, device=device
-        )
+        self._confinement = Confinement(**sizes, gates=self._sampler)
         self._token_ids = InputBuffer(config.step_tokens_max, device=device)
         self._positions = InputBuffer(config.step_tokens_max, device=device)
         samples_max = config.slots_max + config.step_drafts_max
@@ -273,6 +271,15 @@ class Runner:
             if graph is None or self._profiler.recording or not graph.serves(plan):
                 return self._forward(plan)
             slots_S = plan.row_slots[plan.sample_rows]
+            if (
+                isinstance(graph, StepGraph)
+                and isinstance(self._sampler, CpuSampler)
+                and not self._waits(plan, slots_S)
+            ):
+                chosen, logprobs = graph.sample(plan, self._sampler)
+                failures = self._confinement.failures(slots_S)
+                self._confinement.advance(slots_S, chosen)
+                return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
             likeliest = self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S)
             logits_SV, tokens = graph.run(plan, likeliest=likeliest)
             if not likeliest:
@@ -315,26 +322,18 @@ class Runner:
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
         samples = Samples.of(plan)
         slots_S = plan.row_slots[plan.sample_rows]
-        # What a request may say next hangs on more than logits where it has a grammar or a history:
-        # behind a guess it is sampled once the guess has been found right.
-        waiting_S = samples.later_S & (
-            self._sampler.one_by_one(slots_S) | self._confinement.held(slots_S)
-        )
+        waiting_S = self._waiting(samples, slots_S)
         tokens_S = np.zeros(len(slots_S), dtype=np.int32)
         failures: dict[int, str] = {}
         logprobs = []
         wave = np.flatnonzero(~waiting_S)
         while len(wave):
             # The bitmasks were made while the forward ran, or since the wave before.
-            bitmasks, failed = self._confinement.bitmasks(slots_S[wave])
             found, of_wave = self._sampler.sample(
-                _rows(logits_SV, wave),
-                slots_S[wave],
-                plan.sample_positions[wave],
-                bitmasks,
+                _rows(logits_SV, wave), slots_S[wave], plan.sample_positions[wave]
             )
             tokens_S[wave] = found.cpu().numpy()
-            failures |= failed
+            failures |= self._confinement.failures(slots_S[wave])
             if of_wave is not None:
                 logprobs.append((wave, of_wave))
             going_on = self._confinement.advance(slots_S[wave], tokens_S[wave])
@@ -345,6 +344,20 @@ class Runner:
             tokens_S[lasts].astype(np.int64)
         ).to(self._device)
         return StepResult(tokens=tokens_S, logprobs=joined(logprobs), failures=failures)
+
+    def _waits(self, plan: StepPlan, slots_S: Int32Array) -> bool:
+        """Whether some sample of a step waits for another."""
+        if not self._config.step_drafts_max:
+            return False
+        return bool(self._waiting(Samples.of(plan), slots_S).any())
+
+    def _waiting(self, samples: Samples, slots_S: Int32Array) -> npt.NDArray[np.bool_]:
+        """What a request may say next hangs on more than logits where it has a grammar or a
+        history: behind a guess it is sampled once the guess has been found right."""
+        waiting_S: npt.NDArray[np.bool_] = samples.later_S & (
+            self._sampler.one_by_one(slots_S) | self._confinement.held(slots_S)
+        )
+        return waiting_S
 
     def _confine(self, binding: _Binding) -> None:
         output: list[int] = []

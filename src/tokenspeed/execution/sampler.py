@@ -19,6 +19,7 @@ Legend: S sampled rows, V vocabulary, X slots, W 32-bit words of V bits, K likel
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,7 @@ class Sampler:
         self._draw = kernels.select(ops.draw, format_name="float32")
         self._logprobs = kernels.select(ops.logprobs, format_name="float32")
         self._penalise = kernels.select(ops.penalise, format_name="float32")
+        self._add_bias = kernels.select(ops.add_bias, format_name="float32")
         self._apply_bitmask = kernels.select(ops.apply_bitmask, format_name="float32")
         self._temperature_X = np.zeros(slots_max, dtype=np.float64)
         self._top_k_X = np.full(slots_max, vocabulary, dtype=np.int64)
@@ -79,6 +81,8 @@ class Sampler:
         self._stops: dict[int, torch.Tensor] = {}
         self._bias: dict[int, _Bias] = {}
         self._history: dict[int, TokenHistory] = {}
+        # What slots may get next that may not get any token.
+        self._bitmasks: dict[int, Future[torch.Tensor | None]] = {}
 
     def bind(
         self,
@@ -138,9 +142,30 @@ class Sampler:
                 device=self._device,
             )
 
+    def expect(self, slot: int) -> None:
+        """Have the slot's next token wait until `allow` says which it may be."""
+        self._bitmasks[slot] = Future()
+
+    def allow(self, slot: int, bitmask_W: torch.Tensor | None) -> None:
+        """Say which the slot's next token may be.
+
+        Args:
+            slot: below `slots_max`.
+            bitmask_W: int32; bit v % 32 of word v // 32 is set where token v is allowed, and some
+                bit is. None allows any.
+        """
+        expected = self._bitmasks.get(slot)
+        if expected is None or expected.done():
+            if bitmask_W is None:
+                self._bitmasks.pop(slot, None)
+                return
+            expected = self._bitmasks[slot] = Future()
+        expected.set_result(bitmask_W)
+
     def takes_likeliest(self, slots_S: Int32Array) -> bool:
-        """Whether `sample` without a bitmask is the likeliest token of each row, and no more."""
-        return self._others.isdisjoint(slots_S.tolist())
+        """Whether `sample` is the likeliest token of each row, and no more."""
+        slots = slots_S.tolist()
+        return self._others.isdisjoint(slots) and self._bitmasks.keys().isdisjoint(slots)
 
     def one_by_one(self, slots_S: Int32Array) -> BoolArray:
         """Whose tokens are sampled one after the other, so that each has those before it as its
@@ -148,11 +173,7 @@ class Sampler:
         return self._one_by_one_X[slots_S]
 
     def sample(
-        self,
-        logits_SV: torch.Tensor,
-        slots_S: Int32Array,
-        positions_S: Int32Array,
-        bitmasks: Mapping[int, torch.Tensor] | None = None,
+        self, logits_SV: torch.Tensor, slots_S: Int32Array, positions_S: Int32Array
     ) -> tuple[torch.Tensor, SampledLogprobs | None]:
         """A token for each row.
 
@@ -160,15 +181,13 @@ class Sampler:
             logits_SV: float32, contiguous; the sampler may change them.
             slots_S: the slot of each row's request.
             positions_S: index of the output token to be sampled, 0 for the first.
-            bitmasks: int32 [1, W] of each row that is confined: bit v % 32 of word v // 32 is set
-                where token v is allowed, and some bit is.
 
         Returns:
             int64 tokens [S] on the logits' device, and what was asked for of log-probabilities.
         """
-        if not bitmasks and self.takes_likeliest(slots_S):
+        if self.takes_likeliest(slots_S):
             return self._argmax(logits_SV), None
-        bitmasks = bitmasks or {}
+        bitmasks = self._take_bitmasks(slots_S)
         excluding_S = positions_S < self._min_new_X[slots_S]
         edited_S = self._edited_X[slots_S] | excluding_S
         edited_S[list(bitmasks)] = True
@@ -182,6 +201,15 @@ class Sampler:
             if slot in self._history:
                 self._history[slot].push(token)
         return tokens_S, report
+
+    def _take_bitmasks(self, slots_S: Int32Array) -> dict[int, torch.Tensor]:
+        """Wait for them: int32 [1, W] of each row that has one, on the logits' device."""
+        bitmasks = {}
+        for row, slot in enumerate(slots_S.tolist()):
+            bitmask_W = self._bitmasks[slot].result() if slot in self._bitmasks else None
+            if bitmask_W is not None:
+                bitmasks[row] = bitmask_W[None].to(self._device)
+        return bitmasks
 
     def _edit_rows(
         self,
@@ -224,7 +252,7 @@ class Sampler:
             logits_V.index_fill_(0, stops, -torch.inf)
         if slot in self._bias:
             bias = self._bias[slot]
-            logits_V.index_add_(0, bias.ids, bias.values)
+            self._add_bias(logits_V, bias.ids, bias.values)
         if slot in self._history:
             history = self._history[slot]
             params = history.params

@@ -2,6 +2,7 @@
 
 from tokenspeed.kernels.cpu.runtime import (
     CpuRuntime,
+    CpuSampling,
     Roofline,
     StepRecording,
     prefer_huge_pages,
@@ -12,6 +13,7 @@ from tokenspeed.kernels.cpu.weights import PackedWeight
 
 __all__ = [
     "CpuRuntime",
+    "CpuSampling",
     "PackedWeight",
     "Roofline",
     "StepRecording",

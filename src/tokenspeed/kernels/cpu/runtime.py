@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from tokenspeed._cpu import Runtime as CpuRuntime
+from tokenspeed._cpu import Sampler as CpuSampling
 from tokenspeed._cpu import StepRecording, prefer_huge_pages, supported_isas
 from tokenspeed.core import environment
 
 __all__ = [
     "CpuRuntime",
+    "CpuSampling",
     "Roofline",
     "StepRecording",
     "prefer_huge_pages",

@@ -5,8 +5,8 @@ depend on which rows lie beside it. The likelier of two tokens is the one with t
 and on equal logits the one with the lower id. NaN counts as minus infinity, and plus infinity as
 the greatest finite logit.
 
-Legend: S rows, V vocabulary, N tokens still possible, K likeliest tokens, L tokens seen, B blocks
-of tokens, W 32-bit words that hold V bits.
+Legend: S rows, V vocabulary, N tokens still possible or with a bias, K likeliest tokens, L tokens
+seen, B blocks of tokens, W 32-bit words that hold V bits.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from tokenspeed.kernels.registry import Priority, kernel
 
-__all__ = ["apply_bitmask", "argmax", "draw", "logprobs", "penalise"]
+__all__ = ["add_bias", "apply_bitmask", "argmax", "draw", "logprobs", "penalise"]
 
 # Tokens whose sum or maximum is taken at once; a level between the row and the token.
 BLOCK = 64
@@ -124,6 +124,14 @@ def penalise(
     seen = torch.where(seen > 0, seen / repetition, seen * repetition)
     seen -= frequency * output_counts_L + presence * (output_counts_L > 0)
     logits_V[seen_L] = seen
+
+
+@kernel(
+    "sampling.add_bias", solution="reference", formats=("float32",), priority=Priority.REFERENCE
+)
+def add_bias(logits_V: torch.Tensor, ids_N: torch.Tensor, values_N: torch.Tensor) -> None:
+    """Add to the logits of some tokens, in place."""
+    logits_V.index_add_(0, ids_N, values_N)
 
 
 @kernel(

@@ -42,6 +42,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "norm.rms_norm": rowwise.rms_norm_cases,
     "rope.angles": rowwise.angles_cases,
     "rope.rotate": rowwise.rotate_cases,
+    "sampling.add_bias": sampling.bias_cases,
     "sampling.apply_bitmask": sampling.bitmask_cases,
     "sampling.argmax": sampling.argmax_cases,
     "sampling.draw": sampling.draw_cases,

@@ -15,6 +15,7 @@ from tokenspeed.kernels.verify.case import Call, Case, Compared, compare, equal,
 
 __all__ = [
     "argmax_cases",
+    "bias_cases",
     "bitmask_cases",
     "draw_cases",
     "logprobs_cases",
@@ -57,17 +58,26 @@ def logprobs_cases() -> Iterator[Case]:
 
 def penalise_cases() -> Iterator[Case]:
     """Each penalty alone, and all."""
-    for repetition, presence, frequency in (
-        (_REPETITION, 0.0, 0.0),
-        (1.0, _PRESENCE, 0.0),
-        (1.0, 0.0, _FREQUENCY),
-        (_REPETITION, _PRESENCE, _FREQUENCY),
-    ):
-        yield _case(
-            "penalise",
-            f"repetition {repetition:g}, presence {presence:g}, frequency {frequency:g}",
-            partial(_penalise, repetition, presence, frequency),
-        )
+    for size in _VOCABULARIES:
+        for repetition, presence, frequency in (
+            (_REPETITION, 0.0, 0.0),
+            (1.0, _PRESENCE, 0.0),
+            (1.0, 0.0, _FREQUENCY),
+            (_REPETITION, _PRESENCE, _FREQUENCY),
+        ):
+            yield _case(
+                "penalise",
+                f"{size} tokens, repetition {repetition:g}, presence {presence:g}, "
+                f"frequency {frequency:g}",
+                partial(_penalise, size, (repetition, presence, frequency)),
+            )
+
+
+def bias_cases() -> Iterator[Case]:
+    """Of no token, of some, of the first and the last."""
+    for size in _VOCABULARIES:
+        for count in (0, min(size, 33)):
+            yield _case("add_bias", f"{size} tokens, {count} biases", partial(_bias, size, count))
 
 
 def bitmask_cases() -> Iterator[Case]:
@@ -182,12 +192,29 @@ def _lp(size: int, count: int, kernel: Call, runtime: CpuRuntime) -> Iterator[Co
     yield compare("those of the likeliest", values_SK, exact_SK, torch.float32)
 
 
+def _some_tokens(size: int, count: int) -> torch.Tensor:
+    """Distinct tokens, the first and the last among them where there are so many."""
+    apart = np.linspace(0, size - 1, count).astype(np.int64)
+    return torch.from_numpy(np.unique(apart)[::-1].copy())
+
+
+def _bias(size: int, count: int, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    logits_V = noise(size, dtype=torch.float32) * 5
+    ids_N = _some_tokens(size, count)
+    values_N = noise(len(ids_N), dtype=torch.float32, seed=1) * 30
+    exact_V = logits_V.double()
+    exact_V[ids_N] += values_N.double()
+    kernel(logits_V, ids_N, values_N)
+    yield compare("logits", logits_V, exact_V, torch.float32)
+
+
 def _penalise(
-    repetition: float, presence: float, frequency: float, kernel: Call, runtime: CpuRuntime
+    size: int, penalties: tuple[float, float, float], kernel: Call, runtime: CpuRuntime
 ) -> Iterator[Compared]:
-    logits_V = noise(1000, dtype=torch.float32) * 5
-    seen_L = torch.tensor([999, 0, 3, 500, 501, 77])
-    counts_L = torch.tensor([0, 1, 2, 5, 0, 300], dtype=torch.int32)
+    repetition, presence, frequency = penalties
+    logits_V = noise(size, dtype=torch.float32) * 5
+    seen_L = _some_tokens(size, min(size, 37))
+    counts_L = (torch.arange(len(seen_L), dtype=torch.int32) * 7) % 31
     exact_V = logits_V.double()
     for token, count in zip(seen_L.tolist(), counts_L.tolist(), strict=True):
         logit = float(exact_V[token])

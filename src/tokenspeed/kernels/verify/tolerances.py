@@ -128,6 +128,9 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
     "embedding.lookup": _COPY,
     "embedding.take": _COPY,
     "sampling.argmax": _CHOICE,
+    "sampling.add_bias": Tolerance(
+        float32=1e-7, bfloat16=1e-7, float16=1e-7, reason="one addition in float32"
+    ),
     "sampling.apply_bitmask": _CHOICE,
     "sampling.penalise": Tolerance(
         float32=1e-6, bfloat16=1e-6, float16=1e-6, reason="float32 arithmetic"

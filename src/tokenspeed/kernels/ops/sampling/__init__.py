@@ -4,14 +4,15 @@ Of two tokens the likelier is the one with the greater logit, and on equal logit
 lower id. NaN counts as minus infinity, and plus infinity as the greatest finite logit. A row's
 result never depends on another row.
 
-Legend: S rows, V vocabulary, K likeliest tokens, L tokens seen, W 32-bit words of V bits.
+Legend: S rows, V vocabulary, K likeliest tokens, L tokens seen, N tokens with a bias, W 32-bit
+words of V bits.
 """
 
 import torch
 
 from tokenspeed.kernels.registry import declare_op
 
-__all__ = ["apply_bitmask", "argmax", "draw", "logprobs", "penalise"]
+__all__ = ["add_bias", "apply_bitmask", "argmax", "draw", "logprobs", "penalise"]
 
 
 @declare_op("sampling.argmax")
@@ -105,6 +106,18 @@ def penalise(
         presence=presence,
         frequency=frequency,
     )
+
+
+@declare_op("sampling.add_bias")
+def add_bias(logits_V: torch.Tensor, ids_N: torch.Tensor, values_N: torch.Tensor) -> None:
+    """Add to the logits of some tokens, in place.
+
+    Args:
+        logits_V: float32, one row.
+        ids_N: int64, distinct tokens.
+        values_N: float32, what is added to each.
+    """
+    add_bias.best(logits_V)(logits_V, ids_N, values_N)
 
 
 @declare_op("sampling.apply_bitmask")
