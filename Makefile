@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
 MODEL ?= smollm2-135m
 
-.PHONY: setup build serve demo test test-all check check-control fuzz format bench bench-peers clean
+.PHONY: setup build serve demo test test-all check check-control fuzz format bench bench-peers gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -66,3 +66,11 @@ bench-peers: setup
 
 clean:
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# On a GPU: builds with what is installed, tests and measures within nine minutes, and writes
+# build/gpu-check.json. Without a GPU it says so and fails.
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: PyTorch finds no GPU here")'
+	started=$$(date +%s) && \
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps . && \
+	$(PYTHON) -m benchmarks.gpu_check --started $$started

@@ -310,6 +310,18 @@ def test_the_error_of_a_case_is_that_of_its_worst_result() -> None:
     assert all(verify(kernel, case, runtime=runtime(None)).error == 1.0 for case in run.cases)
 
 
+@pytest.mark.parametrize("op", ["kvcache.append", "norm.add_rms_norm", "attention.paged_mha"])
+def test_a_kernel_elsewhere_works_on_copies_whose_results_come_back(op: str) -> None:
+    (reference, *_) = (k for k in registry.candidates(op) if k.solution == "reference")
+    own, wrong = only("kvcache.append", one_slot_too_far)
+    for kernel in (reference, wrong) if op == "kvcache.append" else (reference,):
+        runs = plan_runs(own if kernel is wrong else registry, platform=CPU, ops=(op,))
+        cases = next(run.cases for run in runs if run.kernel is kernel)[:8]
+        for case in cases:
+            outcome = verify(kernel, case, runtime=runtime(None), device=torch.device("cpu"))
+            assert (outcome.failure is None) == (kernel is reference), outcome
+
+
 def test_what_is_not_there_is_refused_with_the_choices() -> None:
     plan = partial(plan_runs, registry, platform=CPU)
     with pytest.raises(KernelError, match=r"no op 'norm\.none'; ops are .*norm\.rms_norm"):

@@ -10,6 +10,8 @@ from tokenspeed.cli.reporting import reported
 from tokenspeed.core.errors import ConfigError, KernelError
 
 if TYPE_CHECKING:
+    import torch
+
     from tokenspeed.kernels.cpu import CpuRuntime
     from tokenspeed.kernels.verify import Run
 
@@ -100,6 +102,7 @@ def verify_kernels(
             "[default: all]."
         ),
     ] = None,
+    device: Annotated[Device, typer.Option(help="Where kernels run.")] = Device.CPU,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads [default: all the process may use].")
     ] = None,
@@ -121,23 +124,30 @@ def verify_kernels(
         from tokenspeed.kernels.cpu import start_runtime  # noqa: PLC0415
         from tokenspeed.kernels.verify import plan_runs  # noqa: PLC0415
 
+        if device is Device.CUDA and not torch.cuda.is_available():
+            raise ConfigError("--device cuda needs a GPU, and PyTorch finds none here")
         kernels.load_plugins()
         runs = plan_runs(
             kernels.registry,
-            platform=kernels.Platform.of(torch.device("cpu")),
+            platform=kernels.Platform.of(torch.device(device.value)),
             ops=ops or (),
             solution=solution,
             dtype=None if dtype is None else getattr(torch, dtype),
         )
         runtime = start_runtime(threads=threads or usable_cpu_count())
         torch.set_num_threads(runtime.threads)
-        typer.echo(f"{runtime.isa}, threads: {runtime.threads}")
-        failed = _verify_and_tell(runs, runtime)
+        on_gpu = device is Device.CUDA
+        typer.echo(
+            torch.cuda.get_device_name() if on_gpu else f"{runtime.isa}, threads: {runtime.threads}"
+        )
+        failed = _verify_and_tell(runs, runtime, torch.device("cuda") if on_gpu else None)
         if failed:
             raise KernelError(f"{failed} of {sum(len(run.cases) for run in runs)} cases failed")
 
 
-def _verify_and_tell(runs: "Sequence[Run]", runtime: "CpuRuntime") -> int:
+def _verify_and_tell(
+    runs: "Sequence[Run]", runtime: "CpuRuntime", device: "torch.device | None"
+) -> int:
     """Print a line a run, and give the number of failed cases."""
     from tokenspeed.kernels.verify import verify, worst  # noqa: PLC0415
 
@@ -156,7 +166,7 @@ def _verify_and_tell(runs: "Sequence[Run]", runtime: "CpuRuntime") -> int:
         if run.unchecked is not None:
             typer.echo(f"{line}  not checked: {run.unchecked}")
             continue
-        outcomes = [verify(run.kernel, case, runtime=runtime) for case in run.cases]
+        outcomes = [verify(run.kernel, case, runtime=runtime, device=device) for case in run.cases]
         failures = [outcome for outcome in outcomes if outcome.failure is not None]
         failed += len(failures)
         farthest = worst(outcomes)

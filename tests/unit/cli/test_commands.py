@@ -175,7 +175,7 @@ FLAGS: dict[str, set[str]] = {
     "kernels compile": {"--target", "--log-level"},
     "kernels bench": {"--threads", "--format", "--log-level"},
     "kernels roofline": {"--threads", "--log-level"},
-    "kernels verify": {"--solution", "--dtype", "--threads", "--log-level"},
+    "kernels verify": {"--solution", "--dtype", "--device", "--threads", "--log-level"},
     "kernels explain": {"--device", "--dtype", "--format", "--trait", "--force", "--log-level"},
 }
 

@@ -15,6 +15,7 @@ from tokenspeed.kernels.registry import ANY, Kernel, Registry
 from tokenspeed.kernels.selection import objection
 from tokenspeed.kernels.verify import attention, gemm, latent, moe, rounded, rowwise, sampling
 from tokenspeed.kernels.verify.case import Case
+from tokenspeed.kernels.verify.elsewhere import on_device
 from tokenspeed.kernels.verify.tolerances import TOLERANCES
 
 __all__ = ["CASES", "Outcome", "Run", "plan_runs", "verify", "worst"]
@@ -125,17 +126,22 @@ def plan_runs(
     ]
 
 
-def verify(kernel: Kernel, case: Case, *, runtime: CpuRuntime) -> Outcome:
+def verify(
+    kernel: Kernel, case: Case, *, runtime: CpuRuntime, device: torch.device | None = None
+) -> Outcome:
     """Run a kernel in one case, and compare its results with the formula.
 
     Args:
         kernel: anybody's.
         case: one it handles.
         runtime: threads, memory and instruction set of native kernels.
+        device: where operands are copied to and results from; None for neither.
     """
     call = kernel.call
     if kernel.takes_runtime:
         call = functools.partial(call, runtime=runtime)
+    if device is not None:
+        call = on_device(call, device)
     tolerance = TOLERANCES[case.op].of(case)
     worst, faults = 0.0, []
     try:
