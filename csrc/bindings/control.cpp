@@ -11,7 +11,9 @@
 
 #include <memory>
 
+#include "draft_lengths.h"
 #include "scheduler.h"
+#include "suffix_automaton.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -135,6 +137,24 @@ NB_MODULE(_control, module) {
         *new nb::object(nb::module_::import_("tokenspeed.core.errors"));  // NOLINT
     nb::register_exception_translator(translate, errors.ptr());
 
+    nb::class_<control::SuffixAutomaton>(module, "SuffixAutomaton")
+        .def(nb::init<>())
+        .def("append", &control::SuffixAutomaton::append, "token"_a)
+        .def("longest",
+             [](const control::SuffixAutomaton& self) {
+                 return nb::make_tuple(self.longest().length, self.longest().end);
+             })
+        .def("after", [](const control::SuffixAutomaton& self,
+                         std::size_t index) { return self.after(self.longest(), index); })
+        .def("size_bytes", &control::SuffixAutomaton::size_bytes);
+    module.def(
+        "draft_lengths",
+        [](const std::vector<std::vector<float>>& chances, std::size_t rows, double step_us,
+           double token_us, std::optional<double> limit_us, std::size_t most) {
+            return control::draft_lengths(chances, rows, {step_us, token_us, limit_us}, most);
+        },
+        nb::kw_only(), "chances"_a, "rows"_a, "step_us"_a, "token_us"_a, "limit_us"_a.none(),
+        "most"_a);
     nb::class_<control::Scheduler>(module, "Scheduler")
         .def(
             "__init__",

@@ -36,9 +36,6 @@ class DraftSource {
     // Whether a request in flight is to be left out of this plan, so that it is at rest for a
     // draft.
     virtual bool wants_rest(const Request& request) = 0;
-    // A draft came back: so many of its first tokens were right.
-    virtual void verified(RequestId request, std::span<const std::int32_t> draft,
-                          TokenCount accepted) noexcept = 0;
     virtual void ended(RequestId request) noexcept = 0;
 };
 

@@ -158,7 +158,6 @@ void Scheduler::land_verifying(const Row& row, const Retired& done,
     accepted_tokens_ += verified.accepted().value;
     places_.find(flying.request->id().value)->second.accepted += verified.accepted();
     turns_.charge(line_of(row.slot), count - 1);
-    drafts_->verified(flying.request->id(), row.draft, verified.accepted());
     Decoding landed = land(std::move(flying), done, verified, store_, swaps_);
     tell_swaps(row.slot);
     if (const auto end = landed.request->end(context_max_)) {

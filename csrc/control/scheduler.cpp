@@ -6,6 +6,7 @@
 #include <array>
 #include <limits>
 
+#include "drafter.h"
 #include "room.h"
 
 namespace tokenspeed::control {
@@ -109,7 +110,9 @@ Scheduler::Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts)
       step_tokens_max_(config.step_tokens_max),
       slots_max_(config.slots_max),
       step_drafts_max_(config.step_drafts_max),
-      drafts_(allows_drafts(config) ? std::move(drafts) : nullptr),
+      drafts_(!allows_drafts(config) ? nullptr
+              : drafts               ? std::move(drafts)
+                                     : std::make_unique<Drafter>()),
       store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache,
              config.cache_policy),
       ledger_(static_cast<std::size_t>(config.overlap_depth)),

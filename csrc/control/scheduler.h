@@ -55,7 +55,7 @@ struct Config {
 
 class Scheduler {
   public:
-    // Throws ConfigError. `drafts` is asked for drafts if the configuration allows any.
+    // Throws ConfigError. Drafts come from `drafts`, or else from a `Drafter`.
     explicit Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts = nullptr);
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;

@@ -8,7 +8,7 @@ namespace tokenspeed::control {
 
 namespace {
 
-enum Term : std::size_t { kStep, kPrefillToken, kDecodeRow, kContextToken, kPair };
+enum Term : std::size_t { kStep, kPrefillToken, kDecodeRow, kDraftToken, kContextToken, kPair };
 
 // A kind of step remembers about a hundred of its kind.
 constexpr double kKeep = 0.99;
@@ -27,8 +27,12 @@ constexpr double kSpreadMax = 2.0;
 }  // namespace
 
 StepTimeModel::Terms StepTimeModel::terms(const StepWork& work) noexcept {
-    return {1.0, static_cast<double>(work.prefill_tokens), static_cast<double>(work.decode_rows),
-            static_cast<double>(work.context_tokens), work.prefill_pairs};
+    return {1.0,
+            static_cast<double>(work.prefill_tokens),
+            static_cast<double>(work.decode_rows),
+            static_cast<double>(work.draft_tokens),
+            static_cast<double>(work.context_tokens),
+            work.prefill_pairs};
 }
 
 void StepTimeModel::Moments::fade(double keep) noexcept {
@@ -72,16 +76,28 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     if (took_us <= 0) return;
     auto time = static_cast<double>(took_us);
     const double predicted = predict_us(work);
-    if (trusted() && predicted > 0) {
+    // The first drafts may cost anything: none of these times is a stray.
+    const bool known = work.draft_tokens == 0 || draft_steps_ >= kTrustedAfter;
+    if (trusted() && predicted > 0 && known) {
         if (work.decode_rows > 0) learn_spread(predicted, time);
         time = calm(predicted, time);
     }
-    Moments& kind = kinds_[work.prefill_tokens == 0 ? 0 : work.decode_rows == 0 ? 1 : 2];
+    Moments& kind = kinds_[work.draft_tokens > 0      ? 3
+                           : work.prefill_tokens == 0 ? 0
+                           : work.decode_rows == 0    ? 1
+                                                      : 2];
     kind.fade(kKeep);
     kind.add(terms(work), 1.0 / (time * time), time);
     ++observations_;
     rows_seen_ = std::max(rows_seen_, work.decode_rows);
+    drafts_seen_ = std::max(drafts_seen_, work.draft_tokens);
+    draft_steps_ += work.draft_tokens > 0 ? 1 : 0;
     solve();
+}
+
+double StepTimeModel::draft_token_us(bool prompts) const noexcept {
+    return prompts ? std::max(cost_us_[kDraftToken], cost_us_[kPrefillToken])
+                   : cost_us_[kDraftToken];
 }
 
 double StepTimeModel::calm(double predicted_us, double took_us) noexcept {
@@ -167,6 +183,7 @@ void StepTimeModel::solve() noexcept {
     };
     stand_in(kPrefillToken, kDecodeRow);
     stand_in(kContextToken, kPair);
+    if (!seen[kDraftToken]) cost_us_[kDraftToken] = cost_us_[kDecodeRow];
 }
 
 }  // namespace tokenspeed::control

@@ -1,7 +1,8 @@
 // What a step will take: microseconds as a linear function of what it runs, fitted as steps return.
 //
-// Time = constant + prefill tokens (matrix products) + decode rows + KV tokens that rows read
-//        + pairs of (prompt token, context token) that prefill attention visits.
+// Time = constant + prefill tokens (matrix products) + decode rows + drafted tokens beyond one a
+//        row + KV tokens that rows read + pairs of (prompt token, context token) that prefill
+//        attention visits.
 //
 // A row reads its context once, be it a decode row or a chunk: what small chunks of a long prompt
 // cost is mostly that, and not their pairs.
@@ -12,6 +13,7 @@
 // another of its kind returns, and each solution is drawn a little towards the one before it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -56,11 +58,17 @@ class StepTimeModel {
     double spread() const noexcept { return spread_; }
     // Whether enough steps were seen to build on.
     bool trusted() const noexcept { return observations_ >= kTrustedAfter; }
-    // Microseconds for: a step, a prompt token, a decode row, a token of a context, a pair.
-    static constexpr std::size_t kTerms = 5;
-    const std::array<double, kTerms>& coefficients() const noexcept { return cost_us_; }
+    // What one drafted token more adds to a step, in microseconds: that of a decode row before any
+    // was seen; beside a prompt no less than a prompt token, whose place it takes.
+    double draft_token_us(bool prompts) const noexcept;
+    // How many drafted tokens a step may have for its time to be foretold: twice as many as ever.
+    std::int64_t draft_tokens_within_reach() const noexcept {
+        return std::max(2 * drafts_seen_, kFirstDrafts);
+    }
 
   private:
+    // For: a step, a prompt token, a decode row, a drafted token, a token of a context, a pair.
+    static constexpr std::size_t kTerms = 6;
     using Terms = std::array<double, kTerms>;
     static Terms terms(const StepWork& work) noexcept;
     double calm(double predicted_us, double took_us) noexcept;
@@ -75,13 +83,16 @@ class StepTimeModel {
         void fade(double keep) noexcept;
         void add(const Terms& x, double weight, double time) noexcept;
     };
-    std::array<Moments, 3> kinds_;  // decode only, prefill only, mixed
+    std::array<Moments, 4> kinds_;  // decode only, prefill only, mixed, any with drafts
 
     Terms cost_us_{};
     double spread_ = 1.05;
     std::int32_t strays_ = 0;  // surprises in a row, too slow (positive) or too fast (negative)
     std::int64_t observations_ = 0;
-    std::int64_t rows_seen_ = 0;  // the most decode rows of any step
+    std::int64_t rows_seen_ = 0;    // the most decode rows of any step
+    std::int64_t drafts_seen_ = 0;  // the most drafted tokens of any step
+    std::int64_t draft_steps_ = 0;
+    static constexpr std::int64_t kFirstDrafts = 2;
     static constexpr std::int64_t kTrustedAfter = 8;
 };
 

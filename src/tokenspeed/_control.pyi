@@ -3,6 +3,23 @@
 import numpy as np
 import numpy.typing as npt
 
+class SuffixAutomaton:
+    def __init__(self) -> None: ...
+    def append(self, token: int) -> None: ...
+    def longest(self) -> tuple[int, int]: ...
+    def after(self, index: int) -> int: ...
+    def size_bytes(self) -> int: ...
+
+def draft_lengths(
+    *,
+    chances: list[list[float]],
+    rows: int,
+    step_us: float,
+    token_us: float,
+    limit_us: float | None,
+    most: int,
+) -> list[int]: ...
+
 class Scheduler:
     def __init__(
         self,

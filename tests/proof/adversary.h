@@ -46,8 +46,6 @@ class Adversary final : public control::DraftSource {
         }
     }
     bool wants_rest(const control::Request&) override { return rests_; }
-    void verified(control::RequestId, std::span<const std::int32_t>,
-                  control::TokenCount) noexcept override {}
     void ended(control::RequestId) noexcept override {}
 
   private:

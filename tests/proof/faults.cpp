@@ -56,7 +56,9 @@ class RandomFaults final : public Faults {
 void run(const Configuration& configuration, std::uint64_t seed) {
     std::mt19937_64 random(seed);
     RandomFaults faults(seed);
-    World world(configuration.config, {.scribble = true, .audit_every = 1, .faults = &faults});
+    World world(
+        configuration.config,
+        {.scribble = true, .audit_every = 1, .own_drafts = seed / 7 % 2 == 0, .faults = &faults});
     const auto count = static_cast<std::int64_t>(configuration.scripts.size());
     for (int event = 0; event < 60; ++event) {
         const auto request = std::uniform_int_distribution<std::int64_t>(0, count - 1)(random);

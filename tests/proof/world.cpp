@@ -44,9 +44,13 @@ World::World(const control::Config& config, Checks checks)
 World::World(const control::Config& config, Checks checks, std::unique_ptr<Adversary> adversary)
     : config_(config),
       checks_(checks),
-      adversary_(config.step_drafts_max > 0 ? adversary.get() : nullptr),
-      scheduler_(config, std::move(adversary)),
+      adversary_(config.step_drafts_max > 0 && !checks.own_drafts ? adversary.get() : nullptr),
+      scheduler_(config, checks.own_drafts ? nullptr : std::move(adversary)),
       device_(config, *this) {
+    // A machine that is known, where a guess costs next to nothing.
+    for (std::int64_t rows = 1; checks.own_drafts && rows <= 8; ++rows) {
+        scheduler_.observe({.decode_rows = rows}, 10'000 + rows);
+    }
     for (const control::GroupConfig& group : config.groups) {
         if (group.kind != control::GroupKind::kFull && group.kind != control::GroupKind::kLatent) {
             continue;

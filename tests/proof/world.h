@@ -50,6 +50,7 @@ class World final : private Histories {
         bool scribble;             // overwrite what is free after every event
         std::int64_t audit_every;  // events
         std::int64_t step_us = 0;  // by how much time goes on at each plan
+        bool own_drafts = false;   // the control plane guesses itself, and nobody else
         Faults* faults = nullptr;  // a call that fails must leave everything whole, and go again
     };
 

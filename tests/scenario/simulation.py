@@ -281,34 +281,58 @@ class Simulation:
         reads = [
             self._feed(g, part, rows) for g, part in zip(self.groups, plan.groups, strict=True)
         ]
-        samples = dict(zip(plan.sample_rows.tolist(), plan.sample_positions.tolist(), strict=True))
-        assert plan.sample_rows.tolist() == sorted(samples)
         tokens_S = []
+        positions = iter(
+            zip(plan.sample_rows.tolist(), plan.sample_positions.tolist(), strict=True)
+        )
+        wanted = next(positions, None)
         for index, row in enumerate(rows):
             for group in self.groups:
                 group.check(row)
-            if index not in samples:
-                assert index >= plan.decode_count
-                continue
-            end = row.start + len(row.tokens)
-            assert samples[index] == end - len(self.clients[row.request].prompt)
-            self.last[row.slot] = sample(row.history[:end], self.vocabulary)
-            tokens_S.append(int(self.last[row.slot]))
+            decodes = index < plan.decode_count
+            last = row.start + len(row.tokens)
+            for end in range(row.start + 1 if decodes else last, last + 1):
+                if not decodes and (wanted is None or wanted[0] != index):
+                    break
+                # What follows a wrong guess is nothing; it repeats the draft, so as to mislead.
+                sure = end <= last - row.doubtful
+                token = (
+                    sample(row.history[:end], self.vocabulary)
+                    if sure or end == last
+                    else int(row.tokens[end - row.start])
+                )
+                if sure:
+                    self.last[row.slot] = token
+                assert wanted == (index, end - len(self.clients[row.request].prompt))
+                tokens_S.append(token)
+                wanted = next(positions, None)
+        assert wanted is None
         for group, part in zip(self.groups, plan.groups, strict=True):
             group.end(part)
         return Flight(plan, np.array(tokens_S, dtype=np.int32), reads)
 
     def _rows(self, plan: StepPlan) -> list[Row]:
         assert len(set(plan.row_slots.tolist())) == len(plan.row_slots)
-        rows = []
+        rows, drafted = [], 0
         for index, (slot, start) in enumerate(
             zip(plan.row_slots.tolist(), plan.context_lens.tolist(), strict=True)
         ):
             tokens = plan.token_ids[plan.query_starts[index] : plan.query_starts[index + 1]]
-            if index < plan.decode_count:
-                assert len(tokens) == 1
-                tokens = self.last[[slot]].astype(np.int32)
             request = int(self.bound[slot])
+            history, doubtful = self._history(request), 0
+            if index < plan.decode_count:
+                assert self.last[slot] != NOTHING
+                assert tokens[0] == 0
+                tokens = np.concatenate([self.last[[slot]], tokens[1:]]).astype(np.int32)
+                shown = history[start : start + len(tokens)]
+                right = int(np.argmin(np.append(tokens[: len(shown)] == shown, False)))
+                doubtful = len(tokens) - max(right, 1)
+                drafted += len(tokens) - 1
+                for flight in self.flights:
+                    speculates = np.flatnonzero(flight.plan.row_slots == slot)
+                    starts = flight.plan.query_starts
+                    for at in speculates[speculates < flight.plan.decode_count]:
+                        assert starts[at + 1] - starts[at] == 1, "a row goes on from a draft"
             rows.append(
                 Row(
                     slot=slot,
@@ -316,9 +340,11 @@ class Simulation:
                     start=start,
                     tokens=tokens,
                     salt=self._salt(request),
-                    history=self._history(request),
+                    history=history,
+                    doubtful=doubtful,
                 )
             )
+        assert drafted <= self.config.step_drafts_max
         return rows
 
     def _feed(self, group: GroupStorage, part: GroupPlan, rows: list[Row]) -> dict[int, set[int]]:

@@ -29,6 +29,7 @@ class Row:
     tokens: Int32Array
     salt: int
     history: Int32Array  # what it should see, its own tokens included
+    doubtful: int = 0  # of the tokens, the last ones that are wrong guesses
 
 
 class GroupStorage:
@@ -106,7 +107,8 @@ class GroupStorage:
         seen = self.pages[pages, positions % self.size]
         assert (seen[:, 1] == positions).all(), f"request {row.request} sees wrong positions"
         assert (seen[:, 2] == row.salt).all(), f"request {row.request} sees another salt"
-        known = positions < len(row.history)
+        # A row sees its own wrong guesses, and nobody else ever does.
+        known = positions < min(len(row.history), row.start + len(row.tokens) - row.doubtful)
         assert (seen[known, 0] == row.history[positions[known]]).all(), (
             f"request {row.request} sees other tokens"
         )

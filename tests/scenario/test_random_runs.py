@@ -60,7 +60,7 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         cache_policy=CachePolicy.SESSION,
         tps_floor=rng.choice([None, 300.0, 900.0]),
         queue_timeout_us=rng.choice([None, None, 20_000]),
-        step_drafts_max=0,
+        step_drafts_max=rng.choice([0, 3, 16]),
         **dict(zip(FIELDS, sizes, strict=True)),
     )
     simulation = Simulation(config, vocabulary=rng.choice([3, 12, 60]))

@@ -1,0 +1,26 @@
+// How long each row's draft is, so that a step gives the most tokens a second.
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <vector>
+
+namespace tokenspeed::control {
+
+struct DraftCosts {
+    double step_us;                  // of the decode rows alone
+    double token_us;                 // of each drafted token
+    std::optional<double> limit_us;  // that the step may take
+};
+
+// For each row, how much of its draft is worth its time. `chances` [rows][tokens]: that a token and
+// all before it are right, falling; each row is a decode row and gives one token for certain. A
+// step gives E = rows + the chances of what is drafted and takes T = step + drafted * price: E / T
+// grows by a token just if its chance over its price is more than E / T, so that tokens are taken
+// in order of falling chance up to the first that is not worth it. No more than `most` in all. O(n
+// log rows).
+std::vector<std::size_t> draft_lengths(std::span<const std::vector<float>> chances,
+                                       std::size_t rows, const DraftCosts& costs, std::size_t most);
+
+}  // namespace tokenspeed::control

@@ -1,0 +1,95 @@
+// Drafts out of what was read and written before: the longest suffix of a request that was there
+// earlier says what comes next.
+//
+// After SuffixDecoding (Oliaro et al., 2024) and prompt lookup (Saxena, 2023): agents quote files,
+// write code again with edits and copy what tools print. Each request has an automaton of its
+// prompt and output, which takes up so many tokens a plan over all requests that none pays for a
+// long prompt at once; a draft is made once it has caught up. When the request ends the automaton
+// is kept, and serves the next turn: a prompt of the same tenant and salt that begins with what it
+// holds, or with half of it, goes on from there. What it holds of another ending does no harm. Of
+// all that is kept the least recently used goes first when memory runs out.
+//
+// How likely a token is follows from how long a match it continues. That is learned from every
+// token that is sampled, drafted or not: for each, the match before it said what would come, and
+// was right or wrong. So text without repetition is known as such without a draft. A request that
+// has shown little is taken to be like the others.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <list>
+#include <unordered_map>
+#include <vector>
+
+#include "draft_source.h"
+#include "suffix_automaton.h"
+
+namespace tokenspeed::control {
+
+// How often matches of a length said what came next.
+class MatchRecord {
+  public:
+    static constexpr std::size_t kLengths = 12;
+    static std::size_t length_class(std::int32_t length) noexcept;
+
+    void note(std::int32_t length, bool right, double keep) noexcept;
+    // Mixed with `prior`, which counts as much as `weight` tokens.
+    double chance(std::int32_t length, double prior, double weight) const noexcept;
+
+  private:
+    std::array<double, kLengths> tries_{};
+    std::array<double, kLengths> hits_{};
+};
+
+class Drafter final : public DraftSource {
+  public:
+    // Tokens that automata take up in one plan.
+    static constexpr std::size_t kTokensPerPlan = 1024;
+    static constexpr std::size_t kMemoryMaxBytes = std::size_t{256} << 20;
+    static constexpr std::size_t kLongest = 48;  // tokens of a draft
+
+    explicit Drafter(std::size_t memory_max_bytes = kMemoryMaxBytes)
+        : memory_max_bytes_(memory_max_bytes) {}
+
+    void follow(std::span<const Request* const> running) override;
+    void draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) override;
+    bool wants_rest(const Request& request) override;
+    void ended(RequestId request) noexcept override;
+
+    std::size_t size_bytes() const noexcept { return size_bytes_; }
+
+  private:
+    struct Memory {
+        TenantId tenant;
+        std::uint64_t salt;
+        SuffixAutomaton automaton;
+        std::size_t size_bytes = 0;  // as counted last
+    };
+    // A request that runs.
+    struct Reader {
+        std::list<Memory> memory;  // one, none once it failed to grow
+        std::size_t read = 0;      // of the request's tokens
+        MatchRecord record;
+        bool rested = false;           // it was left out of a plan for a draft
+        TokenCount rests_again_at{0};  // not before it knows so many tokens
+    };
+
+    Reader& reader_of(const Request& request);
+    bool inherit(Reader& reader, const Request& request);
+    std::size_t read(Reader& reader, const Request& request, std::size_t most);
+    void count(Memory& memory) noexcept;
+    void make_room();
+    double chance(const Reader& reader, std::int32_t length) const noexcept;
+    std::vector<float> chances(const Request& request, std::size_t most) const;
+    const Reader* ready(const Request& request) const noexcept;
+
+    std::size_t memory_max_bytes_;
+    std::size_t size_bytes_ = 0;  // of all automata
+    std::unordered_map<std::int64_t, Reader> readers_;
+    std::list<Memory> kept_;     // of requests that ended, used last first
+    MatchRecord record_;         // of all
+    std::int64_t dear_for_ = 0;  // steps in a row in which a likely draft was not worth its time
+    std::int64_t patience_ = 256;
+};
+
+}  // namespace tokenspeed::control

@@ -1,0 +1,310 @@
+"""Drafts: where they come from, how long they are, what they bring and what they cost."""
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.scenario.simulation import i32
+from tests.unit.control.clocked import Machine
+from tests.unit.control.worlds import world
+from tokenspeed._control import draft_lengths
+from tokenspeed.core.config import CacheGroup, CacheGroupKind
+from tokenspeed.core.step import FinishReason, StepOutcome, StepPlan, StepWork
+
+
+class Writer(Machine):
+    """A machine whose requests write what they are told to, drafts or not.
+
+    Attributes:
+        draft_us: what each drafted token adds to a step.
+        outcomes: all of them.
+    """
+
+    def __init__(self, *, draft_us: float = 5.0, **changes: Any) -> None:
+        self.draft_us = draft_us
+        self.outcomes: list[StepOutcome] = []
+        self.texts: dict[int, list[int]] = {}  # prompt and output, by request
+        self.written: dict[int, list[int]] = {}
+        self._bound: dict[int, int] = {}
+        super().__init__(**{"step_drafts_max": 64, "slots_max": 8, **changes})
+
+    def time_us(self, work: StepWork) -> int:
+        return super().time_us(work) + int(self.draft_us * work.draft_tokens)
+
+    def write(self, request: int, prompt: list[int], output: list[int], **wishes: Any) -> None:
+        """Submits a request that gets an output."""
+        self.texts[request] = prompt + output
+        self.written[request] = []
+        self.scheduler.submit(
+            request,
+            i32(*prompt),
+            max_new_tokens=len(output),
+            stop_token_ids=i32(),
+            **wishes,
+        )
+
+    def step(self) -> StepPlan | None:
+        plan = self.scheduler.plan(self.now_us)
+        if plan is not None:
+            self._bound.update(
+                zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
+            )
+            self.now_us += self.time_us(StepWork.of(plan))
+            self.scheduler.commit(plan.step, i32(*self._samples(plan)), self.now_us)
+        outcome = self.scheduler.take_outcome()
+        self.outcomes.append(outcome)
+        for request, token in zip(outcome.requests.tolist(), outcome.tokens.tolist(), strict=True):
+            if request in self.written:
+                self.written[request].append(token)
+        for request, reason in zip(
+            outcome.finished.tolist(), outcome.reasons.tolist(), strict=True
+        ):
+            self.finished[request] = FinishReason(reason)
+            if request in self.texts:
+                prompt = len(self.texts[request]) - len(self.written[request])
+                assert self.written[request] == self.texts[request][prompt:]
+        return plan
+
+    def _samples(self, plan: StepPlan) -> list[int]:
+        samples = []
+        for row in np.unique(plan.sample_rows).tolist():
+            text = self.texts.get(self._bound[int(plan.row_slots[row])])
+            begin, end = plan.query_starts[row : row + 2].tolist()
+            start = int(plan.context_lens[row])
+            draft = plan.token_ids[begin + 1 : end].tolist() if row < plan.decode_count else []
+            first = start + 1 if row < plan.decode_count else start + end - begin
+            for at in range(first, first + len(draft) + 1):
+                samples.append(7 if text is None else text[at] if at < len(text) else 0)
+        return samples
+
+    def drafted(self) -> tuple[int, int]:
+        """Tokens drafted and accepted so far."""
+        stats = self.scheduler.stats()
+        return stats.drafted_tokens, stats.accepted_tokens
+
+
+def random_text(seed: int, count: int, kinds: int = 1000) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(kinds) for _ in range(count)]
+
+
+def warm_writer(**changes: Any) -> Writer:
+    writer = Writer(**changes)
+    writer.warm()
+    return writer
+
+
+# --- what they bring ---
+
+
+def test_text_that_is_quoted_comes_in_long_drafts() -> None:
+    writer = warm_writer()
+    quoted = random_text(1, 400)
+    before, began = writer.drafted(), writer.scheduler.stats().steps
+    writer.write(0, quoted + random_text(2, 50), quoted[:300])
+    writer.run_until(0)
+    drafted, accepted = (now - then for now, then in zip(writer.drafted(), before, strict=True))
+    steps = writer.scheduler.stats().steps - began
+    print(f"{accepted} of {drafted} drafted tokens accepted, {steps} steps for 300 tokens")
+    assert accepted > 250
+    assert drafted < 1.2 * accepted
+    assert steps < 60
+
+
+def slowdown(prompt: list[int], output: list[int], draft_us: float) -> float:
+    """How much longer an answer takes with drafts than without, as a ratio."""
+    times = []
+    for most in (64, 0):
+        writer = warm_writer(step_drafts_max=most, draft_us=draft_us)
+        writer.write(0, prompt, output)
+        began_us = writer.now_us
+        writer.run_until(0)
+        times.append(writer.now_us - began_us)
+        drafted = writer.drafted()[0]
+        print(f"{drafted} tokens drafted for {len(output)}, each {draft_us} us")
+    return times[0] / times[1]
+
+
+@pytest.mark.parametrize("draft_us", [5.0, 100.0, 500.0, 3000.0])
+def test_text_without_repetition_loses_less_than_a_hundredth(draft_us: float) -> None:
+    assert slowdown(random_text(3, 500), random_text(4, 1500), draft_us) < 1.01
+
+
+@pytest.mark.parametrize("draft_us", [5.0, 100.0, 500.0, 3000.0])
+def test_text_that_misleads_loses_less_than_a_fiftieth(draft_us: float) -> None:
+    """Every token was there before, and something else comes after it every time."""
+    prompt, output = random_text(5, 3000, kinds=40), random_text(6, 1500, kinds=40)
+    assert slowdown(prompt, output, draft_us) < 1.02
+
+
+def test_where_a_drafted_token_is_as_dear_as_a_step_few_are_tried() -> None:
+    writer = warm_writer(draft_us=4000.0)
+    quoted = random_text(7, 400)
+    for request in range(4):
+        writer.write(request, quoted + random_text(8 + request, 50), quoted[:300])
+        writer.run_until(request)
+    before = writer.drafted()[0]
+    writer.write(9, quoted + random_text(20, 50), quoted[:300])
+    writer.run_until(9)
+    drafted = writer.drafted()[0] - before
+    print(f"{drafted} tokens drafted for 300")
+    assert drafted <= 6
+
+
+def test_a_price_learned_wrong_is_learned_again() -> None:
+    writer = warm_writer(draft_us=30_000.0)
+    quoted = random_text(9, 400)
+    writer.write(0, quoted, quoted[:300])
+    writer.run_until(0)
+    writer.draft_us = 5.0
+    for request in range(1, 8):
+        writer.write(request, random_text(request, 50) + quoted, quoted[:390])
+        writer.run_until(request)
+    before = writer.drafted()[1]
+    writer.write(9, quoted, quoted[:300])
+    writer.run_until(9)
+    assert writer.drafted()[1] - before > 200
+
+
+def test_drafts_keep_the_floor() -> None:
+    writer = warm_writer(tps_floor=250.0, draft_us=400.0)
+    quoted = random_text(10, 400)
+    for request in range(6):
+        writer.write(request, quoted + random_text(30 + request, 30), quoted[:300])
+        writer.run_until(request)
+    longest = 0
+    writer.write(9, quoted + random_text(40, 30), quoted[:300])
+    while 9 not in writer.finished:
+        plan = writer.step()
+        assert plan is not None
+        if plan.decode_count:
+            longest = max(longest, writer.time_us(StepWork.of(plan)))
+    print(f"the longest step took {longest} us")
+    assert longest < 1.1e6 / 250
+
+
+# --- whose text ---
+
+
+def turns(writer: Writer, first: dict[str, int], second: dict[str, int]) -> int:
+    """Accepted tokens of a request whose answer was another's, and is not in its prompt."""
+    prompt, answer = random_text(11, 300), random_text(12, 200)
+    writer.write(0, prompt, answer, **first)
+    writer.run_until(0)
+    before = writer.drafted()[1]
+    writer.write(1, prompt, answer, **second)
+    writer.run_until(1)
+    return writer.drafted()[1] - before
+
+
+def test_the_next_turn_goes_on_from_what_was_written() -> None:
+    assert turns(warm_writer(), {"tenant": 3, "salt": 4}, {"tenant": 3, "salt": 4}) > 150
+
+
+@pytest.mark.parametrize("other", [{"tenant": 3, "salt": 5}, {"tenant": 2, "salt": 4}])
+def test_nobody_is_shown_what_another_wrote(other: dict[str, int]) -> None:
+    assert turns(warm_writer(), {"tenant": 3, "salt": 4}, other) == 0
+
+
+def test_a_long_prompt_is_read_over_many_plans() -> None:
+    writer = warm_writer(step_tokens_max=8192)
+    quoted = random_text(13, 30_000, kinds=50_000)
+    before = writer.drafted()[0]
+    writer.write(0, quoted, quoted[:60])
+    for _ in range(10):
+        writer.step()
+    assert writer.drafted()[0] == before, "a draft was made before the prompt was read"
+    writer.write(1, quoted[:5000], quoted[:1000])
+    writer.run_until(1)
+    assert writer.drafted()[1] > 700
+
+
+# --- how long they are ---
+
+
+def best_by_trial(
+    chances: list[list[float]], rows: int, step_us: float, token_us: float, most: int
+) -> float:
+    """The most tokens a microsecond that any lengths give."""
+    best = 0.0
+    for lengths in itertools.product(*(range(len(row) + 1) for row in chances)):
+        if sum(lengths) <= most:
+            tokens = rows + sum(
+                sum(row[:length]) for row, length in zip(chances, lengths, strict=True)
+            )
+            best = max(best, tokens / (step_us + token_us * sum(lengths)))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_lengths_are_those_that_give_the_most_tokens_a_second(seed: int) -> None:
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    rows = rng.randrange(1, 5)
+    chances = []
+    for _ in range(rows):
+        chance, row = 1.0, []
+        for _ in range(rng.randrange(6)):
+            chance *= rng.uniform(0.2, 1.0)
+            row.append(chance)
+        chances.append(row)
+    step_us, token_us = rng.uniform(100, 1000), rng.uniform(1, 400)
+    most = rng.randrange(12)
+    lengths = draft_lengths(
+        chances=chances, rows=rows, step_us=step_us, token_us=token_us, limit_us=None, most=most
+    )
+    assert sum(lengths) <= most
+    tokens = rows + sum(sum(row[:n]) for row, n in zip(chances, lengths, strict=True))
+    found = tokens / (step_us + token_us * sum(lengths))
+    assert found == pytest.approx(best_by_trial(chances, rows, step_us, token_us, most), rel=1e-5)
+
+
+def test_a_limit_on_the_step_is_kept() -> None:
+    lengths = draft_lengths(
+        chances=[[0.9, 0.8, 0.7]], rows=1, step_us=100.0, token_us=10.0, limit_us=125.0, most=9
+    )
+    assert lengths == [2]
+
+
+# --- rows ---
+
+
+def test_what_was_drafted_and_accepted_is_reported_with_the_end() -> None:
+    writer = warm_writer()
+    quoted = random_text(14, 300)
+    writer.write(0, quoted, quoted[:200])
+    before = writer.drafted()
+    writer.run_until(0)
+    (outcome,) = [outcome for outcome in writer.outcomes if 0 in outcome.finished.tolist()]
+    found = outcome.draft_reports[outcome.finished.tolist().index(0)].tolist()
+    assert found == [now - then for now, then in zip(writer.drafted(), before, strict=True)]
+    assert found[1] > 150
+
+
+def test_models_with_a_recurrence_get_no_drafts() -> None:
+    groups = (
+        CacheGroup(pages=2000),
+        CacheGroup(kind=CacheGroupKind.RECURRENT, pages=40, checkpoint_pages=8),
+    )
+    writer = warm_writer(groups=groups, context_max=20_000)
+    quoted = random_text(15, 300)
+    writer.write(0, quoted, quoted[:200])
+    writer.run_until(0)
+    assert writer.drafted() == (0, 0)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_small_vocabulary_is_drafted_and_nobody_gets_another_token(depth: int) -> None:
+    """The device of the simulation watches every slot that a wrong guess was written to."""
+    simulation = world(overlap_depth=depth, step_drafts_max=12, step_tokens_max=40, pages=200)
+    simulation.vocabulary = 2
+    for request in range(6):
+        simulation.submit(request, [request % 2, 1, 0, 1] * 4, max_new_tokens=60)
+    simulation.drain()
+    stats = simulation.scheduler.stats()
+    print(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted")
+    assert depth or stats.drafted_tokens > 50
+    assert depth or stats.accepted_tokens > 10
