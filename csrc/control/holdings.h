@@ -40,6 +40,27 @@ void seal_into(std::vector<PageRef<G>>& sealed, std::size_t index, SealedPage<G>
     duplicate.emplace(std::move(*shelved.duplicate));
 }
 
+// Pages that so many tokens may touch.
+inline std::size_t touched(TokenCount chunk, TokenCount page_size) {
+    return static_cast<std::size_t>(pages_for(chunk, page_size).value) + 1;
+}
+
+// Pages that lie behind the window of the next token return.
+template <class G>
+void release_behind(std::int32_t& first, std::vector<PageRef<G>>& sealed, TokenCount written,
+                    Store& store) noexcept {
+    if constexpr (G::kKind == GroupKind::kWindow) {
+        const std::size_t begin = store.index.window_begin(written);
+        std::size_t behind = 0;
+        for (; behind < sealed.size() && static_cast<std::size_t>(first) + behind < begin;
+             ++behind) {
+            store.index.release_behind(std::move(sealed[behind]));
+        }
+        sealed.erase(sealed.begin(), sealed.begin() + static_cast<std::ptrdiff_t>(behind));
+        first += static_cast<std::int32_t>(behind);
+    }
+}
+
 inline void extend_trail(Trail& trail, const Request& request, TokenCount written,
                          Store& store) noexcept {
     const auto full = static_cast<std::size_t>(written.value) / size_of(request.page_size());

@@ -41,7 +41,7 @@ WATCHED = (
             *sorted(
                 f"/{file.name}"
                 for file in CONTROL.iterdir()
-                if file.stem not in {"transitions", "travel", "admission", "events"}
+                if file.stem not in {"transitions", "travel", "verifying", "admission", "events"}
             ),
         ]
     ),
