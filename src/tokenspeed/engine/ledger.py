@@ -137,10 +137,12 @@ class Ledger:
         plan, rows = step.plan, step.rows
         if len(rows):
             marks = self._mark_us[rows]
-            phases = np.full(len(rows), PREFILL)
-            phases[: plan.decode_count] = DECODE
+            phases: int | Int64Array = DECODE
+            if plan.decode_count < len(rows):
+                phases = np.full(len(rows), PREFILL)
+                phases[: plan.decode_count] = DECODE
             apart = self._step[rows] != plan.step - 1
-            if apart.any():
+            if np.count_nonzero(apart):
                 # Time outside of steps ended where this one began.
                 late = rows[apart]
                 begun = np.maximum(marks[apart], step.began_us)
@@ -190,10 +192,11 @@ class Ledger:
     def _book_samples(
         self, plan: StepPlan, rows: Int64Array, now_us: int, tokens: Int32Array
     ) -> None:
-        drafted = np.diff(plan.query_starts[: plan.decode_count + 1]) - 1
-        if not drafted.any():
+        if plan.query_starts[plan.decode_count] == plan.decode_count:
+            # No row has drafts.
             self._book_tokens(rows[plan.sample_rows], now_us)
             return
+        drafted = np.diff(plan.query_starts[: plan.decode_count + 1]) - 1
         counting = plan.sample_rows[Samples.of(plan).counting(tokens)]
         counts = np.bincount(counting, minlength=len(rows))
         decoding = rows[: plan.decode_count]
@@ -207,19 +210,19 @@ class Ledger:
         counts = self._tokens[rows]
         begun = counts > 0
         again, of_again = rows, given
-        if not begun.all():
+        if np.count_nonzero(begun) < len(rows):
             self._first_us[rows[~begun]] = now_us
             again, counts = rows[begun], counts[begun]
             of_again = None if given is None else given[begun]
         if len(again):
             intervals = now_us - self._last_us[again]
-            buckets = np.searchsorted(_BOUNDS, intervals)
+            buckets = _BOUNDS.searchsorted(intervals)
             self.intervals += np.bincount(buckets, minlength=len(self.intervals))
             self.intervals_us += int(intervals.sum())
-            of_each = intervals.astype(np.float64)
+            of_each: npt.NDArray[np.int64 | np.float64] = intervals
             if of_again is not None:
                 self.intervals[0] += int(of_again.sum()) - len(again)
-                of_each /= of_again
+                of_each = intervals / of_again
             paces = self._pace_us[again]
             self._pace_us[again] = np.where(
                 counts > 1, paces + _PACE_WEIGHT * (of_each - paces), of_each
