@@ -36,7 +36,7 @@ from tests.support.fake_runner import FakeRunner, next_token  # noqa: E402
 from tokenspeed import SamplingParams, __version__  # noqa: E402
 from tokenspeed.control import Scheduler  # noqa: E402
 from tokenspeed.core.config import CacheGroup, SchedulerConfig  # noqa: E402
-from tokenspeed.core.step import Int32Array, StepPlan  # noqa: E402
+from tokenspeed.core.step import StepPlan  # noqa: E402
 from tokenspeed.engine.core import EngineCore  # noqa: E402
 from tokenspeed.engine.ledger import Launched, Ledger  # noqa: E402
 from tokenspeed.engine.wire import Submit, encode  # noqa: E402
