@@ -347,7 +347,8 @@ class Runner:
 
     def _waits(self, plan: StepPlan, slots_S: Int32Array) -> bool:
         """Whether some sample of a step waits for another."""
-        if not self._config.step_drafts_max:
+        if plan.query_starts[plan.decode_count] == plan.decode_count:
+            # No row has a draft.
             return False
         return bool(self._waiting(Samples.of(plan), slots_S).any())
 

@@ -1,0 +1,127 @@
+"""Whether drafts change anything: the same prompts with drafts and without, in every way.
+
+    python benchmarks/draft_equality.py [--model smollm2-135m] [--prompts 200]
+
+Greedy and sampled text, JSON schemas, tools, stop strings, penalties, log-probabilities; many
+requests together, again with a warm cache, in chunks of a few tokens, with pages for so few that
+requests are retracted. Tokens, texts, log-probabilities and ends are compared; ends with 1 where
+one differs.
+
+    python benchmarks/draft_equality.py --chi-square [--draws 5000]
+
+Draws of four tokens each after 20 prompts of a tiny model, with drafts and without, each by seeds
+of its own; the counts of the texts are held against chance: chi-square over all prompts, p > 0.01.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.draft_equality import compare  # noqa: E402
+
+from tokenspeed.core.environment import let_threads_sleep  # noqa: E402
+
+PROMPTS = 20
+TOKENS = 4
+
+
+def equality(options: argparse.Namespace, console: Console) -> bool:
+    """Compare, print and tell whether all is equal."""
+    table = Table("way", "case", "requests", "different", "accepted", "drafted", "retractions")
+    fine = True
+    found = compare(options.model, count=options.prompts, threads=options.threads)
+    for way, case, outcome in found:
+        fine = fine and not outcome.different
+        table.add_row(
+            way,
+            case,
+            *map(str, (outcome.requests, len(outcome.different), outcome.accepted)),
+            *map(str, (outcome.drafted, outcome.retractions)),
+        )
+        console.print(f"{way}, {case}: {len(outcome.different)} of {outcome.requests} differ")
+    console.print(table)
+    return fine
+
+
+def chi_square(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> tuple[float, int]:
+    """The statistic of two such counts, and its degrees of freedom. Rare texts share a cell."""
+    cells = []
+    rare = np.zeros(2)
+    for text in one | other:
+        pair = np.array([one[text], other[text]], dtype=np.float64)
+        if pair.sum() < 20:
+            rare += pair
+        else:
+            cells.append(pair)
+    counts = np.array([*cells, *([rare] if rare.sum() else [])])
+    expected = counts.sum(1, keepdims=True) * counts.sum(0) / counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+
+
+def chance(statistic: float, freedom: int) -> float:
+    """That of so great a chi-square or a greater one: the tail of the normal distribution which
+    its cube root nearly has (Wilson and Hilferty 1931)."""
+    spread = 2 / (9 * freedom)
+    normal = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    return 0.5 * math.erfc(normal / math.sqrt(2))
+
+
+def distribution(options: argparse.Namespace, console: Console) -> bool:
+    """Draw, print and tell whether the counts are likely to come from one distribution."""
+    # Only now, because it imports torch.
+    from tests.support.tiny_engine import TinyEngine  # noqa: PLC0415
+
+    statistics, freedoms = 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        engines = [TinyEngine(Path(folder), drafts=drafts) for drafts in (False, True)]
+        for prompt in range(PROMPTS):
+            counts = [
+                engine.draw(
+                    prompt, count=options.draws, tokens=TOKENS, first_seed=index * 1_000_000
+                )
+                for index, engine in enumerate(engines)
+            ]
+            statistic, freedom = chi_square(counts[0], counts[1])
+            statistics, freedoms = statistics + statistic, freedoms + freedom
+            console.print(
+                f"prompt {prompt}: {freedom + 1} cells, p = {chance(statistic, freedom):.3f}"
+            )
+        stats = engines[1].control.stats()
+        for engine in engines:
+            engine.close()
+    console.print(
+        f"all: chi-square {statistics:.1f} with {freedoms} degrees of freedom, "
+        f"p = {chance(statistics, freedoms):.3f}; {stats.accepted_tokens} of "
+        f"{stats.drafted_tokens} drafted tokens accepted"
+    )
+    return chance(statistics, freedoms) > 0.01 and stats.accepted_tokens > 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--chi-square", action="store_true")
+    parser.add_argument("--draws", type=int, default=5000)
+    options = parser.parse_args()
+    let_threads_sleep()
+    console = Console(width=120)
+    fine = distribution(options, console) if options.chi_square else equality(options, console)
+    sys.exit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    main()
