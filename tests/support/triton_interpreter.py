@@ -1,8 +1,9 @@
 """Triton's interpreter, made to compute as GPUs do where version 3.6 does not.
 
-It runs device code on CPU tensors with numpy. Three things of it are put right here: numpy from
+It runs device code on CPU tensors with numpy. Four things of it are put right here: numpy from
 2.4 on turns no array of one element into a loop's bound; conversions to bfloat16 and to FP8 are cut
-off where GPUs round to the nearest; products of bfloat16 are taken of the bits.
+off where GPUs round to the nearest; products of bfloat16 are taken of the bits; and a row's sums
+depend on its place in a tile.
 """
 
 import importlib.util
@@ -52,8 +53,10 @@ def repair_interpreter() -> None:
             to_torch(x.data, x.dtype).float().numpy() if x.dtype.is_floating() else x.data
             for x in (a, b)
         )
-        product = np.matmul(a_data, b_data, dtype=d.data.dtype) + d.data
-        return interpreter.TensorHandle(product, d.dtype.scalar)
+        # Row by row: in one product numpy's sums depend on where in the tile a row lies, which a
+        # matrix unit's do not.
+        rows = np.matmul(a_data[:, None, :], b_data, dtype=d.data.dtype)[:, 0]
+        return interpreter.TensorHandle(rows + d.data, d.dtype.scalar)
 
     patch = interpreter._patch_lang_tensor
 

@@ -178,6 +178,12 @@ def _engine_flags(
         int | None,
         typer.Option(min=1, help="CPU threads of each rank [default: all there are, shared out]."),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="On a GPU, the same bits whatever shares the batch; slower."
+        ),
+    ] = False,
     kernel: Annotated[
         list[str] | None,
         typer.Option(
@@ -212,6 +218,7 @@ def _engine_flags(
         ),
         "ray_address": ray_address,
         "threads": threads,
+        "deterministic": deterministic,
         "kernels": parse_kernels(kernel or []),
         "seed": seed,
     }

@@ -199,6 +199,8 @@ class EngineConfig:
         ray_address: HOST:PORT of the Ray cluster; None for the one this host belongs to.
         threads: CPU threads of the forward, on each rank; None for all the process may use,
             shared out among the ranks of its host.
+        deterministic: on a GPU, whether a request's greedy tokens are to be the same whatever
+            shares its batch; on CPUs native kernels see to that anyway.
         kernels: forced kernel solutions, op name to solution name.
         seed: base of the seeds of requests that bring none; None for a fresh one.
         tps_floor: tokens a second that each admitted user is to get, or 90% of what one user alone
@@ -229,6 +231,7 @@ class EngineConfig:
     distributed_executor_backend: str | None = None
     ray_address: str | None = None
     threads: int | None = None
+    deterministic: bool = False
     kernels: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     tps_floor: float | None = None

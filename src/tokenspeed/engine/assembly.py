@@ -90,6 +90,7 @@ def open_model(
         ),
         activation_formats=(QUANTISED_ROWS,),
         runtime=runtime,
+        deterministic=config.deterministic,
     )
     return OpenedModel(
         files=files,

@@ -121,6 +121,7 @@ class Kernel:
         priority: its band.
         takes_runtime: whether it wants a `CpuRuntime` under the keyword `runtime`.
         reads: formats that its activations may have beside tensors, best first.
+        batch_dependent: whether a row's last bits depend on what shares its batch.
     """
 
     op: str
@@ -133,6 +134,7 @@ class Kernel:
     priority: Priority
     takes_runtime: bool = False
     reads: tuple[str, ...] = ()
+    batch_dependent: bool = False
 
 
 @dataclass(slots=True)
@@ -188,6 +190,7 @@ class Registry:
         traits: Mapping[str, Admitted] | None = None,
         priority: Priority,
         reads: Sequence[str] = (),
+        batch_dependent: bool = False,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register a function as a kernel. It stays an ordinary function.
 
@@ -237,6 +240,7 @@ class Registry:
                     priority=priority,
                     takes_runtime=takes_runtime,
                     reads=tuple(reads),
+                    batch_dependent=batch_dependent,
                 )
             )
             return call

@@ -1,4 +1,4 @@
-"""Choosing a kernel: capability, format, traits, override, priority, in this order."""
+"""Choosing a kernel: capability, format, traits, determinism, override, priority, in this order."""
 
 import copy
 import functools
@@ -32,7 +32,8 @@ class Verdict:
 
     Attributes:
         kernel: the candidate.
-        lost_at: "capability", "format", "traits", "override" or "priority"; None for the winner.
+        lost_at: "capability", "format", "traits", "determinism", "override" or "priority"; None for
+            the winner.
         reason: a sentence.
     """
 
@@ -80,6 +81,7 @@ class KernelSelector:
             and is started when a kernel first needs it.
         registry: where kernels are looked up; the package's own unless a test brings another.
         platform: what the device offers; found out unless a test brings another.
+        deterministic: whether kernels whose rows depend on the batch are out of the question.
 
     Raises:
         KernelError: an override names no op.
@@ -97,7 +99,9 @@ class KernelSelector:
         runtime: CpuRuntime | None = None,
         registry: Registry | None = None,
         platform: Platform | None = None,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self.device = device
         self.dtype = dtype
         self._registry = registry or default_registry
@@ -215,6 +219,7 @@ class KernelSelector:
             kernel.requires.unmet_by(self._platform) is None
             and (kernel.formats is ANY or format_name in kernel.formats)
             and kernel.solution == self._overrides.get(op, kernel.solution)
+            and not (self._deterministic and kernel.batch_dependent)
             for kernel in self._registry.candidates(op)
         )
 
@@ -293,6 +298,8 @@ class KernelSelector:
         found = objection(kernel, self._platform, format_name=format_name, traits=traits)
         if found is not None:
             return found
+        if self._deterministic and kernel.batch_dependent:
+            return "determinism", "a row's last bits depend on what shares its batch"
         forced = self._overrides.get(kernel.op)
         if forced is not None and kernel.solution != forced:
             return "override", f"{forced!r} was forced"

@@ -19,6 +19,7 @@ ENGINE_FLAGS = {
     "--device",
     "--dtype",
     "--kv-dtype",
+    "--deterministic",
     "--max-context",
     "--max-running",
     "--max-step-tokens",

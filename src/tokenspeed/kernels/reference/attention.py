@@ -21,6 +21,7 @@ __all__ = ["attend", "paged_mha"]
     formats=("float32", "bfloat16", "float16"),
     traits={"head_dim": ANY},
     priority=Priority.REFERENCE,
+    batch_dependent=True,
 )
 def paged_mha(
     q_TQD: torch.Tensor,

@@ -23,6 +23,7 @@ DENSE = ("float32", "bfloat16", "float16")
     formats=DENSE,
     traits={"bias": ANY},
     priority=Priority.REFERENCE,
+    batch_dependent=True,
 )
 def linear(
     x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
@@ -31,13 +32,25 @@ def linear(
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-@kernel("gemm.heads", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
+@kernel(
+    "gemm.heads",
+    solution="reference",
+    formats=DENSE,
+    priority=Priority.REFERENCE,
+    batch_dependent=True,
+)
 def heads(x_THI: torch.Tensor, weight_HOI: torch.Tensor) -> torch.Tensor:
     """A batch of products, one a head."""
     return torch.bmm(x_THI.transpose(0, 1), weight_HOI.transpose(1, 2)).transpose(0, 1)
 
 
-@kernel("gemm.logits", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
+@kernel(
+    "gemm.logits",
+    solution="reference",
+    formats=DENSE,
+    priority=Priority.REFERENCE,
+    batch_dependent=True,
+)
 def logits(x_SI: torch.Tensor, weight_VI: torch.Tensor) -> torch.Tensor:
     """float32 logits without a float32 copy of the weights.
 

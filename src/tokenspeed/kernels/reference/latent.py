@@ -21,6 +21,7 @@ _TRAITS = {"latent_dim": ANY, "value_dim": ANY}
     formats=_FORMATS,
     traits=_TRAITS,
     priority=Priority.REFERENCE,
+    batch_dependent=True,
 )
 def paged_mla(
     q_TQE: torch.Tensor,

@@ -54,7 +54,13 @@ def route(
     return experts_TK, weights_TK * scale
 
 
-@kernel("moe.experts", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
+@kernel(
+    "moe.experts",
+    solution="reference",
+    formats=DENSE,
+    priority=Priority.REFERENCE,
+    batch_dependent=True,
+)
 def experts(
     x_TM: torch.Tensor,
     gate_up_E2FM: torch.Tensor,

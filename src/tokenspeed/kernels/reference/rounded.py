@@ -68,6 +68,7 @@ def append_rounded(
     formats=_FORMATS,
     traits={"head_dim": _HEAD_DIMS},
     priority=Priority.REFERENCE,
+    batch_dependent=True,
 )
 def paged_mha_rounded(
     q_TQD: torch.Tensor,

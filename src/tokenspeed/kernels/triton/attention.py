@@ -12,17 +12,28 @@ from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.paging import Geometry, Launch, schedules_of
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
 
-__all__ = ["dot_precision", "merge_pieces", "paged_mha", "partial_results"]
+__all__ = [
+    "FIXED_SPLIT",
+    "attend",
+    "dot_precision",
+    "merge_pieces",
+    "paged_mha",
+    "paged_mha_fixed",
+    "partial_results",
+]
 
 _device = DeviceCode("attention")
 _LOG2_E = math.log2(math.e)
 _HEAD_DIM_MAX = 256
 _MERGED_ELEMENTS = 4096
+FIXED_SPLIT = 4096
+"""Positions of a piece whose cuts do not depend on the batch."""
 
 
 @triton_kernel(
     "attention.paged_mha",
     traits={"head_dim": range(1, _HEAD_DIM_MAX + 1)},
+    batch_dependent=True,
 )
 def paged_mha(
     q_TQD: torch.Tensor,
@@ -35,19 +46,42 @@ def paged_mha(
     sinks_Q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pieces of positions balanced over the multiprocessors, then merged."""
-    _, heads, head_dim = q_TQD.shape
+    geometry = _geometry(q_TQD, k_PCHD, window=window, split=None)
+    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, sinks_Q=sinks_Q, geometry=geometry)
+
+
+@triton_kernel("attention.paged_mha", traits={"head_dim": range(1, _HEAD_DIM_MAX + 1)})
+def paged_mha_fixed(
+    q_TQD: torch.Tensor,
+    k_PCHD: torch.Tensor,
+    v_PCHD: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in pieces of a fixed length and tiles of one height: a row's sums have one order,
+    whatever shares its step and however its prompt was cut.
+    """
+    geometry = _geometry(q_TQD, k_PCHD, window=window, split=FIXED_SPLIT)
+    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, sinks_Q=sinks_Q, geometry=geometry)
+
+
+def _geometry(
+    q_TQD: torch.Tensor, k_PCHD: torch.Tensor, *, window: int | None, split: int | None
+) -> Geometry:
     kv_heads = k_PCHD.shape[2]
-    wide = head_dim > 128 or q_TQD.dtype == torch.float32
-    geometry = Geometry(
-        group=heads // kv_heads,
+    wide = q_TQD.shape[2] > 128 or q_TQD.dtype == torch.float32
+    return Geometry(
+        group=q_TQD.shape[1] // kv_heads,
         blocks=kv_heads,
-        rows_max=64 if wide else 128,
+        rows_max=64 if wide or split else 128,
         short_rows_max=64,
         block=32 if wide else 64,
         window=window,
-        split=None,
+        split=split,
     )
-    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, sinks_Q=sinks_Q, geometry=geometry)
 
 
 def attend(

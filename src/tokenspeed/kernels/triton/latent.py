@@ -9,23 +9,30 @@ import math
 import torch
 
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.kernels.triton.attention import dot_precision, merge_pieces, partial_results
+from tokenspeed.kernels.triton.attention import (
+    FIXED_SPLIT,
+    dot_precision,
+    merge_pieces,
+    partial_results,
+)
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.paging import Geometry, schedules_of
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
 
-__all__ = ["attend_latents", "heads_of_a_tile", "paged_mla"]
+__all__ = ["attend_latents", "heads_of_a_tile", "paged_mla", "paged_mla_fixed"]
 
 _device = DeviceCode("latent")
 _LOG2_E = math.log2(math.e)
 # Rows of a tile: what one product of the matrix unit takes, with a mean of 512 elements in
 # registers.
 _TILE_ROWS = 64
+_TRAITS = {"latent_dim": range(2, 641), "value_dim": range(1, 513)}
 
 
 @triton_kernel(
     "attention.paged_mla",
-    traits={"latent_dim": range(2, 641), "value_dim": range(1, 513)},
+    traits=_TRAITS,
+    batch_dependent=True,
 )
 def paged_mla(
     q_TQE: torch.Tensor,
@@ -36,17 +43,35 @@ def paged_mla(
     value_dim: int,
 ) -> torch.Tensor:
     """Tokens and heads fold into tiles; pieces are balanced over the multiprocessors."""
+    geometry = _geometry(q_TQE, split=None)
+    return attend_latents(q_TQE, latents_PCE, rows, scale, value_dim=value_dim, geometry=geometry)
+
+
+@triton_kernel("attention.paged_mla", traits=_TRAITS)
+def paged_mla_fixed(
+    q_TQE: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    value_dim: int,
+) -> torch.Tensor:
+    """The same in pieces of a fixed length and tiles of one height, as `paged_mha_fixed` is."""
+    geometry = _geometry(q_TQE, split=FIXED_SPLIT)
+    return attend_latents(q_TQE, latents_PCE, rows, scale, value_dim=value_dim, geometry=geometry)
+
+
+def _geometry(q_TQE: torch.Tensor, *, split: int | None) -> Geometry:
     group, blocks = heads_of_a_tile(q_TQE.shape[1])
-    geometry = Geometry(
+    return Geometry(
         group=group,
         blocks=blocks,
         rows_max=_TILE_ROWS,
         short_rows_max=_TILE_ROWS,
         block=16 if q_TQE.dtype == torch.float32 else 32,
         window=None,
-        split=None,
+        split=split,
     )
-    return attend_latents(q_TQE, latents_PCE, rows, scale, value_dim=value_dim, geometry=geometry)
 
 
 def heads_of_a_tile(heads: int) -> tuple[int, int]:

@@ -11,10 +11,11 @@ from tokenspeed.kernels.triton.attention import dot_precision
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
 
-__all__ = ["experts", "route"]
+__all__ = ["experts", "experts_fixed", "route"]
 
 _device = DeviceCode("moe")
 _PAIRS_BLOCK = 1024
+_HIGH_TILE, _LOW_TILE = 64, 16
 _COMBINED_BLOCK = 1024
 # Results of all pairs are kept before they are summed: 0.5 GB for 8 experts of 7,168 features.
 _TOKENS_AT_ONCE = 2048
@@ -60,7 +61,7 @@ def route(
     return experts_TK, weights_TK
 
 
-@triton_kernel("moe.experts")
+@triton_kernel("moe.experts", batch_dependent=True)
 def experts(
     x_TM: torch.Tensor,
     gate_up_E2FM: torch.Tensor,
@@ -78,6 +79,63 @@ def experts(
     How many pairs an expert has stays on the device: grids are as large as they can be needed, and
     a captured step may be run again for other tokens.
     """
+    # As high as experts have pairs, on the average.
+    high = experts_TK.numel() >= _HIGH_TILE // 2 * len(down_EMF)
+    return _experts(
+        x_TM,
+        gate_up_E2FM,
+        down_EMF,
+        experts_TK,
+        weights_TK,
+        first=first,
+        gate_up_bias_E2F=gate_up_bias_E2F,
+        down_bias_EM=down_bias_EM,
+        limit=limit,
+        height=_HIGH_TILE if high else _LOW_TILE,
+    )
+
+
+@triton_kernel("moe.experts")
+def experts_fixed(
+    x_TM: torch.Tensor,
+    gate_up_E2FM: torch.Tensor,
+    down_EMF: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    first: int,
+    gate_up_bias_E2F: torch.Tensor | None = None,
+    down_bias_EM: torch.Tensor | None = None,
+    limit: float | None = None,
+) -> torch.Tensor:
+    """The same with tiles of one height, however many tokens there are."""
+    return _experts(
+        x_TM,
+        gate_up_E2FM,
+        down_EMF,
+        experts_TK,
+        weights_TK,
+        first=first,
+        gate_up_bias_E2F=gate_up_bias_E2F,
+        down_bias_EM=down_bias_EM,
+        limit=limit,
+        height=_LOW_TILE,
+    )
+
+
+def _experts(
+    x_TM: torch.Tensor,
+    gate_up_E2FM: torch.Tensor,
+    down_EMF: torch.Tensor,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    first: int,
+    gate_up_bias_E2F: torch.Tensor | None,
+    down_bias_EM: torch.Tensor | None,
+    limit: float | None,
+    height: int,
+) -> torch.Tensor:
     out_TM = x_TM.new_empty(x_TM.shape)
     for start in range(0, len(x_TM), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
@@ -92,6 +150,7 @@ def experts(
             gate_up_bias_E2F=gate_up_bias_E2F,
             down_bias_EM=down_bias_EM,
             limit=limit,
+            height=height,
         )
     return out_TM
 
@@ -108,6 +167,7 @@ def _some_tokens(
     gate_up_bias_E2F: torch.Tensor | None,
     down_bias_EM: torch.Tensor | None,
     limit: float | None,
+    height: int,
 ) -> None:
     tokens, per_token = experts_TK.shape
     held, outputs, features = down_EMF.shape
@@ -122,7 +182,8 @@ def _some_tokens(
     _device.place_pairs[(held,)](
         experts_TK, counts_E, order_N, pairs, first, held, E=room, BLOCK=block, num_warps=4
     )
-    tile = _tile(x_TM.dtype, pairs, held)
+    inputs = 32 if x_TM.dtype == torch.float32 else 64
+    tile = {"M": height, "N": 64, "INPUTS": inputs}
     # A tile that is not full for each expert, and no more experts than pairs have one.
     tiles = pairs // tile["M"] + min(held, pairs)
     hidden_NF = torch.empty((pairs, features), dtype=x_TM.dtype, device=device)
@@ -180,9 +241,3 @@ def _some_tokens(
         BLOCK=block,
         num_warps=4,
     )
-
-
-def _tile(dtype: torch.dtype, pairs: int, held: int) -> dict[str, int]:
-    """Pairs, outputs and inputs of a tile: as high as experts have pairs, on the average."""
-    inputs = 32 if dtype == torch.float32 else 64
-    return {"M": 64 if pairs >= 32 * held else 16, "N": 64, "INPUTS": inputs}

@@ -111,7 +111,7 @@ class StepSchedules:
             self._classes.append(
                 _Class(
                     fold=fold,
-                    height=max(_ROWS_MIN, next_power_of_2(fold * geometry.group)),
+                    height=_height(fold, geometry),
                     short=short,
                     programs=max(1, processors(device) // geometry.blocks),
                 )
@@ -200,6 +200,13 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _height(fold: int, geometry: Geometry) -> int:
+    if geometry.split is not None:
+        # One height, whatever the batch's fold is.
+        fold = max(1, geometry.rows_max // geometry.group)
+    return max(_ROWS_MIN, next_power_of_2(fold * geometry.group))
 
 
 def _make_room(made: _Class, schedule: Schedule, rows: PagedRows, split: int | None) -> None:

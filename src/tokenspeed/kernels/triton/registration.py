@@ -24,6 +24,7 @@ def triton_kernel(
     traits: Mapping[str, Collection[int] | None] | None = None,
     requires: Capability = GPU,
     priority: Priority = Priority.PORTABLE,
+    batch_dependent: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function as the solution's kernel of an op; see `Registry.kernel`.
 
@@ -33,6 +34,7 @@ def triton_kernel(
         traits: values of each trait that the kernel handles; None for all.
         requires: what the device must offer.
         priority: its band.
+        batch_dependent: whether a row's last bits depend on what shares its batch.
     """
     admitted: dict[str, Any] = {
         name: ANY if values is None else values for name, values in (traits or {}).items()
@@ -44,6 +46,7 @@ def triton_kernel(
         formats=formats,
         traits=admitted,
         priority=priority,
+        batch_dependent=batch_dependent,
     )
 
 

@@ -16,6 +16,7 @@ from tokenspeed.kernels.triton import (
     activation,
     attention,
     embedding,
+    gemm,
     kvcache,
     latent,
     moe,
@@ -62,6 +63,11 @@ def samples() -> Iterator[Sample]:
     yield _sample("rope.angles", "64", rope.angles, indices_T, cos_TE[0])
     heads_TQD = torch.zeros(tokens, 40, 128, dtype=_BFLOAT16)
     yield _sample("rope.rotate", "40 x 128", rope.rotate, heads_TQD, cos_TE, cos_TE)
+    weight_OI = torch.zeros(64, features, dtype=_BFLOAT16)
+    yield _sample("gemm.linear", "4096", gemm.linear, x_TM, weight_OI, weight_OI[:, 0])
+    yield _sample("gemm.logits", "4096", gemm.logits, x_TM, weight_OI)
+    weight_HOI = torch.zeros(40, 512, 128, dtype=_BFLOAT16)
+    yield _sample("gemm.heads", "40 x 128 x 512", gemm.heads, heads_TQD, weight_HOI)
     yield from _attention()
     yield from _latents()
     yield from _experts()
