@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.unit.control.clocked import Machine
-from tokenspeed.core.step import FinishReason
+from tokenspeed.core.step import FinishReason, StepWork
 
 SECOND_US = 1_000_000
 
@@ -63,6 +63,32 @@ def test_most_hear_at_once_and_all_hear_when_to_come_back() -> None:
     machine.run_until(*kept)
     assert max(machine.first[request] for request in kept & set(machine.first)) < 6 * SECOND_US
     assert machine.now_us - began_us > 2 * SECOND_US, "those who stayed were worth the wait"
+
+
+class SlowMachine(Machine):
+    """Takes a thousand times as long."""
+
+    def time_us(self, work: StepWork) -> int:
+        return 1000 * super().time_us(work)
+
+
+def test_who_is_refused_comes_back_in_a_second_at_the_least_and_an_hour_at_the_most() -> None:
+    quick = Machine(slots_max=1, queue_timeout_us=30_000)
+    slow = SlowMachine(slots_max=1, queue_timeout_us=3 * 3600 * SECOND_US)
+    for machine in (quick, slow):
+        machine.warm()
+        for request in range(100):
+            machine.submit(request, 8000 if machine is slow else 20, 4)
+        machine.run_until(*range(100))
+    for machine, bound_ms in ((quick, 1000), (slow, 3_600_000)):
+        waits_ms = [
+            machine.retries_ms[request]
+            for request, reason in machine.finished.items()
+            if reason is FinishReason.REFUSED
+        ]
+        assert len(waits_ms) > 10
+        assert bound_ms in waits_ms
+        assert all(1000 <= wait_ms <= 3_600_000 for wait_ms in waits_ms)
 
 
 def test_whoever_ends_otherwise_has_no_time_to_come_back() -> None:
