@@ -1,6 +1,7 @@
 """`tokenspeed kernels`: which kernels there are, why one is chosen, and whether they are right."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -218,6 +219,43 @@ def compile_kernels(
                             f" {kernel.shared_size_bytes:7} B shared"
                             f"{', matrix unit' if kernel.matrix_unit else ''}"
                         )
+
+
+@kernels_app.command("tune")
+def tune_kernels(
+    *,
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP ...]", help="Names of ops [default: all].")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The table [default: tuned.json in the cache directory].")
+    ] = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Measure sizes of Triton's kernels on this GPU, and keep the fastest for engines to come."""
+    with reported(log_level):
+        import torch  # noqa: PLC0415
+
+        from tokenspeed.kernels.triton.measure import time_us  # noqa: PLC0415
+        from tokenspeed.kernels.triton.tuning import tune, tuned_path, write_table  # noqa: PLC0415
+        from tokenspeed.kernels.triton.workloads import workloads  # noqa: PLC0415
+
+        chosen = [work for work in workloads() if not ops or work.op in ops]
+        if not chosen:
+            known = ", ".join(sorted({work.op for work in workloads()}))
+            raise KernelError(f"nothing of {', '.join(ops or ())} is tuned; there are {known}")
+        if not torch.cuda.is_available():
+            raise ConfigError("kernels are tuned on a GPU, and PyTorch finds none here")
+        device, path = torch.device("cuda"), output or tuned_path()
+        for work in chosen:
+            call = work.make(device, 0).run
+            found = tune([call], lambda calls: time_us(calls, device))
+            write_table(path, torch.cuda.get_device_name(), found)
+            for entry in found:
+                typer.echo(
+                    f"{work.op:22} {work.name:34} {entry.bucket}: {dict(entry.sizes)}"
+                    f" {entry.before_us:.1f} -> {entry.after_us:.1f} us"
+                )
 
 
 @kernels_app.command("roofline")

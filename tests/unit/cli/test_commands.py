@@ -174,6 +174,7 @@ FLAGS: dict[str, set[str]] = {
     "env": set(),
     "kernels list": {"--log-level"},
     "kernels compile": {"--target", "--log-level"},
+    "kernels tune": {"--output", "--log-level"},
     "kernels bench": {"--threads", "--format", "--log-level"},
     "kernels roofline": {"--threads", "--log-level"},
     "kernels verify": {"--solution", "--dtype", "--device", "--threads", "--log-level"},
@@ -341,6 +342,7 @@ def test_a_kernel_choice_of_another_form_is_refused(choices: list[str]) -> None:
         ("kernels verify norm.rms_norm --solution magic", "cpu, reference, triton"),
         ("kernels verify --dtype int7", "bfloat16"),
         ("kernels compile no.such_op", "norm.rms_norm"),
+        ("kernels tune no.such_op", "attention.paged_mla"),
     ],
 )
 def test_an_error_is_one_clear_line_and_exit_code_1(line: str, named: str) -> None:

@@ -11,6 +11,7 @@ from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.paging import Geometry, Launch, schedules_of
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
+from tokenspeed.kernels.triton.tuning import tuned
 
 __all__ = [
     "FIXED_SPLIT",
@@ -24,6 +25,7 @@ __all__ = [
 
 _device = DeviceCode("attention")
 _LOG2_E = math.log2(math.e)
+_OP = "attention.paged_mha"
 _HEAD_DIM_MAX = 256
 _MERGED_ELEMENTS = 4096
 FIXED_SPLIT = 4096
@@ -72,13 +74,15 @@ def _geometry(
     q_TQD: torch.Tensor, k_PCHD: torch.Tensor, *, window: int | None, split: int | None
 ) -> Geometry:
     kv_heads = k_PCHD.shape[2]
-    wide = q_TQD.shape[2] > 128 or q_TQD.dtype == torch.float32
+    head_dim, dtype = q_TQD.shape[2], q_TQD.dtype
+    wide = head_dim > 128 or dtype == torch.float32
+    sizes = tuned(_OP, f"{head_dim}, {dtype}", q_TQD.device, block=32 if wide else 64)
     return Geometry(
         group=q_TQD.shape[1] // kv_heads,
         blocks=kv_heads,
         rows_max=64 if wide or split else 128,
         short_rows_max=64,
-        block=32 if wide else 64,
+        block=sizes["block"],
         window=window,
         split=split,
     )
@@ -103,6 +107,13 @@ def attend(
     block_dim = max(16, next_power_of_2(head_dim))
     for launch in schedules_of(rows, geometry):
         means, lses = partial_results(launch, kv_heads, block_dim, q_TQD.device)
+        sizes = tuned(
+            _OP,
+            f"{launch.rows} rows of {head_dim}, {q_TQD.dtype}",
+            q_TQD.device,
+            warps=8 if launch.rows >= 128 else 4,
+            stages=2 if q_TQD.dtype == torch.float32 else 3,
+        )
         _device.attend[(launch.programs, kv_heads)](
             q_TQD,
             k_PCHD,
@@ -128,8 +139,8 @@ def attend(
             N=geometry.block,
             D=block_dim,
             PRECISION=dot_precision(q_TQD.dtype),
-            num_warps=8 if launch.rows >= 128 else 4,
-            num_stages=2 if q_TQD.dtype == torch.float32 else 3,
+            num_warps=sizes["warps"],
+            num_stages=sizes["stages"],
         )
         merge_pieces(launch, means, lses, out_TQD, sinks_Q, geometry=geometry)
     return out_TQD

@@ -18,10 +18,12 @@ from tokenspeed.kernels.triton.attention import (
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.paging import Geometry, schedules_of
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
+from tokenspeed.kernels.triton.tuning import tuned
 
 __all__ = ["attend_latents", "heads_of_a_tile", "paged_mla", "paged_mla_fixed"]
 
 _device = DeviceCode("latent")
+_OP = "attention.paged_mla"
 _LOG2_E = math.log2(math.e)
 # Rows of a tile: what one product of the matrix unit takes, with a mean of 512 elements in
 # registers.
@@ -63,12 +65,15 @@ def paged_mla_fixed(
 
 def _geometry(q_TQE: torch.Tensor, *, split: int | None) -> Geometry:
     group, blocks = heads_of_a_tile(q_TQE.shape[1])
+    latent_dim, dtype = q_TQE.shape[2], q_TQE.dtype
+    block = 16 if dtype == torch.float32 else 32
+    sizes = tuned(_OP, f"{latent_dim}, {dtype}", q_TQE.device, block=block)
     return Geometry(
         group=group,
         blocks=blocks,
         rows_max=_TILE_ROWS,
         short_rows_max=_TILE_ROWS,
-        block=16 if q_TQE.dtype == torch.float32 else 32,
+        block=sizes["block"],
         window=None,
         split=split,
     )
@@ -104,6 +109,13 @@ def attend_latents(
     block_dim = max(16, next_power_of_2(value_dim))
     for launch in schedules_of(rows, geometry):
         means, lses = partial_results(launch, geometry.blocks, block_dim, q_TQE.device)
+        sizes = tuned(
+            _OP,
+            f"{launch.rows} rows of {latent_dim}, {q_TQE.dtype}",
+            q_TQE.device,
+            warps=8 if launch.rows >= 64 else 4,
+            stages=2,
+        )
         _device.attend_latents[(launch.programs, geometry.blocks)](
             q_TQE,
             latents_PCE,
@@ -128,8 +140,8 @@ def attend_latents(
             V=block_dim,
             R=max(16, next_power_of_2(latent_dim - value_dim)),
             PRECISION=dot_precision(q_TQE.dtype),
-            num_warps=8 if launch.rows >= 64 else 4,
-            num_stages=2,
+            num_warps=sizes["warps"],
+            num_stages=sizes["stages"],
         )
         merge_pieces(launch, means, lses, out_TQV, None, geometry=geometry)
     return out_TQV

@@ -10,6 +10,7 @@ from tokenspeed.kernels.ops.moe import GATE_SLOPE
 from tokenspeed.kernels.triton.attention import dot_precision
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
+from tokenspeed.kernels.triton.tuning import tuned
 
 __all__ = ["experts", "experts_fixed", "route"]
 
@@ -183,7 +184,15 @@ def _some_tokens(
         experts_TK, counts_E, order_N, pairs, first, held, E=room, BLOCK=block, num_warps=4
     )
     inputs = 32 if x_TM.dtype == torch.float32 else 64
-    tile = {"M": height, "N": 64, "INPUTS": inputs}
+    sizes = tuned(
+        "moe.experts",
+        f"{height} pairs, {x_TM.dtype}",
+        device,
+        outputs=64,
+        warps=8 if height >= _HIGH_TILE else 4,
+        stages=3,
+    )
+    tile = {"M": height, "N": sizes["outputs"], "INPUTS": inputs}
     # A tile that is not full for each expert, and no more experts than pairs have one.
     tiles = pairs // tile["M"] + min(held, pairs)
     hidden_NF = torch.empty((pairs, features), dtype=x_TM.dtype, device=device)
@@ -205,8 +214,8 @@ def _some_tokens(
         SLOPE=GATE_SLOPE,
         E=room,
         PRECISION=dot_precision(x_TM.dtype),
-        num_warps=8 if tile["M"] >= 64 else 4,
-        num_stages=3,
+        num_warps=sizes["warps"],
+        num_stages=sizes["stages"],
         **tile,
     )
     found_NM = torch.empty((pairs, outputs), dtype=torch.float32, device=device)
@@ -224,8 +233,8 @@ def _some_tokens(
         HAS_BIAS=down_bias_EM is not None,
         E=room,
         PRECISION=dot_precision(x_TM.dtype),
-        num_warps=8 if tile["M"] >= 64 else 4,
-        num_stages=3,
+        num_warps=sizes["warps"],
+        num_stages=sizes["stages"],
         **tile,
     )
     block = min(_COMBINED_BLOCK, next_power_of_2(outputs))
