@@ -6,7 +6,8 @@ Step: plan + commit, and taking the outcome apart, with 200 more requests waitin
 queue timeout on. Admission: the plan that admits a prompt of 100K tokens, 99% of them cached, and
 its submission, which hashes it. Index: pages sealed, evicted and matched in pools of ten thousand
 and of a million pages, a page. Every answer is checked: tokens come back to their requests, cached
-counts are what they must be, the audit finds every page. Appends to
+counts are what they must be, the audit finds every page. Drafts: what a token costs to be read into
+an automaton, call included, and a step of 64 rows with 512 drafted tokens, all right. Appends to
 benchmarks/history/control.jsonl.
 """
 
@@ -23,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenspeed import __version__
+from tokenspeed._control import SuffixAutomaton
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, SchedulerConfig
-from tokenspeed.core.step import Int32Array, StepPlan
+from tokenspeed.core.step import Int32Array, StepPlan, StepWork
 
 ROOT = Path(__file__).parents[1]
 NO_STOP = np.empty(0, dtype=np.int32)
@@ -53,15 +55,19 @@ def tokens(seed: int, count: int) -> Int32Array:
 
 
 class Driver:
-    """A scheduler whose samples are the slot they were sampled for."""
+    """A scheduler whose samples are the slot they were sampled for, plus `shift`."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, tps_floor: float | None = 70.0, **config: Any) -> None:
         self.scheduler = Scheduler(
             SchedulerConfig(
-                page_size=PAGE_SIZE, tps_floor=70.0, queue_timeout_us=3_600_000_000, **config
+                page_size=PAGE_SIZE,
+                tps_floor=tps_floor,
+                queue_timeout_us=3_600_000_000,
+                **config,
             )
         )
         self.now_us = 0
+        self.shift = 0
         self.bound: dict[int, int] = {}
 
     def submit(self, request: int, prompt: Int32Array, outputs: int) -> float:
@@ -82,11 +88,12 @@ class Driver:
         ):
             self.bound[slot] = request
         slots = plan.row_slots[plan.sample_rows]
-        _, committed_us = timed(lambda: self.scheduler.commit(plan.step, slots, self.now_us))
+        sampled = slots + np.int32(self.shift)
+        _, committed_us = timed(lambda: self.scheduler.commit(plan.step, sampled, self.now_us))
         outcome, outcome_us = timed(self.scheduler.take_outcome)
         expected = [self.bound[slot] for slot in slots.tolist()]
-        assert outcome.requests.tolist() == expected
-        assert outcome.tokens.tolist() == slots.tolist()
+        assert outcome.requests.tolist() == expected, "all that is drafted is right"
+        assert outcome.tokens.tolist() == sampled.tolist()
         return plan, planned_us + committed_us, outcome_us
 
 
@@ -181,6 +188,68 @@ def index_us(pages: int) -> dict[str, float]:
     }
 
 
+def draft_steps_us(running: int, context: int) -> dict[str, dict[str, float]]:
+    """Microseconds of plan + commit without drafts and with them, the latter for each of a step's
+    tokens too, all of whose drafts are right."""
+    found: dict[str, dict[str, float]] = {}
+    for name, most in (("no drafts", 0), ("drafts", 8 * running)):
+        driver = Driver(
+            tps_floor=None,
+            groups=(CacheGroup(pages=running * ((context + 10_000) // PAGE_SIZE + 2)),),
+            slots_max=running,
+            step_tokens_max=1024 + running,
+            context_max=2 * context,
+            step_drafts_max=most,
+        )
+        for rows in range(1, 9):
+            work = StepWork(decode_rows=rows, context_tokens=rows * context)
+            driver.scheduler.observe(work, 9_000 + 100 * rows)
+        for request in range(running):
+            driver.submit(request, tokens(request, context), 45_000)
+        # Nothing repeats until all prompts are there and read.
+        spent = []
+        for step in range(running * context // 1000 + 200 + STEPS):
+            driver.shift = VOCABULARY + running * step
+            spent.append(driver.step()[1])
+        found[f"{name}, nothing repeats"] = spread(spent[-STEPS:])
+        driver.shift = 0
+        for _ in range(40):
+            driver.step()
+        spent, each = [], []
+        for _ in range(STEPS):
+            plan, spent_us, _ = driver.step()
+            assert plan is not None
+            spent.append(spent_us)
+            each.append(spent_us / len(plan.sample_rows))
+        found[f"{name}, all repeats"] = spread(spent)
+        if most:
+            found["for each of its tokens"] = spread(each)
+            stats = driver.scheduler.stats()
+            assert stats.accepted_tokens > 0.95 * stats.drafted_tokens > STEPS * running
+        driver.scheduler.audit()
+    return found
+
+
+def automaton_us(context: int) -> dict[str, dict[str, float]]:
+    """Microseconds and bytes a token: of tokens at random, and of text that repeats its own."""
+    text = tokens(1, context)
+    rng = np.random.default_rng(2)
+    repeats = np.concatenate(
+        [text[begin : begin + 100] for begin in rng.integers(0, 5_000, context // 100)]
+    )
+    found = {}
+    for name, read in (("at random", text), ("repeating", repeats)):
+        automaton = SuffixAutomaton()
+        append = automaton.append
+        listed = read.tolist()
+        _, spent_us = timed(lambda: [append(token) for token in listed])  # noqa: B023
+        found[name] = {
+            "us": spent_us / len(listed),
+            "bytes": automaton.size_bytes() / len(listed),
+        }
+    return found
+
+
 def main() -> None:
     """Measure, print and append to the history."""
     console = Console()
@@ -205,6 +274,15 @@ def main() -> None:
         table.add_row(f"{pages:,}", *(f"{value:.3f}" for value in costs.values()))
     console.print(table)
 
+    automaton = automaton_us(50_000)
+    for name, each in automaton.items():
+        console.print(f"reading text {name}: {each['us']:.2f} us and {each['bytes']:.0f} B a token")
+    drafts = draft_steps_us(64, 50_000)
+    table = Table("64 running, 50,000 tokens", "min", "median", "max", title="us a step")
+    for name, spent in drafts.items():
+        table.add_row(name, *(f"{value:.1f}" for value in spent.values()))
+    console.print(table)
+
     history = ROOT / "benchmarks" / "history" / "control.jsonl"
     with history.open("a") as file:
         line = {
@@ -220,6 +298,8 @@ def main() -> None:
             "admission_us": admitted,
             "submit_us": submitted,
             "index_us_per_page": {str(pages): costs for pages, costs in index.items()},
+            "automaton_per_token": automaton,
+            "draft_steps_us": drafts,
         }
         file.write(json.dumps(line) + "\n")
 

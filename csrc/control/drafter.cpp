@@ -76,6 +76,8 @@ void Drafter::follow(std::span<const Request* const> running) {
         for (const Request* request : running) {
             Reader& reader = reader_of(*request);
             const std::size_t lag = request->tokens().size() - reader.read;
+            // Without memory nobody catches up, but who has goes on.
+            if (behind && size_bytes_ > memory_max_bytes_) break;
             if ((lag > kLittle) == behind) left -= read(reader, *request, std::min(lag, left));
         }
     }
@@ -123,7 +125,7 @@ bool Drafter::inherit(Reader& reader, const Request& request) {
 
 // Reads up to `most` tokens; how many. What was sampled shows what the match before it was worth.
 std::size_t Drafter::read(Reader& reader, const Request& request, std::size_t most) {
-    if (most == 0 || reader.memory.empty() || size_bytes_ > memory_max_bytes_) return 0;
+    if (most == 0 || reader.memory.empty()) return 0;
     Memory& memory = reader.memory.front();
     SuffixAutomaton& automaton = memory.automaton;
     const auto prompt = request.tokens().size() - static_cast<std::size_t>(request.outputs().value);

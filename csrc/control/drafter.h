@@ -45,7 +45,7 @@ class Drafter final : public DraftSource {
   public:
     // Tokens that automata take up in one plan.
     static constexpr std::size_t kTokensPerPlan = 1024;
-    static constexpr std::size_t kMemoryMaxBytes = std::size_t{256} << 20;
+    static constexpr std::size_t kMemoryMaxBytes = std::size_t{512} << 20;
     static constexpr std::size_t kLongest = 48;  // tokens of a draft
 
     explicit Drafter(std::size_t memory_max_bytes = kMemoryMaxBytes)
@@ -55,8 +55,6 @@ class Drafter final : public DraftSource {
     void draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) override;
     bool wants_rest(const Request& request) override;
     void ended(RequestId request) noexcept override;
-
-    std::size_t size_bytes() const noexcept { return size_bytes_; }
 
   private:
     struct Memory {

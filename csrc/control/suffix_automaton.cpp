@@ -123,8 +123,8 @@ std::int32_t SuffixAutomaton::after(Occurrence place, std::size_t index) const n
 }
 
 std::size_t SuffixAutomaton::size_bytes() const noexcept {
-    return text_.capacity() * sizeof(std::int32_t) + states_.capacity() * sizeof(State) +
-           transitions_.capacity() * sizeof(Transition) + table_.capacity() * sizeof(std::int32_t);
+    return text_.size() * sizeof(std::int32_t) + states_.size() * sizeof(State) +
+           transitions_.size() * sizeof(Transition) + table_.size() * sizeof(std::int32_t);
 }
 
 }  // namespace tokenspeed::control

@@ -38,6 +38,7 @@ class SuffixAutomaton {
     // go on as it went on since. Only of an occurrence that ends before the text does.
     std::int32_t after(Occurrence place, std::size_t index) const noexcept;
 
+    // What is in use; room that is kept for more is not counted.
     std::size_t size_bytes() const noexcept;
 
   private:

@@ -64,5 +64,4 @@ def test_a_token_takes_a_bounded_number_of_bytes(kinds: int) -> None:
         automaton.append(rng.randrange(kinds))
     each = automaton.size_bytes() / count
     print(f"{kinds} kinds of tokens: {each:.0f} bytes each")
-    # Vectors that double hold up to twice what they need.
-    assert each < 280
+    assert each < 140
