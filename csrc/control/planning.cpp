@@ -55,6 +55,11 @@ bool Scheduler::decodes_next(const Stepping& request) const noexcept {
 }
 
 void Scheduler::draft_decodes() {
+    if (drafts_) {
+        followed_.clear();
+        for (const SlotId slot : order_) followed_.push_back(&running(slot));
+        drafts_->follow(followed_);
+    }
     for (std::size_t rank = 0; rank < order_.size();) {
         const SlotId slot = order_[rank];
         const Decoding* rests = decoding_.at(slot);
@@ -80,10 +85,7 @@ void Scheduler::draft_decodes() {
 // hand: nobody gives way to a guess, and a page for each who runs is left.
 void Scheduler::draft_guesses() {
     if (!drafts_) return;
-    followed_.clear();
     guesses_.clear();
-    for (const SlotId slot : order_) followed_.push_back(&running(slot));
-    drafts_->follow(followed_);
     TokenCount left(std::min(step_drafts_max_, budget_));
     StepWork work;
     TokenCount longest;

@@ -13,7 +13,8 @@ __all__ = ["HARDWARE", "Hardware", "StepTime"]
 class StepTime:
     """Microseconds of a step as a function of what it runs.
 
-        step_us + max(weights_us, prefill_token_us * prompt tokens + decode_row_us * decode rows)
+        step_us + max(weights_us, prefill_token_us * prompt tokens
+                                  + decode_row_us * (decode rows + drafted tokens))
                 + kv_token_us * tokens of KV that attention reads (the contexts of all rows)
                 + pair_us * pairs of (prompt token, token it attends to)
 
@@ -46,8 +47,8 @@ class StepTime:
 
     def predict_us(self, work: StepWork) -> float:
         """Microseconds of a step."""
-        products = (
-            self.prefill_token_us * work.prefill_tokens + self.decode_row_us * work.decode_rows
+        products = self.prefill_token_us * work.prefill_tokens + self.decode_row_us * (
+            work.decode_rows + work.draft_tokens
         )
         return (
             self.step_us

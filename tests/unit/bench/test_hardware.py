@@ -53,6 +53,13 @@ def test_the_costs_behind_noisy_steps_are_found_again() -> None:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.1), name
 
 
+def test_a_drafted_token_costs_the_products_of_a_row_and_no_reading() -> None:
+    times = StepTime(step_us=900, decode_row_us=70, kv_token_us=0.07)
+    row = StepWork(decode_rows=1, context_tokens=1000)
+    drafted = StepWork(decode_rows=1, draft_tokens=3, context_tokens=1000)
+    assert times.predict_us(drafted) - times.predict_us(row) == pytest.approx(210)
+
+
 def test_no_cost_is_negative_and_none_is_made_up() -> None:
     # Faster with more KV: no cost of ours can say so.
     steps = [

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class Writer(Machine):
         self.texts: dict[int, list[int]] = {}  # prompt and output, by request
         self.written: dict[int, list[int]] = {}
         self._bound: dict[int, int] = {}
+        self._flights: deque[tuple[StepPlan, list[int]]] = deque()
+        self._depth = changes.get("overlap_depth", 0)
         super().__init__(**{"step_drafts_max": 64, "slots_max": 8, **changes})
 
     def time_us(self, work: StepWork) -> int:
@@ -52,8 +55,12 @@ class Writer(Machine):
             self._bound.update(
                 zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
             )
-            self.now_us += self.time_us(StepWork.of(plan))
-            self.scheduler.commit(plan.step, i32(*self._samples(plan)), self.now_us)
+            self._flights.append((plan, self._samples(plan)))
+        if self._flights and (plan is None or len(self._flights) > self._depth):
+            landing, samples = self._flights.popleft()
+            self.now_us += self.time_us(StepWork.of(landing))
+            self.scheduler.commit(landing.step, i32(*samples), self.now_us)
+            plan = plan or landing
         outcome = self.scheduler.take_outcome()
         self.outcomes.append(outcome)
         for request, token in zip(outcome.requests.tolist(), outcome.tokens.tolist(), strict=True):
@@ -100,8 +107,9 @@ def warm_writer(**changes: Any) -> Writer:
 # --- what they bring ---
 
 
-def test_text_that_is_quoted_comes_in_long_drafts() -> None:
-    writer = warm_writer()
+@pytest.mark.parametrize("depth", [0, 1])
+def test_text_that_is_quoted_comes_in_long_drafts(depth: int) -> None:
+    writer = warm_writer(overlap_depth=depth)
     quoted = random_text(1, 400)
     before, began = writer.drafted(), writer.scheduler.stats().steps
     writer.write(0, quoted + random_text(2, 50), quoted[:300])
