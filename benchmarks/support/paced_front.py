@@ -31,7 +31,7 @@ async def main(model: str, running: int, pace_ms: float) -> None:
         GatewayConfig(
             host="127.0.0.1",
             port=unused_port(),
-            worker_port=worker_port,
+            worker_ports=(worker_port,),
             prometheus_port=unused_port(),
             tokenizer_dir=Path(engine.client.info.tokenizer_dir),
             parsers=Parsers(tool_call=PASSTHROUGH, reasoning=PASSTHROUGH),
