@@ -47,7 +47,7 @@ def test_rounded_kv_gives_one_text_however_it_was_computed(smollm2: ModelFiles) 
 
 
 def test_a_capital_is_known_whatever_the_kv(smollm2: ModelFiles) -> None:
-    for kv_dtype in ("float32", "int8"):
+    for kv_dtype in ("float32", "int8", "float8_e4m3fn"):
         with load(smollm2, kv_dtype=kv_dtype, chunk=128) as llm:
             chat = [{"role": "user", "content": "Name the capital of France."}]
             assert "Paris" in llm.chat(chat, GREEDY).completions[0].text

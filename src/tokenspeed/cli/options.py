@@ -64,6 +64,7 @@ class KVDType(enum.StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+    FLOAT8_E4M3FN = "float8_e4m3fn"
 
 
 class Speculate(enum.StrEnum):
@@ -126,7 +127,10 @@ def _engine_flags(
     ] = DType.AUTO,
     kv_dtype: Annotated[
         KVDType,
-        typer.Option(help="Element type of KV; int8 holds nearly twice as many tokens."),
+        typer.Option(
+            help="Element type of KV: int8 holds nearly twice as many tokens, and on GPUs "
+            "float8_e4m3fn does."
+        ),
     ] = KVDType.AUTO,
     max_context: Annotated[
         int | None,

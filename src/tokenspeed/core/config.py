@@ -16,6 +16,9 @@ __all__ = [
 ]
 
 
+_ELEMENT_SIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
     """The shape of one cache group's KV: what a page of it holds.
@@ -24,8 +27,8 @@ class KVSpec:
         layers: layers that write to the group.
         kv_heads: KV heads a rank holds.
         head_dim: elements of a head.
-        dtype: name of the element type: "float32", "bfloat16", "float16", or "int8", which has a
-            float32 scale for each position and head.
+        dtype: name of the element type: "float32", "bfloat16", "float16", "float8_e4m3fn", or
+            "int8", which has a float32 scale for each position and head.
         window: tokens that a query sees, itself included; None for all.
         latent: whether one vector of `head_dim` elements is K and V of a position both (multi-head
             latent attention); `kv_heads` is 1 then.
@@ -53,7 +56,7 @@ class KVSpec:
     @property
     def token_size_bytes(self) -> int:
         """Bytes of K and V of one token over all layers."""
-        element = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
+        element = _ELEMENT_SIZE_BYTES[self.dtype]
         vectors = 1 if self.latent else 2
         return vectors * self.layers * self.kv_heads * self.head_elements * element
 
@@ -179,7 +182,8 @@ class EngineConfig:
         served_model_name: name the API knows the model by; None for the model's own.
         device: "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16": of weights, activations and KV.
-        kv_dtype: "auto", "float32", "bfloat16" or "int8": of KV; auto is what `dtype` comes to.
+        kv_dtype: "auto", "float32", "bfloat16", "int8" or "float8_e4m3fn": of KV; auto is what
+            `dtype` comes to.
         max_context: tokens of a request; None for the model's own limit.
         max_running: requests that run at once.
         max_step_tokens: tokens of one step.
@@ -242,7 +246,7 @@ class EngineConfig:
         _one_of("speculate", self.speculate, ("auto", "off", "suffix"))
         _one_of("device", self.device, ("cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn"))
         _at_least("max_context", self.max_context, 1)
         _at_least("max_running", self.max_running, 1)
         _at_least("max_step_tokens", self.max_step_tokens, 1)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from tokenspeed.kernels.kv_formats import FLOAT8
+from tokenspeed.kernels.reference.gemm import DENSE
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.rows import PagedRow, PagedRows
 
@@ -18,7 +20,7 @@ __all__ = ["attend", "paged_mha"]
 @kernel(
     "attention.paged_mha",
     solution="reference",
-    formats=("float32", "bfloat16", "float16"),
+    formats=(*DENSE, FLOAT8),
     traits={"head_dim": ANY},
     priority=Priority.REFERENCE,
     batch_dependent=True,

@@ -6,12 +6,15 @@ of a latent, V those of them that are its value, P pages, C positions of a page.
 
 import torch
 
+from tokenspeed.kernels.kv_formats import FLOAT8
+from tokenspeed.kernels.reference.gemm import DENSE
+from tokenspeed.kernels.reference.kvcache import scatter
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.rows import PagedRows
 
 __all__ = ["append_latents", "paged_mla"]
 
-_FORMATS = ("float32", "bfloat16", "float16")
+_FORMATS = (*DENSE, FLOAT8)
 _TRAITS = {"latent_dim": ANY, "value_dim": ANY}
 
 
@@ -54,5 +57,4 @@ def append_latents(
     latents_TE: torch.Tensor, latents_PCE: torch.Tensor, kv_slots_T: torch.Tensor
 ) -> None:
     """A scatter into the pool seen as one long row of slots, which may be of another type."""
-    slots_XE = latents_PCE.view(-1, latents_PCE.shape[2])
-    slots_XE.index_copy_(0, kv_slots_T, latents_TE.to(latents_PCE.dtype))
+    scatter(latents_TE, latents_PCE, kv_slots_T)

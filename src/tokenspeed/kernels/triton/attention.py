@@ -10,7 +10,7 @@ import torch
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.paging import Geometry, Launch, schedules_of
-from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
+from tokenspeed.kernels.triton.registration import KV_FORMATS, next_power_of_2, triton_kernel
 from tokenspeed.kernels.triton.tuning import tuned
 
 __all__ = [
@@ -34,6 +34,7 @@ FIXED_SPLIT = 4096
 
 @triton_kernel(
     "attention.paged_mha",
+    formats=KV_FORMATS,
     traits={"head_dim": range(1, _HEAD_DIM_MAX + 1)},
     batch_dependent=True,
 )
@@ -52,7 +53,11 @@ def paged_mha(
     return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, sinks_Q=sinks_Q, geometry=geometry)
 
 
-@triton_kernel("attention.paged_mha", traits={"head_dim": range(1, _HEAD_DIM_MAX + 1)})
+@triton_kernel(
+    "attention.paged_mha",
+    formats=KV_FORMATS,
+    traits={"head_dim": range(1, _HEAD_DIM_MAX + 1)},
+)
 def paged_mha_fixed(
     q_TQD: torch.Tensor,
     k_PCHD: torch.Tensor,

@@ -7,7 +7,7 @@ latent.
 import torch
 
 from tokenspeed.kernels.triton.lazy import DeviceCode
-from tokenspeed.kernels.triton.registration import DENSE, next_power_of_2, triton_kernel
+from tokenspeed.kernels.triton.registration import KV_FORMATS, next_power_of_2, triton_kernel
 
 __all__ = ["append", "append_latents"]
 
@@ -15,7 +15,7 @@ _device = DeviceCode("rows")
 _BLOCK_MAX = 1024
 
 
-@triton_kernel("kvcache.append", formats=DENSE, traits={"head_dim": None})
+@triton_kernel("kvcache.append", formats=KV_FORMATS, traits={"head_dim": None})
 def append(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
@@ -29,7 +29,7 @@ def append(
     _append(k_THD, v_THD, k_PCHD, v_PCHD, kv_slots_T)
 
 
-@triton_kernel("kvcache.append_latents", formats=DENSE, traits={"latent_dim": None})
+@triton_kernel("kvcache.append_latents", formats=KV_FORMATS, traits={"latent_dim": None})
 def append_latents(
     latents_TE: torch.Tensor, latents_PCE: torch.Tensor, kv_slots_T: torch.Tensor
 ) -> None:

@@ -17,7 +17,7 @@ from tokenspeed.kernels.triton.attention import (
 )
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.paging import Geometry, schedules_of
-from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
+from tokenspeed.kernels.triton.registration import KV_FORMATS, next_power_of_2, triton_kernel
 from tokenspeed.kernels.triton.tuning import tuned
 
 __all__ = ["attend_latents", "heads_of_a_tile", "paged_mla", "paged_mla_fixed"]
@@ -33,6 +33,7 @@ _TRAITS = {"latent_dim": range(2, 641), "value_dim": range(1, 513)}
 
 @triton_kernel(
     "attention.paged_mla",
+    formats=KV_FORMATS,
     traits=_TRAITS,
     batch_dependent=True,
 )
@@ -49,7 +50,7 @@ def paged_mla(
     return attend_latents(q_TQE, latents_PCE, rows, scale, value_dim=value_dim, geometry=geometry)
 
 
-@triton_kernel("attention.paged_mla", traits=_TRAITS)
+@triton_kernel("attention.paged_mla", formats=KV_FORMATS, traits=_TRAITS)
 def paged_mla_fixed(
     q_TQE: torch.Tensor,
     latents_PCE: torch.Tensor,

@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, ParamSpec, TypeVar
 
 from tokenspeed.kernels.capability import Capability
+from tokenspeed.kernels.kv_formats import FLOAT8
 from tokenspeed.kernels.registry import ANY, Priority, registry
 
-__all__ = ["DENSE", "GPU", "SOLUTION", "next_power_of_2", "triton_kernel"]
+__all__ = ["DENSE", "GPU", "KV_FORMATS", "SOLUTION", "next_power_of_2", "triton_kernel"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -15,6 +16,8 @@ SOLUTION: Final = "triton"
 GPU: Final = Capability(device="cuda", features=frozenset({"triton"}))
 DENSE: Final = ("float32", "bfloat16", "float16")
 """Element types that these kernels read and write."""
+KV_FORMATS: Final = (*DENSE, FLOAT8)
+"""Those that pages may have."""
 
 
 def triton_kernel(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.kv_formats import FLOAT8
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify.case import (
     TYPES,
@@ -23,6 +24,7 @@ from tokenspeed.kernels.verify.case import (
     equal,
     named,
     noise,
+    stored,
 )
 
 __all__ = [
@@ -93,6 +95,10 @@ class Operands:
     window: int | None = None
     has_sinks: bool = False
 
+    def stored(self, x: torch.Tensor) -> torch.Tensor:
+        """Numbers in the type of the format's pages."""
+        return stored(x, self.format_name)
+
     def sinks(self) -> torch.Tensor | None:
         """A sink of each query head, some of which take more than all positions do."""
         if not self.has_sinks:
@@ -156,6 +162,7 @@ def _formats() -> Iterator[tuple[str, torch.dtype, _Heads]]:
     for heads in _HEADS:
         for dtype in TYPES:
             yield named(dtype), dtype, heads
+        yield FLOAT8, torch.bfloat16, heads
         if heads in INTERLEAVED_HEADS:
             for dtype in _INTERLEAVED_TYPES:
                 yield f"interleaved_{named(dtype)}", dtype, heads
@@ -258,6 +265,8 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     q_TQD = noise(int(rows.query_starts[-1]), heads.query, heads.dim, dtype=of.dtype)
     shape = (pages, heads.page_size, heads.kv, heads.dim)
     k_PCHD, v_PCHD = (noise(*shape, dtype=of.dtype, seed=seed) for seed in (1, 2))
+    # Rounding is no error of attention's: numbers are those that the pages hold.
+    k_PCHD, v_PCHD = (of.stored(pool).to(of.dtype) for pool in (k_PCHD, v_PCHD))
     unwritten_PC = torch.ones(shape[:2], dtype=torch.bool)
     for slot, length in _row_lengths(rows):
         at_N = torch.arange(length)
@@ -272,7 +281,7 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     exact_TQD = exact_attention(
         q_TQD, k_PCHD, v_PCHD, rows, scale, window=of.window, sinks_Q=of.sinks()
     )
-    pools = _laid_out(of, k_PCHD, v_PCHD, rows)
+    pools = [of.stored(pool) for pool in _laid_out(of, k_PCHD, v_PCHD, rows)]
     found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window, sinks_Q=of.sinks())
     yield compare("out", found_TQD, exact_TQD, of.dtype)
 
@@ -284,11 +293,14 @@ def _append(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compare
     both = noise(len(slots_T), 2 * heads.kv + 1, heads.dim, dtype=of.dtype)
     k_THD, v_THD = both[:, : heads.kv], both[:, heads.kv + 1 :]
     shape = (pages, heads.page_size, heads.kv, heads.dim)
-    plain = noise(*shape, dtype=of.dtype, seed=1), noise(*shape, dtype=of.dtype, seed=2)
+    # Some lie beyond what eight bits hold.
+    both[0] *= 300
+    k_PCHD, v_PCHD = (of.stored(noise(*shape, dtype=of.dtype, seed=seed)) for seed in (1, 2))
+    plain = k_PCHD, v_PCHD
     pools = [pool.clone() for pool in _laid_out(of, *plain, rows)]
     kernel(k_THD, v_THD, *pools, slots_T)
     for pool, new_THD in zip(plain, (k_THD, v_THD), strict=True):
-        pool.flatten(0, 1)[slots_T] = new_THD
+        pool.flatten(0, 1)[slots_T] = of.stored(new_THD)
     for what, pool, exact in zip("KV", pools, _laid_out(of, *plain, rows), strict=True):
         yield equal(f"the pool of {what}", pool, exact)
 

@@ -7,9 +7,21 @@ from typing import Any
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.kv_formats import FLOAT8
 from tokenspeed.kernels.registry import TraitValue
 
-__all__ = ["HALF_TYPES", "TYPES", "Call", "Case", "Compared", "compare", "equal", "named", "noise"]
+__all__ = [
+    "HALF_TYPES",
+    "TYPES",
+    "Call",
+    "Case",
+    "Compared",
+    "compare",
+    "equal",
+    "named",
+    "noise",
+    "stored",
+]
 
 Call = Callable[..., Any]
 """A kernel with everything bound but the op's parameters."""
@@ -71,6 +83,14 @@ def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Normal random numbers that are the same in every run."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def stored(x: torch.Tensor, format_name: str) -> torch.Tensor:
+    """Numbers in the type of a format's KV pages, where it has one that activations have not."""
+    if format_name != FLOAT8:
+        return x
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return x.float().clamp(-most, most).to(torch.float8_e4m3fn)
 
 
 def compare(

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.kv_formats import FLOAT8
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify.attention import APPENDED, ROWS, scattered_rows, written_slots
 from tokenspeed.kernels.verify.case import (
@@ -23,6 +24,7 @@ from tokenspeed.kernels.verify.case import (
     equal,
     named,
     noise,
+    stored,
 )
 
 __all__ = ["append_latents_cases", "paged_mla_cases"]
@@ -47,51 +49,57 @@ _SHAPES = (
 )
 
 
+_FORMATS = (*((named(dtype), dtype) for dtype in TYPES), (FLOAT8, torch.bfloat16))
+
+
 def paged_mla_cases() -> Iterator[Case]:
     """Decode, prefill and both at once; what no row has written is NaN."""
     for shape in _SHAPES:
-        for dtype in TYPES:
+        for format_name, dtype in _FORMATS:
             for name, lengths in ROWS.items():
                 yield Case(
                     op="attention.paged_mla",
-                    format_name=named(dtype),
+                    format_name=format_name,
                     dtype=dtype,
                     name=f"{name}, {shape}",
                     traits={"latent_dim": shape.latent, "value_dim": shape.value},
-                    check=partial(_paged_mla, shape, dtype, lengths),
+                    check=partial(_paged_mla, shape, (format_name, dtype), lengths),
                 )
 
 
 def append_latents_cases() -> Iterator[Case]:
     """Scattered pages, latents as views into wider rows; no other slot may change."""
     for shape in _SHAPES:
-        for dtype in TYPES:
+        for format_name, dtype in _FORMATS:
             for lengths in APPENDED:
                 yield Case(
                     op="kvcache.append_latents",
-                    format_name=named(dtype),
+                    format_name=format_name,
                     dtype=dtype,
                     name=f"{sum(new for _, new in lengths)} tokens, {shape}",
                     traits={"latent_dim": shape.latent},
-                    check=partial(_append_latents, shape, dtype, lengths),
+                    check=partial(_append_latents, shape, (format_name, dtype), lengths),
                 )
 
 
 def _paged_mla(
     shape: _Shape,
-    dtype: torch.dtype,
+    kind: tuple[str, torch.dtype],
     lengths: tuple[tuple[int, int], ...],
     kernel: Call,
     runtime: CpuRuntime,
 ) -> Iterator[Compared]:
+    format_name, dtype = kind
     rows, pages = scattered_rows(lengths, page_size=shape.page_size, seed=len(lengths))
     q_TQE = noise(int(rows.query_starts[-1]), shape.heads, shape.latent, dtype=dtype)
     latents_PCE = torch.full((pages, shape.page_size, shape.latent), torch.nan, dtype=dtype)
     written = written_slots(rows)
-    latents_PCE.flatten(0, 1)[written] = noise(len(written), shape.latent, dtype=dtype, seed=1)
+    latents_NE = noise(len(written), shape.latent, dtype=dtype, seed=1)
+    # Rounding is no error of attention's: numbers are those that the pages hold.
+    latents_PCE.flatten(0, 1)[written] = stored(latents_NE, format_name).to(dtype)
     scale = 1.3 / math.sqrt(shape.latent)
     exact_TQV = _exact(q_TQE, latents_PCE, rows, scale, shape.value)
-    found_TQV = kernel(q_TQE, latents_PCE, rows, scale, value_dim=shape.value)
+    found_TQV = kernel(q_TQE, stored(latents_PCE, format_name), rows, scale, value_dim=shape.value)
     yield compare("out", found_TQV, exact_TQV, dtype)
 
 
@@ -119,16 +127,17 @@ def _exact(
 
 def _append_latents(
     shape: _Shape,
-    dtype: torch.dtype,
+    kind: tuple[str, torch.dtype],
     lengths: tuple[tuple[int, int], ...],
     kernel: Call,
     runtime: CpuRuntime,
 ) -> Iterator[Compared]:
+    format_name, dtype = kind
     rows, pages = scattered_rows(lengths, page_size=shape.page_size, seed=len(lengths))
     slots_T = rows.kv_slots_T
     latents_TE = noise(len(slots_T), shape.latent + 5, dtype=dtype)[:, 5:]
-    pool_PCE = noise(pages, shape.page_size, shape.latent, dtype=dtype, seed=1)
+    pool_PCE = stored(noise(pages, shape.page_size, shape.latent, dtype=dtype, seed=1), format_name)
     exact_PCE = pool_PCE.clone()
     kernel(latents_TE, pool_PCE, slots_T)
-    exact_PCE.flatten(0, 1)[slots_T] = latents_TE
+    exact_PCE.flatten(0, 1)[slots_T] = stored(latents_TE, format_name)
     yield equal("the pool", pool_PCE, exact_PCE)
