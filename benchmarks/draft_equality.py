@@ -9,8 +9,9 @@ one differs.
 
     python benchmarks/draft_equality.py --chi-square [--draws 5000]
 
-Draws of four tokens each after 20 prompts of a tiny model, with drafts and without, each by seeds
-of its own; the counts of the texts are held against chance: chi-square over all prompts, p > 0.01.
+Draws of four tokens each after 20 prompts of a tiny model, without drafts and with guesses in every
+step, each by seeds of its own; the counts of the texts are held against chance: chi-square over all
+prompts, p > 0.01.
 """
 
 import argparse
@@ -79,32 +80,34 @@ def chance(statistic: float, freedom: int) -> float:
 def distribution(options: argparse.Namespace, console: Console) -> bool:
     """Draw, print and tell whether the counts are likely to come from one distribution."""
     # Only now, because it imports torch.
-    from tests.support.tiny_engine import TinyEngine  # noqa: PLC0415
+    from tests.support.tiny_draws import TinyDraws  # noqa: PLC0415
 
     statistics, freedoms = 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
-        engines = [TinyEngine(Path(folder), drafts=drafts) for drafts in (False, True)]
+        draws = TinyDraws(Path(folder))
         for prompt in range(PROMPTS):
             counts = [
-                engine.draw(
-                    prompt, count=options.draws, tokens=TOKENS, first_seed=index * 1_000_000
+                draws.draw(
+                    prompt,
+                    count=options.draws,
+                    tokens=TOKENS,
+                    first_seed=1_000_000 * drafts,
+                    drafts=drafts,
                 )
-                for index, engine in enumerate(engines)
+                for drafts in (False, True)
             ]
             statistic, freedom = chi_square(counts[0], counts[1])
             statistics, freedoms = statistics + statistic, freedoms + freedom
             console.print(
                 f"prompt {prompt}: {freedom + 1} cells, p = {chance(statistic, freedom):.3f}"
             )
-        stats = engines[1].control.stats()
-        for engine in engines:
-            engine.close()
+        draws.close()
     console.print(
         f"all: chi-square {statistics:.1f} with {freedoms} degrees of freedom, "
-        f"p = {chance(statistics, freedoms):.3f}; {stats.accepted_tokens} of "
-        f"{stats.drafted_tokens} drafted tokens accepted"
+        f"p = {chance(statistics, freedoms):.3f}; {draws.accepted} of {draws.drafted} guesses "
+        "were right"
     )
-    return chance(statistics, freedoms) > 0.01 and stats.accepted_tokens > 0
+    return chance(statistics, freedoms) > 0.01 and draws.accepted > 0
 
 
 def main() -> None:
