@@ -91,7 +91,7 @@ def distribution(options: argparse.Namespace, console: Console) -> bool:
                     prompt,
                     count=options.draws,
                     tokens=TOKENS,
-                    first_seed=1_000_000 * drafts,
+                    first_seed=1_000_000 * (2 * prompt + drafts),
                     drafts=drafts,
                 )
                 for drafts in (False, True)
