@@ -106,9 +106,18 @@ def test_guesses_are_counted_in_usage_requests_and_metrics(
     watched: tuple[Serve, httpx.Client],
 ) -> None:
     server, http = watched
-    line = "The quick brown fox jumps over the lazy dog, and the dog does not mind. "
-    answer = ask(
-        server, f"Say this ten times:\n{line * 8}", request_id="drafts", max_tokens=100
+    code = "def load(self, page: int) -> list[str]:\n    token = self.find(page, 12)\n" * 4
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        json={
+            **CHAT,
+            "messages": [{"role": "user", "content": f"Repeat this code:\n{code}"}],
+            "max_tokens": 200,
+            "temperature": 0.0,
+        },
+        headers={"x-request-id": "drafts"},
+        timeout=500,
+        trust_env=False,
     ).json()
     view = wait_for(
         lambda: http.get("/requests/drafts").json(), lambda view: view.get("state") == "ended"
