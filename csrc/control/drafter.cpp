@@ -62,14 +62,16 @@ double MatchRecord::chance(std::int32_t length, double prior, double weight) con
     return (hits_[place] + prior * weight) / (tries_[place] + weight);
 }
 
-double Drafter::chance(const Reader& reader, std::int32_t length) const noexcept {
+double Drafter::chance(const Witness& witness, std::int32_t length) noexcept {
     const double first = kFirstChances[MatchRecord::length_class(length)];
-    return reader.record.chance(length, record_.chance(length, first, kFirstWeight), kOthersWeight);
+    const double others = witness.others->chance(length, first, kFirstWeight);
+    return witness.own->chance(length, others, kOthersWeight);
 }
 
 // --- reading ------------------------------------------------------------------------------------
 
 void Drafter::follow(std::span<const Request* const> running) {
+    ++plans_;
     make_room();
     std::size_t left = kTokensPerPlan;
     for (const bool behind : {false, true}) {
@@ -78,9 +80,12 @@ void Drafter::follow(std::span<const Request* const> running) {
             const std::size_t lag = request->tokens().size() - reader.read;
             // Without memory nobody catches up, but who has goes on.
             if (behind && size_bytes_ > memory_max_bytes_) break;
-            if ((lag > kLittle) == behind) left -= read(reader, *request, std::min(lag, left));
+            if ((lag > kLittle) != behind) continue;
+            left -= read(reader, *request, std::min(lag, left));
+            if (reader.read == request->tokens().size()) follow_shared(reader, *request);
         }
     }
+    share(left);
 }
 
 Drafter::Reader& Drafter::reader_of(const Request& request) {
@@ -89,7 +94,7 @@ Drafter::Reader& Drafter::reader_of(const Request& request) {
     if (!fresh) return reader;
     try {
         if (!inherit(reader, request)) {
-            reader.memory.push_back({request.tenant(), request.salt(), SuffixAutomaton(), 0});
+            reader.memory.push_back({request.tenant(), request.salt(), SuffixAutomaton(), 0, 0});
         }
         Memory& memory = reader.memory.front();
         const std::size_t tokens =
@@ -119,6 +124,7 @@ bool Drafter::inherit(Reader& reader, const Request& request) {
     reader.memory.splice(reader.memory.begin(), kept_, best);
     // Where another ending follows, the last tokens before it are read again, so that they match.
     const bool ends = shared == reader.memory.front().automaton.text().size();
+    reader.memory.front().untold = 0;
     reader.read = ends ? shared : shared - std::min(shared, kLittle);
     return true;
 }
@@ -139,6 +145,7 @@ std::size_t Drafter::read(Reader& reader, const Request& request, std::size_t mo
                 record_.note(match.length, right, kKeepAll);
             }
             automaton.append(token);
+            if (reader.read >= prompt) ++memory.untold;
         }
     } catch (const std::bad_alloc&) {
         // A draft is a convenience: this request goes without.
@@ -161,6 +168,107 @@ void Drafter::make_room() {
         size_bytes_ -= kept_.back().size_bytes;
         kept_.pop_back();
     }
+    while (!shared_.empty() && size_bytes_ > memory_max_bytes_) {
+        const auto stale = std::ranges::min_element(
+            shared_, {}, [](const auto& entry) { return entry.second.used; });
+        size_bytes_ -= stale->second.size_bytes;
+        shared_.erase(stale);
+    }
+}
+
+// --- what a tenant's requests share -------------------------------------------------------------
+
+// What those wrote that have ended, a piece of it.
+void Drafter::share(std::size_t most) {
+    for (Memory& memory : kept_) {
+        if (most == 0 || size_bytes_ > memory_max_bytes_) break;
+        if (memory.untold > 0) most -= tell(memory, most);
+    }
+}
+
+// How many tokens were told.
+std::size_t Drafter::tell(Memory& memory, std::size_t most) {
+    const auto& text = memory.automaton.text();
+    const std::size_t told = std::min(most, memory.untold);
+    const auto [place, fresh] = shared_.try_emplace({memory.tenant.value, memory.salt});
+    Shared& shared = place->second;
+    if (fresh) shared.generation = ++generations_;
+    shared.used = plans_;
+    try {
+        if (shared.young.text().size() + told > kSharedTokensMax) {
+            SuffixAutomaton next;
+            shared.old = std::move(shared.young);
+            shared.young = std::move(next);
+            shared.generation = ++generations_;
+        }
+        const std::size_t begin = text.size() - memory.untold;
+        for (std::size_t at = begin; at < begin + told; ++at) shared.young.append(text[at]);
+    } catch (const std::bad_alloc&) {
+        size_bytes_ -= shared.size_bytes;
+        shared_.erase(place);
+        return told;
+    }
+    memory.untold -= told;
+    size_bytes_ -= shared.size_bytes;
+    shared.size_bytes = shared.young.size_bytes() + shared.old.size_bytes();
+    size_bytes_ += shared.size_bytes;
+    return told;
+}
+
+// Matches what the request got since; of a generation that is new to it, its last tokens.
+void Drafter::follow_shared(Reader& reader, const Request& request) noexcept {
+    const auto found = shared_.find({request.tenant().value, request.salt()});
+    if (found == shared_.end()) return;
+    Shared& shared = found->second;
+    Beside& beside = reader.beside;
+    const std::size_t known = request.tokens().size();
+    if (beside.generation != shared.generation) {
+        beside.generation = shared.generation;
+        beside.young = beside.old = {};
+        beside.fed = known - std::min(known, kLittle);
+    }
+    const auto prompt = known - static_cast<std::size_t>(request.outputs().value);
+    for (; beside.fed < known; ++beside.fed) {
+        const std::int32_t token = request.tokens()[beside.fed];
+        const Witness told = this->beside(reader, shared);
+        if (beside.fed >= prompt && told.match.length > 0) {
+            const bool right = told.automaton->after(told.match, 0) == token;
+            beside.record.note(told.match.length, right, kKeepOwn);
+            beside_record_.note(told.match.length, right, kKeepAll);
+        }
+        beside.young.feed(shared.young, token);
+        beside.old.feed(shared.old, token);
+    }
+    if (this->beside(reader, shared).match.length > 0) shared.used = plans_;
+}
+
+// The longer match of the two generations, none where nothing comes after it.
+Drafter::Witness Drafter::beside(const Reader& reader, const Shared& shared) const noexcept {
+    Witness longest{&shared.young, {}, &reader.beside.record, &beside_record_, 0};
+    const auto look = [&](const SuffixAutomaton& automaton, const auto& matcher) {
+        const Occurrence match = matcher.found(automaton);
+        const auto end = static_cast<std::size_t>(match.end) + 1;
+        if (match.length <= longest.match.length || end >= automaton.text().size()) return;
+        longest.automaton = &automaton;
+        longest.match = match;
+        longest.most = automaton.text().size() - end;
+    };
+    look(shared.young, reader.beside.young);
+    look(shared.old, reader.beside.old);
+    return longest;
+}
+
+// The longest match there is; the request's own of two alike.
+Drafter::Witness Drafter::witness(const Reader& reader, const Request& request) const noexcept {
+    const SuffixAutomaton& own = reader.memory.front().automaton;
+    const Witness longest{&own, own.longest(), &reader.record, &record_, kLongest};
+    const auto found = shared_.find({request.tenant().value, request.salt()});
+    if (found == shared_.end() || reader.beside.generation != found->second.generation ||
+        reader.beside.fed != request.tokens().size()) {
+        return longest;
+    }
+    const Witness other = beside(reader, found->second);
+    return other.match.length > longest.match.length ? other : longest;
 }
 
 void Drafter::ended(RequestId request) noexcept {
@@ -189,11 +297,11 @@ std::vector<float> Drafter::chances(const Request& request, std::size_t most) co
     std::vector<float> found;
     const Reader* reader = ready(request);
     if (reader == nullptr) return found;
-    const Occurrence match = reader->memory.front().automaton.longest();
-    if (match.length == 0) return found;
+    const Witness told = witness(*reader, request);
+    if (told.match.length == 0) return found;
     double all = 1;
-    for (std::size_t i = 0; i < std::min(most, kLongest); ++i) {
-        all *= chance(*reader, match.length + static_cast<std::int32_t>(i));
+    for (std::size_t i = 0; i < std::min({most, kLongest, told.most}); ++i) {
+        all *= chance(told, told.match.length + static_cast<std::int32_t>(i));
         if (all < kChanceMin) break;
         found.push_back(static_cast<float>(all));
     }
@@ -231,9 +339,9 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
     for (std::size_t i = 0; i < rows.size(); ++i) {
         const Reader* reader = ready(*rows[i].request);
         if (reader == nullptr) continue;
-        const SuffixAutomaton& automaton = reader->memory.front().automaton;
+        const Witness told = witness(*reader, *rows[i].request);
         for (std::size_t at = 0; at < lengths[i]; ++at) {
-            rows[i].draft.push_back(automaton.after(automaton.longest(), at));
+            rows[i].draft.push_back(told.automaton->after(told.match, at));
         }
         Reader& rested = readers_.find(rows[i].request->id().value)->second;
         if (rested.rested && lengths[i] == 0) {

@@ -122,6 +122,20 @@ std::int32_t SuffixAutomaton::after(Occurrence place, std::size_t index) const n
     return text_[begin + index % (text_.size() - begin)];
 }
 
+// A state that was cloned since is behind its clone: what was matched may be shorter than that.
+void SuffixAutomaton::Matcher::feed(const SuffixAutomaton& of, std::int32_t token) noexcept {
+    for (;;) {
+        if (const Transition* leads = of.find(state_, token)) {
+            state_ = leads->target;
+            ++length_;
+            return;
+        }
+        if (state_ == kRoot) return;
+        state_ = of.at(state_).link;
+        length_ = std::min(length_, of.at(state_).length);
+    }
+}
+
 std::size_t SuffixAutomaton::size_bytes() const noexcept {
     return text_.size() * sizeof(std::int32_t) + states_.size() * sizeof(State) +
            transitions_.size() * sizeof(Transition) + table_.size() * sizeof(std::int32_t);

@@ -38,6 +38,20 @@ class SuffixAutomaton {
     // go on as it went on since. Only of an occurrence that ends before the text does.
     std::int32_t after(Occurrence place, std::size_t index) const noexcept;
 
+    // How much of another text's end is somewhere in this one, fed token by token. This text may
+    // grow in between.
+    class Matcher {
+      public:
+        void feed(const SuffixAutomaton& of, std::int32_t token) noexcept;
+        Occurrence found(const SuffixAutomaton& of) const noexcept {
+            return {length_, of.at(state_).end};
+        }
+
+      private:
+        std::int32_t state_ = 0;
+        std::int32_t length_ = 0;
+    };
+
     // What is in use; room that is kept for more is not counted.
     std::size_t size_bytes() const noexcept;
 

@@ -217,6 +217,49 @@ def test_nobody_is_shown_what_another_wrote(other: dict[str, int]) -> None:
     assert turns(warm_writer(), {"tenant": 3, "salt": 4}, other) == 0
 
 
+@pytest.mark.parametrize(
+    ("other", "drafts"),
+    [
+        ({"tenant": 3, "salt": 4}, True),
+        ({"tenant": 3, "salt": 5}, False),
+        ({"tenant": 2, "salt": 4}, False),
+    ],
+)
+def test_what_one_agent_wrote_is_foreseen_by_its_tenants_others(
+    other: dict[str, int], drafts: bool
+) -> None:
+    writer = warm_writer()
+    answer = random_text(16, 300)
+    writer.write(0, random_text(17, 100), answer, tenant=3, salt=4)
+    writer.run_until(0)
+    before = writer.drafted()[1]
+    # Its prompt begins otherwise, and holds none of it.
+    writer.write(1, random_text(18, 100), random_text(19, 20) + answer[50:], **other)
+    writer.run_until(1)
+    accepted = writer.drafted()[1] - before
+    assert accepted > 200 if drafts else accepted == 0
+
+
+@pytest.mark.slow
+def test_a_tenants_text_is_forgotten_by_generations() -> None:
+    writer = warm_writer(context_max=200_000)
+    texts = [random_text(50 + n, 3000, kinds=50_000) for n in range(50)]
+    for request, answer in enumerate(texts):
+        writer.write(request, random_text(request, 100), answer)
+        writer.run_until(request)
+
+    def accepted(request: int, answer: list[int]) -> int:
+        before = writer.drafted()[1]
+        writer.write(request, random_text(request, 100), answer)
+        writer.run_until(request)
+        return writer.drafted()[1] - before
+
+    # The young generation, the old one, and what went with the one before.
+    assert accepted(100, texts[48][:300]) > 200
+    assert accepted(101, texts[25][:300]) > 200
+    assert accepted(102, texts[0][:300]) == 0
+
+
 def test_a_long_prompt_is_read_over_many_plans() -> None:
     writer = warm_writer(step_tokens_max=8192)
     quoted = random_text(13, 30_000, kinds=50_000)
