@@ -111,8 +111,10 @@ def one_position_unseen(
     *,
     window: Any = None,
     sinks_Q: Any = None,
+    soft_cap: Any = None,
 ) -> Any:
-    out = attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
+    terms = {"window": window, "sinks_Q": sinks_Q, "soft_cap": soft_cap}
+    out = attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, **terms)
     # As if each query saw the value at its own position a little less.
     return out - 1e-4 * out[:1]
 
@@ -126,12 +128,11 @@ def what_was_never_written(
     *,
     window: Any = None,
     sinks_Q: Any = None,
+    soft_cap: Any = None,
 ) -> Any:
     # Multiplied by zero, as if it were masked.
-    return (
-        attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
-        + 0 * v_PCHD.sum()
-    )
+    terms = {"window": window, "sinks_Q": sinks_Q, "soft_cap": soft_cap}
+    return attention.paged_mha(q_TQD, k_PCHD, v_PCHD, rows, scale, **terms) + 0 * v_PCHD.sum()
 
 
 def rows_taken_as_contiguous(

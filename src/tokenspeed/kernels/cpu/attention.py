@@ -42,6 +42,7 @@ def paged_mha(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
     runtime: CpuRuntime,
 ) -> torch.Tensor:
     """Blocks of 256 positions, softmax over each, merged from the first to the last."""
@@ -57,7 +58,7 @@ def paged_mha(
         rows.page_table_XP,
         scale,
         window or 0,
-        0.0,
+        soft_cap or 0.0,
         sinks_Q,
         out_TQD,
     )

@@ -34,6 +34,7 @@ def paged_mha(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Gather each row's pages, then attend in float32 with a mask that says who sees what.
 
@@ -41,7 +42,15 @@ def paged_mha(
     CPU is no faster for that.
     """
     return attend(
-        q_TQD, k_PCHD, v_PCHD, rows, scale, read=_as_they_are, window=window, sinks_Q=sinks_Q
+        q_TQD,
+        k_PCHD,
+        v_PCHD,
+        rows,
+        scale,
+        read=_as_they_are,
+        window=window,
+        sinks_Q=sinks_Q,
+        soft_cap=soft_cap,
     )
 
 
@@ -55,6 +64,7 @@ def attend(
     read: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     window: int | None,
     sinks_Q: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> torch.Tensor:
     """Attention of each row over its pages, which `read` turns into plain numbers."""
     heads, head_dim = k_PCHD.shape[2], q_TQD.shape[2]
@@ -73,9 +83,15 @@ def attend(
         )
         allowed_LN = _within(row, first, window)
         q_LQD = q_TQD[row.start : row.end].float()
-        if sinks_Q is not None:
-            out_TQD[row.start : row.end] = _with_sinks(
-                q_LQD, k_HND[0], v_HND[0], allowed_LN, scale=scale, sinks_Q=sinks_Q
+        if sinks_Q is not None or soft_cap is not None:
+            out_TQD[row.start : row.end] = _written_out(
+                q_LQD,
+                k_HND[0],
+                v_HND[0],
+                allowed_LN,
+                scale=scale,
+                sinks_Q=sinks_Q,
+                soft_cap=soft_cap,
             )
         elif allowed_LN is None:
             # The query heads of a KV head stand where tokens would: K and V are read once.
@@ -95,21 +111,28 @@ def attend(
     return out_TQD
 
 
-def _with_sinks(
+def _written_out(
     q_LQD: torch.Tensor,
     k_HND: torch.Tensor,
     v_HND: torch.Tensor,
     allowed_LN: torch.Tensor | None,
     *,
     scale: float,
-    sinks_Q: torch.Tensor,
+    sinks_Q: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> torch.Tensor:
-    """out_LQD where each head has one score more, whose part of the softmax is left out."""
+    """out_LQD where scores are capped, or each head has one score more whose part of the softmax
+    is left out.
+    """
     group = q_LQD.shape[1] // len(k_HND)
     k_QND, v_QND = (of_HND.repeat_interleave(group, dim=0) for of_HND in (k_HND, v_HND))
     scores_QLN = q_LQD.transpose(0, 1) @ k_QND.transpose(1, 2) * scale
+    if soft_cap is not None:
+        scores_QLN = soft_cap * torch.tanh(scores_QLN / soft_cap)
     if allowed_LN is not None:
         scores_QLN = scores_QLN.masked_fill(~allowed_LN, -torch.inf)
+    if sinks_Q is None:
+        return (scores_QLN.softmax(-1) @ v_QND).transpose(0, 1)
     sinks_QL1 = sinks_Q.float()[:, None, None].expand(-1, len(q_LQD), 1)
     weights_QLN = torch.cat((scores_QLN, sinks_QL1), dim=-1).softmax(-1)[..., :-1]
     return (weights_QLN @ v_QND).transpose(0, 1)

@@ -79,10 +79,19 @@ def paged_mha_rounded(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Undo rounding and transform of each row's pages, then attend in float32."""
     return attend(
-        q_TQD, k_PCHD, v_PCHD, rows, scale, read=read_rounded, window=window, sinks_Q=sinks_Q
+        q_TQD,
+        k_PCHD,
+        v_PCHD,
+        rows,
+        scale,
+        read=read_rounded,
+        window=window,
+        sinks_Q=sinks_Q,
+        soft_cap=soft_cap,
     )
 
 

@@ -47,10 +47,20 @@ def paged_mha(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Pieces of positions balanced over the multiprocessors, then merged."""
     geometry = _geometry(q_TQD, k_PCHD, window=window, split=None)
-    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, sinks_Q=sinks_Q, geometry=geometry)
+    return attend(
+        q_TQD,
+        k_PCHD,
+        v_PCHD,
+        rows,
+        scale,
+        sinks_Q=sinks_Q,
+        soft_cap=soft_cap,
+        geometry=geometry,
+    )
 
 
 @triton_kernel(
@@ -67,12 +77,22 @@ def paged_mha_fixed(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """The same in pieces of a fixed length and tiles of one height: a row's sums have one order,
     whatever shares its step and however its prompt was cut.
     """
     geometry = _geometry(q_TQD, k_PCHD, window=window, split=FIXED_SPLIT)
-    return attend(q_TQD, k_PCHD, v_PCHD, rows, scale, sinks_Q=sinks_Q, geometry=geometry)
+    return attend(
+        q_TQD,
+        k_PCHD,
+        v_PCHD,
+        rows,
+        scale,
+        sinks_Q=sinks_Q,
+        soft_cap=soft_cap,
+        geometry=geometry,
+    )
 
 
 def _geometry(
@@ -101,6 +121,7 @@ def attend(
     scale: float,
     *,
     sinks_Q: torch.Tensor | None,
+    soft_cap: float | None,
     geometry: Geometry,
 ) -> torch.Tensor:
     """out_TQD, by tiles of some geometry."""
@@ -135,11 +156,13 @@ def attend(
             kv_heads,
             rows.page_table_XP.stride(0),
             scale * _LOG2_E,
+            (soft_cap or 0.0) * _LOG2_E,
             GROUP=geometry.group,
             HEAD_DIM=head_dim,
             PAGE=rows.page_size,
             WINDOW=geometry.window or 0,
             HAS_SINKS=sinks_Q is not None,
+            CAPPED=soft_cap is not None,
             M=launch.rows,
             N=geometry.block,
             D=block_dim,

@@ -94,6 +94,7 @@ def _attention() -> Iterator[Sample]:
                 0.1,
                 window=window,
                 sinks_Q=sinks_Q,
+                soft_cap=30.0 if sinks else None,
             )
             yield Sample(op="attention.paged_mha", name=f"{heads} x {dim}, {name}", call=call)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ __all__ = [
 # Types whose elements come whole into 32 bits, which interleaving needs.
 _INTERLEAVED_TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
+# Below most scores' size, so that it shows.
+_SOFT_CAP = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,7 @@ class Operands:
     lengths: _Lengths
     window: int | None = None
     has_sinks: bool = False
+    soft_cap: float | None = None
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
         """Numbers in the type of the format's pages."""
@@ -129,6 +133,7 @@ def paged_mha_cases() -> Iterator[Case]:
                     _paged_mha, Operands(format_name, dtype, heads, ROWS["mixed"], window)
                 ),
             )
+        yield from _capped_cases(format_name, dtype, heads)
         for of_window in (None, WINDOWS[1]):
             yield Case(
                 op="attention.paged_mha",
@@ -141,6 +146,28 @@ def paged_mha_cases() -> Iterator[Case]:
                     Operands(format_name, dtype, heads, ROWS["mixed"], of_window, has_sinks=True),
                 ),
             )
+
+
+def _capped_cases(format_name: str, dtype: torch.dtype, heads: _Heads) -> Iterator[Case]:
+    for has_sinks in (False, True):
+        yield Case(
+            op="attention.paged_mha",
+            format_name=format_name,
+            dtype=dtype,
+            name=f"mixed, soft cap{', sinks' if has_sinks else ''}, {heads}",
+            traits={"head_dim": heads.dim},
+            check=partial(
+                _paged_mha,
+                Operands(
+                    format_name,
+                    dtype,
+                    heads,
+                    ROWS["mixed"],
+                    has_sinks=has_sinks,
+                    soft_cap=_SOFT_CAP,
+                ),
+            ),
+        )
 
 
 def append_cases() -> Iterator[Case]:
@@ -230,6 +257,7 @@ def exact_attention(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """The definition in float64, a row at a time, over plain pools."""
     group = q_TQD.shape[1] // k_PCHD.shape[2]
@@ -244,6 +272,8 @@ def exact_attention(
             for pool in (k_PCHD, v_PCHD)
         )
         scores_QLN = torch.einsum("lqd,nqd->qln", q_TQD[start:end].double(), k_NQD) * scale
+        if soft_cap is not None:
+            scores_QLN = soft_cap * torch.tanh(scores_QLN / soft_cap)
         unseen_LN = at_N > at_N[context:, None]
         if window is not None:
             unseen_LN |= at_N <= at_N[context:, None] - window
@@ -278,11 +308,10 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     for pool in (k_PCHD, v_PCHD):
         pool[unwritten_PC] = torch.nan
     scale = 1.3 / math.sqrt(heads.dim)
-    exact_TQD = exact_attention(
-        q_TQD, k_PCHD, v_PCHD, rows, scale, window=of.window, sinks_Q=of.sinks()
-    )
+    terms: dict[str, Any] = {"window": of.window, "sinks_Q": of.sinks(), "soft_cap": of.soft_cap}
+    exact_TQD = exact_attention(q_TQD, k_PCHD, v_PCHD, rows, scale, **terms)
     pools = [of.stored(pool) for pool in _laid_out(of, k_PCHD, v_PCHD, rows)]
-    found_TQD = kernel(q_TQD, *pools, rows, scale, window=of.window, sinks_Q=of.sinks())
+    found_TQD = kernel(q_TQD, *pools, rows, scale, **terms)
     yield compare("out", found_TQD, exact_TQD, of.dtype)
 
 

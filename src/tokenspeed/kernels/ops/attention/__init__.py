@@ -23,6 +23,7 @@ def paged_mha(
     *,
     window: int | None = None,
     sinks_Q: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every row of a mixed batch; gives out_TQD.
 
@@ -31,13 +32,16 @@ def paged_mha(
     the row sees hold does not matter. Query head i reads KV head i * H // Q (grouped-query
     attention, Ainslie et al. 2023). A head's sink, float32, is one more score that takes its part
     of the softmax, is not scaled, and gives nothing (gpt-oss, 2025). Softmax and sums are float32.
-    A row's result does not depend on the other rows.
+    With a soft cap c, scores, scaled already, become c tanh(score / c) (Gemma 2, 2024, section 2);
+    sinks stay as they are. A row's result does not depend on the other rows.
 
     Traits:
         head_dim: D.
     """
     kernel = paged_mha.best(q_TQD, format_name=pool_format(k_PCHD), head_dim=q_TQD.shape[2])
-    return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
+    return kernel(
+        q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q, soft_cap=soft_cap
+    )
 
 
 @declare_op("attention.paged_mla", traits=("latent_dim", "value_dim"))

@@ -58,17 +58,20 @@ def attend(
     kv_heads,
     table_stride,
     scale,
+    soft_cap,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    CAPPED: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All pieces of one program, for one KV head; `scale` is in base 2, WINDOW 0 is none."""
+    """All pieces of one program, for one KV head; `scale` and `soft_cap` are in base 2, WINDOW 0 is
+    none."""
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.arange(0, M)
@@ -107,6 +110,9 @@ def attend(
                 other=0.0,
             ).to(queries.dtype)
             scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+            if CAPPED:
+                # tanh, which is 1 where the exponential is infinite.
+                scores = soft_cap - 2.0 * soft_cap / (tl.exp(2.0 * scores / soft_cap) + 1.0)
             seen = there[None, :] & (key[None, :] <= own[:, None])
             if WINDOW:
                 seen = seen & (key[None, :] > own[:, None] - WINDOW)
