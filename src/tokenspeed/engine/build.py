@@ -18,7 +18,7 @@ from tokenspeed.engine.rank_launch import check_ranks
 from tokenspeed.engine.ranks import GroupRunner, RankGroup
 from tokenspeed.engine.sizing import memory_share_size_bytes, pages_that_fit, step_drafts_max
 from tokenspeed.engine.wire import EngineInfo
-from tokenspeed.execution import Runner
+from tokenspeed.execution import Runner, give_back_memory
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
 from tokenspeed.modeling import ModelConfig, build_model
 
@@ -171,6 +171,8 @@ def _build(
         tps_floor=config.tps_floor,
         tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),
     )
+    # What loading needed and nothing does from here on.
+    give_back_memory()
     return Engine(core=core, info=info, check=None if group is None else group.check)
 
 

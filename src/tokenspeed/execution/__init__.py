@@ -1,7 +1,12 @@
 """Owns turning a plan into one forward pass and its sampled tokens; never schedules or pages."""
 
 from tokenspeed.execution.cpu_sampler import CpuSampler
-from tokenspeed.execution.platform import resolve_dtype, set_threads, usable_cpu_count
+from tokenspeed.execution.platform import (
+    give_back_memory,
+    resolve_dtype,
+    set_threads,
+    usable_cpu_count,
+)
 from tokenspeed.execution.runner import LaunchedStep, Runner
 from tokenspeed.execution.sampler import Sampler
 
@@ -10,6 +15,7 @@ __all__ = [
     "LaunchedStep",
     "Runner",
     "Sampler",
+    "give_back_memory",
     "resolve_dtype",
     "set_threads",
     "usable_cpu_count",

@@ -1,5 +1,6 @@
 """What the forward runs with: an element type and a number of threads."""
 
+import ctypes
 import math
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.kernels import Platform
 
-__all__ = ["one_thread", "resolve_dtype", "set_threads", "usable_cpu_count"]
+__all__ = ["give_back_memory", "one_thread", "resolve_dtype", "set_threads", "usable_cpu_count"]
 
 # Instructions that multiply bfloat16; without them float32 is both faster and more exact.
 BFLOAT16_FEATURES = frozenset({"avx512_bf16", "amx_bf16"})
@@ -87,3 +88,10 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed and is kept for later, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

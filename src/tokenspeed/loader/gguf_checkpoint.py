@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
 from tokenspeed.loader.dequantise import Blocks, read_blocks
-from tokenspeed.loader.gguf_file import GGUFFile, GGUFTensor
+from tokenspeed.loader.gguf_file import MERGES, GGUFFile, GGUFTensor
 from tokenspeed.loader.gguf_model import ROPE_FACTORS, hf_config, hf_name
 from tokenspeed.loader.progress import Progress
 
@@ -48,8 +48,11 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self._gguf = GGUFFile.open(path)
-        self.hf_config: dict[str, Any] = hf_config(self._gguf)
+        gguf = GGUFFile.open(path, without=(MERGES,))
+        self.hf_config: dict[str, Any] = hf_config(gguf)
+        # A vocabulary takes tens of megabytes, for as long as weights are loaded.
+        single = {key: value for key, value in gguf.metadata.items() if not isinstance(value, list)}
+        self._gguf = replace(gguf, metadata=single)
         self.sampling_defaults: dict[str, float | int] = {}
         self._names = {
             name: _known_name(self._gguf, name)

@@ -7,14 +7,14 @@ damaged header costs no more than its file's size.
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
 
-__all__ = ["QUANT_TYPES", "GGUFFile", "GGUFTensor", "GGUFValue", "QuantType"]
+__all__ = ["MERGES", "QUANT_TYPES", "GGUFFile", "GGUFTensor", "GGUFValue", "QuantType"]
 
 GGUFValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
 T = TypeVar("T")
@@ -77,6 +77,9 @@ _OTHER_TYPES: Mapping[int, str] = {
     35: "TQ2_0",
     39: "MXFP4",
 }
+
+MERGES = "tokenizer.ggml.merges"
+"""The key of a byte-pair vocabulary's merges, of which there are as many as tokens."""
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -147,8 +150,12 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
 
     @classmethod
-    def open(cls, path: Path) -> "GGUFFile":
+    def open(cls, path: Path, *, without: Collection[str] = ()) -> "GGUFFile":
         """Read a file's header and check that all it speaks of lies within the file.
+
+        Args:
+            path: the file.
+            without: keys of arrays of strings that are passed over.
 
         Raises:
             CorruptCheckpoint: not a GGUF file, or a damaged or truncated one.
@@ -160,7 +167,7 @@ class GGUFFile:
             except ValueError as error:
                 raise CorruptCheckpoint(f"{path} is empty") from error
             with data:
-                return _Reader(path, data).read()
+                return _Reader(path, data, without).read()
 
     def get(self, key: str, kind: type[T], default: T) -> T:
         """The metadata under a key, or the default where there is none.
@@ -193,8 +200,9 @@ class GGUFFile:
 class _Reader:
     """A cursor over a file's bytes that never leaves them."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, without: Collection[str]) -> None:
         self._path = path
+        self._without = without
         self._data = data
         self._size_bytes = len(data)
         self._at = 0
@@ -218,27 +226,32 @@ class _Reader:
             key = self._string()
             if key in metadata:
                 raise self._corrupt(f"the metadata {key!r} twice")
-            metadata[key] = self._value(self._scalar(_U32))
+            value = self._value(self._scalar(_U32), kept=key not in self._without)
+            if value is not None:
+                metadata[key] = value
         _check_whole(self._path, metadata)
         entries = [self._tensor() for _ in range(tensor_count)]
         tensors = self._placed(entries, metadata.get("general.alignment", 32))
         return GGUFFile(path=self._path, metadata=metadata, tensors=tensors)
 
-    def _value(self, kind: int) -> GGUFValue:
+    def _value(self, kind: int, *, kept: bool) -> GGUFValue | None:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            return self._array()
+            return self._array(kept=kept)
         if kind not in _SCALARS:
             raise self._corrupt(f"metadata of the unknown type {kind}")
         value: int | float = self._scalar(_SCALARS[kind])
         return bool(value) if kind == _BOOL else value
 
-    def _array(self) -> GGUFValue:
+    def _array(self, *, kept: bool) -> GGUFValue | None:
         kind = self._scalar(_U32)
         count = self._scalar(_U64)
         if kind == _STRING:
             self._fits(count, 8, "strings")
+            if not kept:
+                self._pass_strings(count)
+                return None
             return self._strings(count)
         if kind not in _SCALARS:
             raise self._corrupt(f"an array of the unknown type {kind}")
@@ -317,6 +330,19 @@ class _Reader:
         # What is wrong with the next one is said where single strings are read.
         strings.extend(self._string() for _ in range(count - len(strings)))
         return strings
+
+    def _pass_strings(self, count: int) -> None:
+        data, at, size_bytes = self._data, self._at, self._size_bytes
+        length_at, header_size_bytes = _U64.unpack_from, _U64.size
+        for _ in range(count):
+            if at + header_size_bytes > size_bytes:
+                break
+            at += header_size_bytes + length_at(data, at)[0]
+        else:
+            if at <= size_bytes:
+                self._at = at
+                return
+        raise self._corrupt(f"{count:,} strings that go beyond its {size_bytes:,} bytes")
 
     def _scalar(self, kind: struct.Struct) -> int:
         if self._at + kind.size > self._size_bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
-from tokenspeed.loader.gguf_file import GGUFFile
+from tokenspeed.loader.gguf_file import MERGES, GGUFFile
 from tokenspeed.loader.gguf_model import special_token_ids
 
 __all__ = ["tokenizer_config_json", "tokenizer_json"]
@@ -99,7 +99,7 @@ def _byte_level(
             f"{', '.join(_PRE_TOKENIZERS)}"
         )
     merges = []
-    for merge in _strings(gguf, "tokenizer.ggml.merges"):
+    for merge in _strings(gguf, MERGES):
         # A token never begins with a plain space, but the space between two may follow one.
         left, space, right = merge.partition(" ")
         if not space or left not in vocab or right not in vocab or left + right not in vocab:

@@ -99,6 +99,25 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: bytes, says: str) ->
         GGUFFile.open(path)
 
 
+def test_strings_that_are_not_wanted_are_passed_over(whole: Path, tmp_path: Path) -> None:
+    every = GGUFFile.open(whole)
+    key = "tokenizer.ggml.tokens"
+    some = GGUFFile.open(whole, without=(key,))
+    assert every.metadata.keys() - some.metadata.keys() == {key}
+    assert some.tensors == every.tensors
+    path = tmp_path / "bad.gguf"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    entry = struct.pack("<Q1sII", 1, b"a", 9, 8)
+    for strings in (
+        struct.pack("<QQ1s", 2, 1, b"x"),
+        struct.pack("<QQ1sQ", 2, 1, b"x", 2**63),
+        struct.pack("<QQ1sI", 2, 1, b"x", 1),
+    ):
+        path.write_bytes(header + entry + strings)
+        with pytest.raises(CorruptCheckpoint):
+            GGUFFile.open(path, without=("a",))
+
+
 def test_a_file_cut_within_its_tensors_is_truncated(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole.read_bytes()[:-64])
