@@ -270,7 +270,8 @@ class _Supervisor:
 
     async def _watch(self, gateway: Gateway) -> None:
         """Wait until the gateway ends, which nothing outlives."""
-        await gateway.exited
+        # Whoever ends the watch is not to end the gateway's: running requests get their time.
+        await asyncio.shield(gateway.exited)
         raise EngineError(gateway.cause())
 
     def _gateway_config(self, info: EngineInfo) -> GatewayConfig:
