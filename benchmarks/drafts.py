@@ -18,6 +18,8 @@ a second that a user sees (median over turns), output tokens a minute of all, to
 request, and the ratio on/off of each turn: of all, and of those that mostly quote their prompts.
 Targets: 1.5 in the median of quoting turns at concurrency 1; no less than 1.0 at 8. `--minutes`
 bounds the first run of a mode and concurrency; the others do the turns that it came through with.
+CPU time of all threads, prompts included, is printed because it tells more than the clock where the
+machine has other work.
 
 Appends one line for each mode and concurrency to benchmarks/history/drafts.jsonl.
 """
@@ -67,6 +69,7 @@ class Run:
 
     turns: list[list[Turn]]
     took_s: float
+    cpu_s: float
     drafted: int
     accepted: int
 
@@ -83,6 +86,7 @@ class Run:
             "turns": len(turns),
             "output_tokens": tokens,
             "took_s": self.took_s,
+            "cpu_ms_per_token": 1e3 * self.cpu_s / max(1, tokens),
             "user_tokens_per_s": statistics.median(rates) if rates else 0.0,
             "tokens_per_minute": 60 * tokens / self.took_s,
             "tokens_per_step": tokens / max(1, sum(turn.steps for turn in turns)),
@@ -128,7 +132,7 @@ class Bench:
             overlap_depth=config.overlap_depth,
             seed=0,
         )
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
         turns = drive(
             core,
             users,
@@ -138,7 +142,8 @@ class Bench:
         )
         took_s = time.perf_counter() - began_s
         stats = control.stats()
-        return Run(turns, took_s, stats.drafted_tokens, stats.accepted_tokens)
+        cpu_s = time.process_time() - began_cpu_s
+        return Run(turns, took_s, cpu_s, stats.drafted_tokens, stats.accepted_tokens)
 
 
 class Own:
@@ -331,7 +336,8 @@ def main() -> None:
     )
     bench = Bench(build_engine(config))
     console = Console(width=150)
-    table = Table("mode", "users", "drafts", "TPS of a user", "TPM", "tokens a step", "accepted")
+    columns = ("TPS of a user", "TPM", "CPU ms a token", "tokens a step", "accepted")
+    table = Table("mode", "users", "drafts", *columns)
     verdicts = []
     for mode, concurrency in itertools.product(options.mode, options.concurrency):
         on, off = measure(bench, options, mode, concurrency)
@@ -347,6 +353,7 @@ def main() -> None:
                 name,
                 " / ".join(f"{row['user_tokens_per_s']:.1f}" for row in rows),
                 " / ".join(f"{row['tokens_per_minute']:.0f}" for row in rows),
+                " / ".join(f"{row['cpu_ms_per_token']:.1f}" for row in rows),
                 f"{rows[0]['tokens_per_step']:.2f}",
                 f"{rows[0]['accepted_tokens']} of {rows[0]['drafted_tokens']}",
             )
