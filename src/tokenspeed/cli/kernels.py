@@ -1,20 +1,13 @@
 """`tokenspeed kernels`: which kernels there are, why one is chosen, and whether they are right."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tokenspeed.cli.options import Device, LogLevel, LogLevelOption
 from tokenspeed.cli.reporting import reported
 from tokenspeed.core.errors import ConfigError, KernelError
-
-if TYPE_CHECKING:
-    import torch
-
-    from tokenspeed.kernels.cpu import CpuRuntime
-    from tokenspeed.kernels.verify import Run
 
 __all__ = ["kernels_app"]
 
@@ -23,7 +16,6 @@ kernels_app = typer.Typer(
 )
 
 _FORMATS = ("float32", "bfloat16", "float16")
-_FAILURES_SHOWN = 5
 
 
 @kernels_app.command("list")
@@ -123,7 +115,7 @@ def verify_kernels(
         from tokenspeed import kernels  # noqa: PLC0415
         from tokenspeed.execution import usable_cpu_count  # noqa: PLC0415
         from tokenspeed.kernels.cpu import start_runtime  # noqa: PLC0415
-        from tokenspeed.kernels.verify import plan_runs  # noqa: PLC0415
+        from tokenspeed.kernels.verify import plan_runs, verify_and_tell  # noqa: PLC0415
 
         if device is Device.CUDA and not torch.cuda.is_available():
             raise ConfigError("--device cuda needs a GPU, and PyTorch finds none here")
@@ -141,45 +133,11 @@ def verify_kernels(
         typer.echo(
             torch.cuda.get_device_name() if on_gpu else f"{runtime.isa}, threads: {runtime.threads}"
         )
-        failed = _verify_and_tell(runs, runtime, torch.device("cuda") if on_gpu else None)
+        failed = verify_and_tell(
+            runs, runtime, torch.device("cuda") if on_gpu else None, tell=typer.echo
+        )
         if failed:
             raise KernelError(f"{failed} of {sum(len(run.cases) for run in runs)} cases failed")
-
-
-def _verify_and_tell(
-    runs: "Sequence[Run]", runtime: "CpuRuntime", device: "torch.device | None"
-) -> int:
-    """Print a line a run, and give the number of failed cases."""
-    from tokenspeed.kernels.verify import verify, worst  # noqa: PLC0415
-
-    def kernel_name(run: "Run") -> str:
-        return f"{run.kernel.solution}:{run.kernel.name}"
-
-    op_width = max(len(run.kernel.op) for run in runs)
-    kernel_width = max(len(kernel_name(run)) for run in runs)
-    operand_width = max(len(run.operand) for run in runs)
-    failed = 0
-    for run in runs:
-        line = (
-            f"{run.kernel.op:{op_width}}  {kernel_name(run):{kernel_width}}  "
-            f"{run.operand:{operand_width}}"
-        )
-        if run.unchecked is not None:
-            typer.echo(f"{line}  not checked: {run.unchecked}")
-            continue
-        outcomes = [verify(run.kernel, case, runtime=runtime, device=device) for case in run.cases]
-        failures = [outcome for outcome in outcomes if outcome.failure is not None]
-        failed += len(failures)
-        farthest = worst(outcomes)
-        typer.echo(
-            f"{line}  {len(outcomes):4} cases  {farthest.error:7.1e} of {farthest.tolerance:7.1e}  "
-            f"{'FAIL' if failures else 'pass'}"
-        )
-        for outcome in failures[:_FAILURES_SHOWN]:
-            typer.echo(f"    {outcome.case.name}: {outcome.failure}")
-        if len(failures) > _FAILURES_SHOWN:
-            typer.echo(f"    and {len(failures) - _FAILURES_SHOWN} more")
-    return failed
 
 
 @kernels_app.command("compile")

@@ -1,6 +1,8 @@
 """`make gpu-check` without a GPU: it says so, and what it would do is tried out on the CPU."""
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -62,13 +64,30 @@ def test_workloads_are_compared_and_timed() -> None:
 def test_a_report_says_what_failed_and_what_was_not_measured() -> None:
     passed = gpu_check.Part(name="ours", command=["true"], limit_s=9)
     slow = gpu_check.Part(name="slow", command=["sleep", "60"], limit_s=0.1)
-    report = gpu_check.run(CPU, [passed, slow], deadline=time.monotonic() + 5)
-    assert [part.passed for part in report.parts] == [True, False]
+    bare = gpu_check.Part(name="bare", command=["false"], limit_s=9, needs=("no_such_package",))
+    report = gpu_check.run(CPU, [passed, slow, bare], deadline=time.monotonic() + 5)
+    assert [part.passed for part in report.parts] == [True, False, False]
     assert report.failed
     text = report.table()
+    assert "bare         not run: there is no no_such_package here" in text
     assert "slow         FAIL" in text
     assert text.count("not measured: the time was over") == len(list(workloads()))
     json.dumps(asdict(report))
+
+
+def test_what_is_measured_of_kernels_needs_no_package_of_the_engines() -> None:
+    """A machine that is lent with a GPU has PyTorch, Triton, numpy, and little else."""
+    program = (
+        "import sys\n"
+        "class Bare:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in {'msgspec', 'llguidance', 'typer', 'rich', 'zmq'}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Bare())\n"
+        "import benchmarks.gpu_check, benchmarks.support.gpu_verify, tokenspeed.modeling\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_one_user_decodes_at_depth() -> None:

@@ -2,6 +2,7 @@
 
 from tokenspeed.kernels.verify.case import Case, Compared
 from tokenspeed.kernels.verify.runs import CASES, Outcome, Run, plan_runs, verify, worst
+from tokenspeed.kernels.verify.telling import verify_and_tell
 from tokenspeed.kernels.verify.tolerances import TOLERANCES, Tolerance
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Tolerance",
     "plan_runs",
     "verify",
+    "verify_and_tell",
     "worst",
 ]
