@@ -11,12 +11,16 @@ import pytest
 import torch
 from benchmarks import gpu_check
 from benchmarks.support.gpu_step import decode_plan, one_user
+from benchmarks.support.gpu_verify import verify_for
 
 from tests.kernels.triton_cases import interpreting
 from tests.support.triton_interpreter import needs_interpreter
 from tests.unit.execution.tiny import SIZES
+from tokenspeed.kernels import Platform, registry
+from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.triton.measure import Ceilings
 from tokenspeed.kernels.triton.workloads import workloads
+from tokenspeed.kernels.verify import plan_runs
 
 __all__ = ["interpreting"]
 
@@ -88,6 +92,18 @@ def test_what_is_measured_of_kernels_needs_no_package_of_the_engines() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_cases_of_all_kernels_are_taken_in_turn_until_the_time_is_over() -> None:
+    ops = ("norm.rms_norm", "rope.rotate")
+    platform = Platform.of(CPU)
+    runs = plan_runs(registry, platform=platform, ops=ops, solution="reference")
+    runtime = start_runtime(threads=1)
+    some = verify_for(runs, runtime, CPU, seconds=0.0, seed=1)
+    assert sum(len(outcomes) for _, outcomes in some) == 0
+    every = verify_for(runs, runtime, CPU, seconds=60.0, seed=1)
+    assert [len(outcomes) for _, outcomes in every] == [len(run.cases) for run, _ in every]
+    assert all(outcome.failure is None for _, outcomes in every for outcome in outcomes)
 
 
 def test_one_user_decodes_at_depth() -> None:
