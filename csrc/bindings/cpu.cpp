@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "errors.h"
+#include "experts.h"
 #include "gemm.h"
 #include "graph.h"
 #include "latent.h"
@@ -191,13 +192,14 @@ NB_MODULE(_cpu, module) {
         "runtime"_a, "x"_a, "weight"_a, "bias"_a.none(), "y"_a);
     module.def(
         "lookup",
-        [](cpu::Runtime& runtime, nb::handle ids, const cpu::PackedMatrix& table, nb::handle y) {
+        [](cpu::Runtime& runtime, nb::handle ids, const cpu::PackedMatrix& table, float scale,
+           nb::handle y) {
             const auto rows = tensors.integers<std::int64_t>(ids, "ids");
             const auto y_rows = tensors.rows<void*>(y, "y");
             const nb::gil_scoped_release release;
-            cpu::lookup(runtime, rows, table, y_rows);
+            cpu::lookup(runtime, rows, table, scale, y_rows);
         },
-        "runtime"_a, "ids"_a, "table"_a, "y"_a);
+        "runtime"_a, "ids"_a, "table"_a, "scale"_a, "y"_a);
     module.def(
         "add_rms_norm",
         [](cpu::Runtime& runtime, nb::handle x, nb::handle residual, nb::handle weight,
@@ -231,16 +233,16 @@ NB_MODULE(_cpu, module) {
         "runtime"_a, "activation"_a, "x"_a, "y"_a);
     module.def(
         "angles",
-        [](cpu::Runtime& runtime, nb::handle positions, nb::handle frequencies, nb::handle cosines,
-           nb::handle sines) {
+        [](cpu::Runtime& runtime, nb::handle positions, nb::handle frequencies, float length,
+           nb::handle cosines, nb::handle sines) {
             const auto places = tensors.integers<std::int64_t>(positions, "positions");
             const auto steps = tensors.floats(frequencies, "frequencies");
             const auto cos = tensors.floats(cosines, "cosines", places.size() * steps.size());
             const auto sin = tensors.floats(sines, "sines", places.size() * steps.size());
             const nb::gil_scoped_release release;
-            cpu::angles(runtime, places, steps, cos.data(), sin.data());
+            cpu::angles(runtime, places, steps, length, cos.data(), sin.data());
         },
-        "runtime"_a, "positions"_a, "frequencies"_a, "cosines"_a, "sines"_a);
+        "runtime"_a, "positions"_a, "frequencies"_a, "length"_a, "cosines"_a, "sines"_a);
     module.def(
         "rotate",
         [](cpu::Runtime& runtime, nb::handle x, nb::handle cosines, nb::handle sines,
@@ -263,6 +265,82 @@ NB_MODULE(_cpu, module) {
             cpu::rotate(runtime, call);
         },
         "runtime"_a, "x"_a, "cosines"_a, "sines"_a, "y"_a);
+    module.def(
+        "add",
+        [](cpu::Runtime& runtime, nb::handle a, nb::handle b, nb::handle y) {
+            const auto one = tensors.rows<const void*>(a, "a");
+            const auto other = tensors.rows<const void*>(b, "b");
+            const auto sum = tensors.rows<void*>(y, "y");
+            const nb::gil_scoped_release release;
+            cpu::add(runtime, one, other, sum);
+        },
+        "runtime"_a, "a"_a, "b"_a, "y"_a);
+    module.def(
+        "route",
+        [](cpu::Runtime& runtime, nb::handle logits, nb::handle bias, std::string_view scoring,
+           bool normalise, float scale, std::int64_t groups, std::int64_t groups_kept,
+           nb::handle chosen, nb::handle weights) {
+            cpu::Routing call{};
+            call.logits = tensors.rows<const void*>(logits, "logits");
+            if (!bias.is_none()) {
+                const auto size = static_cast<std::size_t>(call.logits.columns);
+                call.bias = tensors.floats(bias, "bias", size).data();
+            }
+            call.scoring = scoring == "softmax"   ? cpu::Scoring::softmax
+                           : scoring == "sigmoid" ? cpu::Scoring::sigmoid
+                                                  : cpu::Scoring::chosen;
+            call.normalise = normalise;
+            call.scale = scale;
+            call.groups = groups;
+            call.groups_kept = groups_kept;
+            const auto experts = tensors.integers<std::int64_t>(chosen, "chosen");
+            call.count = tensors.borrow(chosen, "chosen").shape[1];
+            if (static_cast<std::int64_t>(experts.size()) != call.logits.rows * call.count) {
+                throw cpu::KernelError("every row of logits needs as many chosen experts");
+            }
+            call.chosen = const_cast<std::int64_t*>(experts.data());
+            call.weights = tensors.floats(weights, "weights", experts.size()).data();
+            const nb::gil_scoped_release release;
+            cpu::route(runtime, call);
+        },
+        "runtime"_a, "logits"_a, "bias"_a.none(), "scoring"_a, "normalise"_a, "scale"_a, "groups"_a,
+        "groups_kept"_a, "chosen"_a, "weights"_a);
+    module.def(
+        "experts",
+        [](cpu::Runtime& runtime, nb::handle x, cpu::ExpertMatrices gate_up,
+           cpu::ExpertMatrices down, nb::handle gate_up_bias, nb::handle down_bias,
+           nb::handle chosen, nb::handle weights, std::int64_t first, std::optional<float> limit,
+           nb::handle y) {
+            cpu::Experts call{};
+            call.x = tensors.rows<const void*>(x, "x");
+            call.y = tensors.rows<void*>(y, "y");
+            const auto bias = [&](nb::handle tensor, const char* name, std::int64_t columns) {
+                if (tensor.is_none()) return static_cast<const void*>(nullptr);
+                const auto rows = tensors.rows<const void*>(tensor, name, call.x.type);
+                if (rows.rows != static_cast<std::int64_t>(gate_up.size()) ||
+                    rows.columns != columns || (rows.stride != columns && rows.rows > 1)) {
+                    throw cpu::KernelError(std::string(name) +
+                                           " must be contiguous, a row for each expert");
+                }
+                return rows.data;
+            };
+            std::int64_t both = 0;
+            if (!gate_up.empty()) {
+                for (const cpu::PackedMatrix* part : gate_up.front()) both += part->outputs();
+            }
+            call.gate_up_bias = bias(gate_up_bias, "gate_up_bias", both);
+            call.down_bias = bias(down_bias, "down_bias", call.x.columns);
+            call.gate_up = std::move(gate_up);
+            call.down = std::move(down);
+            call.chosen = tensors.integers<std::int64_t>(chosen, "chosen");
+            call.weights = tensors.floats(weights, "weights", call.chosen.size());
+            call.first = first;
+            call.limit = limit;
+            const nb::gil_scoped_release release;
+            cpu::experts(runtime, call);
+        },
+        "runtime"_a, "x"_a, "gate_up"_a, "down"_a, "gate_up_bias"_a.none(), "down_bias"_a.none(),
+        "chosen"_a, "weights"_a, "first"_a, "limit"_a.none(), "y"_a);
     module.def(
         "take",
         [](cpu::Runtime& runtime, nb::handle x, nb::handle indices, nb::handle y) {

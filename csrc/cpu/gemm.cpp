@@ -6,71 +6,15 @@
 #include <vector>
 
 #include "errors.h"
+#include "pieces.h"
 #include "quantise.h"
 
 namespace tokenspeed::cpu {
 
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-    return (a + b - 1) / b;
-}
-
 // Rows that a thread quantises in less time than it takes to share them out.
 constexpr std::int64_t elements_per_chunk = 1 << 14;
-// What one thread reads in some microseconds; less is not worth the help of another.
-constexpr std::int64_t weights_per_chunk_size_bytes = 64 << 10;
-// Fewer rows of a part would repeat the unpacking of its weights too often.
-constexpr std::int64_t part_rows_min = 64;
-// Parts for each thread, so that one which is held up can leave most of its share to others.
-constexpr std::int64_t parts_per_thread = 8;
-
-// One part of the weight in a job: its product, cut into a grid of chunks so many panels wide and
-// rows high.
-struct Piece {
-    Product product;
-    std::size_t format_index;
-    std::int64_t panels;
-    std::int64_t part_panels;
-    std::int64_t part_rows;
-    std::int64_t high;
-    int chunk_end;  // of the job
-
-    Piece(const Runtime& runtime, int threads, const PackedMatrix& weight, const Product& whole,
-          int first_chunk)
-        : product(whole), format_index(weight.format_index()), panels(panel_count(whole.outputs)) {
-        const Kernels& kernels = runtime.kernels();
-        const std::int64_t rows = product.rows;
-        const std::int64_t wanted = threads == 1 ? 1 : parts_per_thread * threads;
-        if (rows <= kernels.streamed_rows_max) {
-            const std::int64_t least = ceil_div(weights_per_chunk_size_bytes,
-                                                weight.format().panel_size_bytes(product.inputs));
-            const std::int64_t streams = kernels.streams;
-            part_panels = ceil_div(std::max(ceil_div(panels, wanted), least), streams) * streams;
-            part_rows = rows;
-        } else {
-            const std::int64_t tile = kernels.tile_panels;
-            part_panels = std::clamp<std::int64_t>(ceil_div(panels, wanted) / tile * tile, tile,
-                                                   kernels.panels_max);
-            part_rows = std::min<std::int64_t>(rows, kernels.rows_max);
-            while (part_rows > part_rows_min &&
-                   ceil_div(panels, part_panels) * ceil_div(rows, part_rows) < wanted / 2) {
-                part_rows = ceil_div(ceil_div(part_rows, 2), kernels.tile_rows) * kernels.tile_rows;
-            }
-        }
-        high = ceil_div(rows, part_rows);
-        chunk_end = first_chunk + static_cast<int>(ceil_div(panels, part_panels) * high);
-    }
-
-    // Parts of the same panels follow each other: a thread finds their weights in its cache.
-    Part part(int chunk) const {
-        const std::int64_t panel = chunk / high * part_panels;
-        const std::int64_t row = chunk % high * part_rows;
-        return {panel, std::min(panels, panel + part_panels), row,
-                std::min(product.rows, row + part_rows)};
-    }
-};
-
 // Dense weights are as wide as whole steps, and read rows as they lie if these are too; others are
 // copied to the lease's memory.
 In whole_steps(const Runtime::Lease& lease, const In& x) {
@@ -208,13 +152,14 @@ void linear(Runtime& runtime, const Operand& x, std::span<const PackedMatrix* co
 }
 
 void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMatrix& table,
-            const Rows<void*>& y) {
+            float scale, const Out& y) {
     if (y.columns != table.inputs() || y.rows != static_cast<std::int64_t>(ids.size())) {
         throw KernelError("y is " + std::to_string(y.rows) + " x " + std::to_string(y.columns) +
                           ", but the rows looked up are " + std::to_string(ids.size()) + " x " +
                           std::to_string(table.inputs()));
     }
-    runtime.perform(y.rows, [&runtime, ids, &table, y](std::int64_t rows) {
+    if (y.type != Element::f32) throw KernelError("rows of a table are looked up in float32");
+    runtime.perform(y.rows, [&runtime, ids, &table, scale, y](std::int64_t rows) {
         for (const std::int64_t id : ids.first(static_cast<std::size_t>(rows))) {
             if (id < 0 || id >= table.outputs()) {
                 throw KernelError("row " + std::to_string(id) + " of a table of " +
@@ -222,7 +167,10 @@ void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMat
             }
         }
         runtime.pool().run(static_cast<int>(rows), [&](int index, int) noexcept {
-            table.read_row(ids[static_cast<std::size_t>(index)], y.type, y.at(index));
+            auto* const row = static_cast<float*>(y.at(index));
+            table.read_row(ids[static_cast<std::size_t>(index)], y.type, row);
+            if (scale == 1.0f) return;
+            for (std::int64_t at = 0; at < y.columns; ++at) row[at] *= scale;
         });
     });
 }

@@ -15,9 +15,9 @@ namespace tokenspeed::cpu {
 void linear(Runtime& runtime, const Operand& x, std::span<const PackedMatrix* const> weight,
             const void* bias, const Out& y);
 
-// y[t] = W[ids[t]].
+// y[t] = scale W[ids[t]], in float32.
 // Throws KernelError: an id outside the table, or shapes that do not fit.
 void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMatrix& table,
-            const Rows<void*>& y);
+            float scale, const Out& y);
 
 }  // namespace tokenspeed::cpu

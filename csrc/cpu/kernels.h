@@ -101,13 +101,15 @@ struct AddRmsNorm {
     Result y;
 };
 
-enum class Activation : std::uint8_t { silu, gelu_tanh };
+enum class Activation : std::uint8_t { silu, gelu_tanh, limited };
 
-// y = activation(first half of x) * second half of x.
+// y = activation(first half of x) * second half of x. `limited` is g sigmoid(1.702 g) * (u + 1) of
+// a gate g that is at most the limit and a u between the limit and its negative.
 struct Gated {
     Activation activation;
     In x;
     Result y;
+    float limit = 0.0f;
 };
 
 // Features that are quantised at once.

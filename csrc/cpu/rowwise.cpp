@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "elements.h"
 #include "errors.h"
 #include "quantise.h"
 
@@ -114,7 +115,7 @@ void rotate(Runtime& runtime, const Rotation& call) {
 }
 
 void angles(Runtime& runtime, std::span<const std::int64_t> positions,
-            std::span<const float> frequencies, float* cosines, float* sines) {
+            std::span<const float> frequencies, float length, float* cosines, float* sines) {
     const auto count = static_cast<std::int64_t>(frequencies.size());
     runtime.perform(static_cast<std::int64_t>(positions.size()), [=, &runtime](std::int64_t rows) {
         // A sine takes as long as some ten elements elsewhere.
@@ -122,8 +123,20 @@ void angles(Runtime& runtime, std::span<const std::int64_t> positions,
             const auto position = static_cast<float>(positions[static_cast<std::size_t>(row)]);
             for (std::int64_t at = 0; at < count; ++at) {
                 const float angle = position * frequencies[static_cast<std::size_t>(at)];
-                cosines[row * count + at] = static_cast<float>(std::cos(double{angle}));
-                sines[row * count + at] = static_cast<float>(std::sin(double{angle}));
+                cosines[row * count + at] = static_cast<float>(std::cos(double{angle})) * length;
+                sines[row * count + at] = static_cast<float>(std::sin(double{angle})) * length;
+            }
+        });
+    });
+}
+
+void add(Runtime& runtime, const In& a, const In& b, const Out& y) {
+    expect_same(a, b, "both sides of a sum");
+    expect_same(a, y, "a sum and its sides");
+    runtime.perform(y.rows, [&runtime, a, b, y](std::int64_t rows) {
+        each_row(runtime, rows, y.columns, [&](std::int64_t row) {
+            for (std::int64_t at = 0; at < y.columns; ++at) {
+                store_element(y, row, at, element_of(a, row, at) + element_of(b, row, at));
             }
         });
     });

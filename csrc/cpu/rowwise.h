@@ -17,10 +17,13 @@ void gate(Runtime& runtime, const Gated& call);
 
 void rotate(Runtime& runtime, const Rotation& call);
 
-// Cosine and sine of position * frequency, in float32 as where models were trained: each
-// [positions, frequencies].
+// Cosine and sine of position * frequency, in float32 as where models were trained, times a length:
+// each [positions, frequencies].
 void angles(Runtime& runtime, std::span<const std::int64_t> positions,
-            std::span<const float> frequencies, float* cosines, float* sines);
+            std::span<const float> frequencies, float length, float* cosines, float* sines);
+
+// y = a + b, in float32 and rounded once.
+void add(Runtime& runtime, const In& a, const In& b, const Out& y);
 
 // y's row i is x's row indices[i].
 // Also thrown: an index of no row.

@@ -42,10 +42,15 @@ void gate(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t t
     write_row(call.y, row, from, to,
               [&](std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
                   const Floats gate = load_part(x, call.x.type, at, count);
-                  const Floats up = load_part(x, call.x.type, features + at, count);
+                  Floats up = load_part(x, call.x.type, features + at, count);
                   Floats active;
                   if constexpr (activation == Activation::silu) {
                       active = mul(gate, sigmoid(gate));
+                  } else if constexpr (activation == Activation::limited) {
+                      const Floats most = splat(call.limit);
+                      const Floats held = min(gate, most);
+                      active = mul(held, sigmoid(mul(splat(1.702f), held)));
+                      up = add(max(min(up, most), splat(-call.limit)), splat(1.0f));
                   } else {
                       // Hendrycks and Gimpel 2016, with tanh for the error function.
                       const Floats cube = mul(mul(gate, gate), gate);
@@ -60,6 +65,8 @@ void gate(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t t
 void gate(const Gated& call, std::int64_t row, std::int64_t from, std::int64_t to) {
     if (call.activation == Activation::silu) {
         gate<Activation::silu>(call, row, from, to);
+    } else if (call.activation == Activation::limited) {
+        gate<Activation::limited>(call, row, from, to);
     } else {
         gate<Activation::gelu_tanh>(call, row, from, to);
     }

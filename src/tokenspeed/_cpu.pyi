@@ -47,7 +47,9 @@ def linear(
     bias: torch.Tensor | None,
     y: torch.Tensor,
 ) -> None: ...
-def lookup(runtime: Runtime, ids: torch.Tensor, table: PackedMatrix, y: torch.Tensor) -> None: ...
+def lookup(
+    runtime: Runtime, ids: torch.Tensor, table: PackedMatrix, scale: float, y: torch.Tensor
+) -> None: ...
 def add_rms_norm(
     runtime: Runtime,
     x: torch.Tensor,
@@ -62,8 +64,35 @@ def angles(
     runtime: Runtime,
     positions: torch.Tensor,
     frequencies: torch.Tensor,
+    length: float,
     cosines: torch.Tensor,
     sines: torch.Tensor,
+) -> None: ...
+def add(runtime: Runtime, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> None: ...
+def route(
+    runtime: Runtime,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    scoring: str,
+    normalise: bool,
+    scale: float,
+    groups: int,
+    groups_kept: int,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+) -> None: ...
+def experts(
+    runtime: Runtime,
+    x: torch.Tensor,
+    gate_up: Sequence[Sequence[PackedMatrix]],
+    down: Sequence[Sequence[PackedMatrix]],
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    first: int,
+    limit: float | None,
+    y: torch.Tensor,
 ) -> None: ...
 def rotate(
     runtime: Runtime,

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.models.tiny import build
 from tests.support.forward import Driver
 from tokenspeed import LLM, SamplingParams, loader
+from tokenspeed.execution import Runner
 
 # Longer than the window of 512, so that layers that have one see less than the others.
 TEXT = " ".join(f"The {n}th line of a page says that {n} and {n} are {2 * n}." for n in range(40))
@@ -37,8 +38,18 @@ def test_logits_equal_those_of_transformers_beyond_the_window() -> None:
 def test_packed_weights_go_on_with_a_text() -> None:
     with LLM("gemma-3-270m", max_context=1024, max_running=2) as llm:
         params = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+        (output,) = llm.generate("1, 2, 3, 4, 5, 6, 7, 8,", params)
         # Without the token that begins a text this model goes on with nothing sensible.
-        assert llm.info.bos_token_id is not None
-        prompt = [llm.info.bos_token_id, *llm.tokenizer.encode("1, 2, 3, 4, 5, 6, 7, 8,")]
-        (output,) = llm.generate([prompt], params)
-    assert output.completions[0].text.startswith(" 9, 10, 11")
+        begins = llm.info.bos_token_id
+        assert begins is not None
+        assert output.prompt_token_ids == [begins, *llm.tokenizer.encode("1, 2, 3, 4, 5, 6, 7, 8,")]
+        assert output.completions[0].text.startswith(" 9, 10, 11")
+        # One that is written out is not doubled, and token ids go as they are.
+        (written,) = llm.generate("<bos>1, 2, 3, 4, 5, 6, 7, 8,", params)
+        assert written.prompt_token_ids == output.prompt_token_ids
+        (ids,) = llm.generate([output.prompt_token_ids[1:]], params)
+        assert ids.prompt_token_ids == output.prompt_token_ids[1:]
+        # Its steps are recorded, the scale of its embedding with them.
+        runner = llm._core.runner
+        assert isinstance(runner, Runner)
+        assert runner._graph is not None

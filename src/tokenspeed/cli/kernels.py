@@ -248,6 +248,10 @@ def bench_kernels(
         list[str] | None,
         typer.Option("--format", help="Native format of weights; may be repeated [default: all]."),
     ] = None,
+    experts: Annotated[
+        bool,
+        typer.Option("--experts", help="Mixtures of experts instead of single products."),
+    ] = False,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Measure products with packed weights beside what this machine can do at most."""
@@ -255,6 +259,7 @@ def bench_kernels(
         from tokenspeed.execution import usable_cpu_count  # noqa: PLC0415
         from tokenspeed.kernels.cpu import start_runtime  # noqa: PLC0415
         from tokenspeed.kernels.cpu.bench import GEMM_FORMATS, bench_gemm  # noqa: PLC0415
+        from tokenspeed.kernels.cpu.bench_experts import bench_experts  # noqa: PLC0415
 
         unknown = sorted(set(formats or ()) - set(GEMM_FORMATS))
         if unknown:
@@ -264,6 +269,15 @@ def bench_kernels(
             )
 
         runtime = start_runtime(threads=threads or usable_cpu_count())
+        if experts:
+            typer.echo(f"{runtime.isa}, threads: {runtime.threads}; a layer's experts, w8")
+            for found in bench_experts(runtime):
+                typer.echo(
+                    f"  {found.tokens:4} tokens {found.grouped_us:9.0f} us in one call,"
+                    f" {found.apart_us:9.0f} us one after the other"
+                    f" {found.bytes_per_s / 1e9:7.1f} GB/s"
+                )
+            return
         typer.echo(f"{runtime.isa}, threads: {runtime.threads}; tokens x outputs x inputs")
         for figure in bench_gemm(runtime, formats=formats or GEMM_FORMATS):
             sizes = f"{figure.tokens} x {figure.outputs} x {figure.inputs}"

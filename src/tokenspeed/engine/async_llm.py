@@ -65,6 +65,8 @@ class AsyncLLM:
     ) -> AsyncIterator[TextDelta]:
         """Complete a prompt, delta by delta. Leaving the iteration ends the request.
 
+        A text gets what the tokenizer puts around one, such as the token that begins it.
+
         Requests of one `tenant` share their turns; without one those of a salt do.
 
         Raises:
@@ -73,7 +75,8 @@ class AsyncLLM:
             EngineDead: the engine is gone.
         """
         params = self.default_params() if params is None else params
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        encode = self.tokenizer.encode
+        ids = encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
         stream = self._process.client.generate(
             ids, params, salt=salt, priority=priority, tenant=tenant
         )
@@ -102,7 +105,9 @@ class AsyncLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> AsyncIterator[TextDelta]:
         """Answer a conversation, rendered with the model's own chat template."""
-        return self.generate(self.tokenizer.render_chat(messages, tools=tools), params)
+        # A template writes out what begins a text.
+        rendered = self.tokenizer.render_chat(messages, tools=tools)
+        return self.generate(self.tokenizer.encode(rendered), params)
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's own generation config asks for."""

@@ -74,7 +74,8 @@ class LLM:
         """Complete prompts, all of them together.
 
         Args:
-            prompts: one text, or a list of texts and of lists of token ids.
+            prompts: one text, or a list of texts and of lists of token ids. Texts get what the
+                tokenizer puts around a text, such as the token that begins one; ids go as they are.
             params: one for all prompts, or one each; the model's defaults where None.
             n: completions of each prompt.
 
@@ -95,7 +96,9 @@ class LLM:
         if len(each) != len(wanted):
             raise InvalidParameter(f"{len(wanted)} prompts came with {len(each)} sets of params")
         ids = [
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            self.tokenizer.encode(prompt, add_special=True)
+            if isinstance(prompt, str)
+            else list(prompt)
             for prompt in wanted
         ]
         messages = [
@@ -134,7 +137,8 @@ class LLM:
         n: int = 1,
     ) -> GenerationOutput:
         """Answer a conversation, rendered with the model's own chat template."""
-        prompt = self.tokenizer.render_chat(messages, tools=tools)
+        # A template writes out what begins a text.
+        prompt = self.tokenizer.encode(self.tokenizer.render_chat(messages, tools=tools))
         return self.generate([prompt], params, n=n)[0]
 
     def default_params(self) -> SamplingParams:

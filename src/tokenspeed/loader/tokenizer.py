@@ -65,6 +65,8 @@ class Tokenizer:
         self.eos_token_ids = self.special.eos
         self.pad_token_id = self.special.pad
         texts = special_texts(config)
+        # Some families' files say this beside a tokenizer.json that does not.
+        self._adds_bos = config.get("add_bos_token") is True
         sources = _templates(tokenizer_dir, config)
         self._templates = {name: ChatTemplate(text, texts) for name, text in sources.items()}
 
@@ -78,12 +80,19 @@ class Tokenizer:
 
         Args:
             text: any text; a lone surrogate counts as U+FFFD.
-            add_special: add what the model wants around every text, such as its first token.
+            add_special: add what the model wants around every text, such as the token that begins
+                it; a text that has that one written out gets no second one.
         """
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special)
         ids: list[int] = encoding.ids
+        begins = self.bos_token_id
+        if add_special and begins is not None:
+            if ids[:2] == [begins, begins]:
+                return ids[1:]
+            if self._adds_bos and ids[:1] != [begins]:
+                return [begins, *ids]
         return ids
 
     def bytes_of(self, token_id: int) -> bytes:

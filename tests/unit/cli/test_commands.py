@@ -175,7 +175,7 @@ FLAGS: dict[str, set[str]] = {
     "kernels list": {"--log-level"},
     "kernels compile": {"--target", "--log-level"},
     "kernels tune": {"--output", "--log-level"},
-    "kernels bench": {"--threads", "--format", "--log-level"},
+    "kernels bench": {"--threads", "--format", "--experts", "--log-level"},
     "kernels roofline": {"--threads", "--log-level"},
     "kernels verify": {"--solution", "--dtype", "--device", "--threads", "--log-level"},
     "kernels explain": {"--device", "--dtype", "--format", "--trait", "--force", "--log-level"},

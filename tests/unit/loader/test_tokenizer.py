@@ -200,6 +200,20 @@ def test_llama_3_keeps_whole_words_and_begins_texts(tmp_path: Path) -> None:
     assert tokenizer.encode("hello", add_special=True) == [tokenizer.bos_token_id, hello]
 
 
+def test_what_begins_a_text_comes_once_wherever_it_is_said(tmp_path: Path) -> None:
+    tokenizer = _exported(tiny_gguf.write(tmp_path / "a.gguf", {}, pre="llama-bpe"))
+    begins, hello = tokenizer.bos_token_id, tiny_gguf.TOKENS.index("hello")
+    assert begins is not None
+    written = tokenizer.decode([begins], skip_special=False)
+    assert tokenizer.encode(f"{written}hello", add_special=True) == [begins, hello]
+    assert tokenizer.encode("hello") == [hello]
+    # Files of some families say it in the configuration alone.
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
+    assert loader.Tokenizer(tmp_path).encode("hello", add_special=True) == [begins, hello]
+
+
 def test_an_unknown_pre_tokenizer_names_the_supported_ones(tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "a.gguf", {}, pre="deepseek-llm")
     with pytest.raises(UnsupportedModel, match=r"'deepseek-llm'.*smollm, qwen2, llama-bpe"):

@@ -105,10 +105,12 @@ def _product(
     formats=(PACKED, *PANELS),
     priority=Priority.NATIVE,
 )
-def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, *, runtime: CpuRuntime) -> torch.Tensor:
+def lookup(
+    token_ids_T: torch.Tensor, table_VM: Matrix, scale: float = 1.0, *, runtime: CpuRuntime
+) -> torch.Tensor:
     """The rows of the table, dequantised."""
     assert isinstance(table_VM, PackedWeight)
     (table,) = table_VM.matrices
     x_TM = torch.empty((len(token_ids_T), table_VM.shape[1]))
-    _cpu.lookup(runtime, token_ids_T, table, x_TM)
+    _cpu.lookup(runtime, token_ids_T, table, scale, x_TM)
     return x_TM

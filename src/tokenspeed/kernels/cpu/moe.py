@@ -1,28 +1,62 @@
-"""Mixtures of experts of packed weights: the products of `gemm.linear`, one expert at a time.
+"""Mixtures of experts of native weights: all experts of a step in one call, which can be recorded.
 
-A token's result is the same bits in any batch, because each product's is.
+A token's result is the same bits in any batch: each product's rows are, a token's experts are added
+up in their order, and it is not rounded to bytes beside others.
 
-Legend: T tokens, N tokens of one expert, M model features, E experts, K experts of a token,
-F features of an expert.
+Legend: T tokens, M model features, E experts, K experts of a token, F features of an expert.
 """
 
 import torch
 
+from tokenspeed import _cpu
 from tokenspeed.kernels.capability import Capability
-from tokenspeed.kernels.cpu.activation import silu_and_mul
-from tokenspeed.kernels.cpu.gemm import linear
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
-from tokenspeed.kernels.ops.moe import GATE_SLOPE, ExpertMatrices
+from tokenspeed.kernels.ops.moe import ExpertMatrices
 from tokenspeed.kernels.registry import Priority, kernel
 from tokenspeed.kernels.weights import PACKED, PANELS
 
-__all__ = ["experts"]
+__all__ = ["add", "experts", "route"]
+
+_CPU = Capability(device="cpu")
+_TYPES = ("float32", "bfloat16")
+
+
+@kernel("moe.route", solution="cpu", requires=_CPU, formats=_TYPES, priority=Priority.NATIVE)
+def route(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    count: int,
+    *,
+    scoring: str,
+    normalise: bool,
+    scale: float,
+    groups: int,
+    groups_kept: int,
+    runtime: CpuRuntime,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token by token; scores are float32, of exponentials and sums in double precision."""
+    experts_TK = torch.empty((len(logits_TE), count), dtype=torch.int64)
+    weights_TK = torch.empty((len(logits_TE), count))
+    bias_E = None if bias_E is None else bias_E.float()
+    _cpu.route(
+        runtime,
+        logits_TE,
+        bias_E,
+        scoring,
+        normalise,
+        scale,
+        groups,
+        groups_kept,
+        experts_TK,
+        weights_TK,
+    )
+    return experts_TK, weights_TK
 
 
 @kernel(
     "moe.experts",
     solution="cpu",
-    requires=Capability(device="cpu"),
+    requires=_CPU,
     formats=(PACKED, *PANELS),
     priority=Priority.NATIVE,
 )
@@ -39,33 +73,30 @@ def experts(
     limit: float | None = None,
     runtime: CpuRuntime,
 ) -> torch.Tensor:
-    """Only experts that have tokens are read: of few tokens no more than K each."""
+    """Tokens are gathered by expert; then each of two products is one job over all experts that
+    have some. Only these are read: of few tokens no more than K each."""
     assert not isinstance(gate_up_E2FM, torch.Tensor)
     assert not isinstance(down_EMF, torch.Tensor)
-    out_TM = torch.zeros(x_TM.shape)
-    for expert in sorted(set(experts_TK.flatten().tolist())):
-        if not first <= expert < first + len(gate_up_E2FM):
-            continue
-        tokens_N, places_N = torch.where(experts_TK == expert)
-        index = expert - first
-        bias_2F = None if gate_up_bias_E2F is None else gate_up_bias_E2F[index]
-        bias_M = None if down_bias_EM is None else down_bias_EM[index]
-        hidden_N2F = linear(x_TM[tokens_N], gate_up_E2FM[index], bias_2F, runtime=runtime)
-        if limit is None:
-            hidden_NF = silu_and_mul(hidden_N2F, runtime=runtime)
-        else:
-            hidden_NF = _limited(hidden_N2F, limit, runtime)
-        found_NM = linear(hidden_NF, down_EMF[index], bias_M, runtime=runtime).float()
-        out_TM.index_add_(0, tokens_N, found_NM * weights_TK[tokens_N, places_N, None])
-    return out_TM.to(x_TM.dtype)
-
-
-def _limited(both_N2F: torch.Tensor, limit: float, runtime: CpuRuntime) -> torch.Tensor:
-    """g * sigmoid(a g) is silu(a g) / a, of which there is a native one."""
-    gate_NF, up_NF = both_N2F.float().chunk(2, dim=-1)
-    scaled_N2F = torch.cat(
-        (gate_NF.clamp(max=limit) * GATE_SLOPE, (up_NF.clamp(-limit, limit) + 1) / GATE_SLOPE),
-        dim=-1,
+    out_TM = x_TM.new_empty(x_TM.shape)
+    _cpu.experts(
+        runtime,
+        x_TM,
+        [weight.matrices for weight in gate_up_E2FM],
+        [weight.matrices for weight in down_EMF],
+        gate_up_bias_E2F,
+        down_bias_EM,
+        experts_TK,
+        weights_TK,
+        first,
+        limit,
+        out_TM,
     )
-    hidden_NF = silu_and_mul(scaled_N2F, runtime=runtime)
-    return hidden_NF.to(both_N2F.dtype)
+    return out_TM
+
+
+@kernel("moe.add", solution="cpu", requires=_CPU, formats=_TYPES, priority=Priority.NATIVE)
+def add(a_TM: torch.Tensor, b_TM: torch.Tensor, *, runtime: CpuRuntime) -> torch.Tensor:
+    """One pass in float32, rounded once."""
+    out_TM = a_TM.new_empty(a_TM.shape)
+    _cpu.add(runtime, a_TM, b_TM, out_TM)
+    return out_TM

@@ -19,12 +19,16 @@ _CPU = Capability(device="cpu")
     "rope.angles", solution="cpu", requires=_CPU, formats=("float32",), priority=Priority.NATIVE
 )
 def angles(
-    positions_T: torch.Tensor, frequencies_E: torch.Tensor, *, runtime: CpuRuntime
+    positions_T: torch.Tensor,
+    frequencies_E: torch.Tensor,
+    length: float = 1.0,
+    *,
+    runtime: CpuRuntime,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The C library's sine and cosine of the float32 angle, in double precision, rounded once."""
     shape = (len(positions_T), len(frequencies_E))
     cos_TE, sin_TE = torch.empty(shape), torch.empty(shape)
-    _cpu.angles(runtime, positions_T, frequencies_E, cos_TE, sin_TE)
+    _cpu.angles(runtime, positions_T, frequencies_E, length, cos_TE, sin_TE)
     return cos_TE, sin_TE
 
 

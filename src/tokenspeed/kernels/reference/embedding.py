@@ -12,9 +12,10 @@ __all__ = ["lookup", "take"]
 
 
 @kernel("embedding.lookup", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
-def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor) -> torch.Tensor:
+def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """The rows of the table."""
-    return table_VM.index_select(0, token_ids_T).float()
+    x_TM = table_VM.index_select(0, token_ids_T).float()
+    return x_TM if scale == 1.0 else x_TM * scale
 
 
 @kernel("embedding.take", solution="reference", formats=ANY, priority=Priority.REFERENCE)

@@ -11,7 +11,13 @@ from tokenspeed.kernels.ops.moe import GATE_SLOPE
 from tokenspeed.kernels.reference.gemm import DENSE
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 
-__all__ = ["experts", "route"]
+__all__ = ["add", "experts", "route"]
+
+
+@kernel("moe.add", solution="reference", formats=ANY, priority=Priority.REFERENCE)
+def add(a_TM: torch.Tensor, b_TM: torch.Tensor) -> torch.Tensor:
+    """The sum."""
+    return a_TM + b_TM
 
 
 @kernel("moe.route", solution="reference", formats=ANY, priority=Priority.REFERENCE)

@@ -12,11 +12,12 @@ __all__ = ["angles", "rotate"]
 
 @kernel("rope.angles", solution="reference", formats=("float32",), priority=Priority.REFERENCE)
 def angles(
-    positions_T: torch.Tensor, frequencies_E: torch.Tensor
+    positions_T: torch.Tensor, frequencies_E: torch.Tensor, length: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The angles, and their cosines and sines."""
     angles_TE = positions_T[:, None].float() * frequencies_E
-    return angles_TE.cos(), angles_TE.sin()
+    cos_TE, sin_TE = angles_TE.cos(), angles_TE.sin()
+    return (cos_TE, sin_TE) if length == 1.0 else (cos_TE * length, sin_TE * length)
 
 
 @kernel(

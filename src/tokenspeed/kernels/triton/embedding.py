@@ -15,9 +15,10 @@ _BLOCK_MAX = 1024
 
 
 @triton_kernel("embedding.lookup")
-def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor) -> torch.Tensor:
+def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """A copy that widens."""
-    return _taken(table_VM, token_ids_T, torch.float32)
+    x_TM = _taken(table_VM, token_ids_T, torch.float32)
+    return x_TM if scale == 1.0 else x_TM.mul_(scale)
 
 
 @triton_kernel("embedding.take")

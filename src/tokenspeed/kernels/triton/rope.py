@@ -16,7 +16,7 @@ _HEADS = 4
 
 @triton_kernel("rope.angles", formats=("float32",))
 def angles(
-    positions_T: torch.Tensor, frequencies_E: torch.Tensor
+    positions_T: torch.Tensor, frequencies_E: torch.Tensor, length: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A program for each token."""
     shape = (len(positions_T), len(frequencies_E))
@@ -33,6 +33,9 @@ def angles(
             BLOCK=next_power_of_2(shape[1]),
             num_warps=1,
         )
+    if length != 1.0:
+        cos_TE.mul_(length)
+        sin_TE.mul_(length)
     return cos_TE, sin_TE
 
 

@@ -227,7 +227,9 @@ def _size(x_TI: torch.Tensor, values_OI: torch.Tensor) -> torch.Tensor:
 def _lookup(of: _Product, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
     _, table, values_OI = of.operands(runtime)
     ids_T = torch.arange(of.tokens).mul_(5).remainder_(of.outputs)
-    yield equal("rows", kernel(ids_T, table), values_OI.float()[ids_T])
+    rows_TI = values_OI.float()[ids_T]
+    yield equal("rows", kernel(ids_T, table), rows_TI)
+    yield equal("scaled rows", kernel(ids_T, table, 25.298221), rows_TI * 25.298221)
 
 
 def _dense(values_OI: torch.Tensor, format_name: str, runtime: CpuRuntime) -> Matrix:

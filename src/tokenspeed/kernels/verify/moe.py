@@ -16,7 +16,7 @@ from tokenspeed.kernels.verify.blocks import packed_weight
 from tokenspeed.kernels.verify.case import TYPES, Call, Case, Compared, compare, equal, named, noise
 from tokenspeed.kernels.weights import PACKED, PANELS, PackedWeight
 
-__all__ = ["experts_cases", "route_cases"]
+__all__ = ["add_cases", "experts_cases", "route_cases"]
 
 # Experts held, and the number of the first: tokens ask for others too.
 _HELD, _FIRST, _EXPERTS, _CHOSEN = 3, 2, 6, 4
@@ -59,6 +59,19 @@ class _Sizes:
         return packed, values.double()
 
 
+def add_cases() -> Iterator[Case]:
+    """Rows of any length."""
+    for dtype in TYPES:
+        for tokens, features in ((1, 1), (5, 77), (40, 576)):
+            yield Case(
+                op="moe.add",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {features}",
+                check=partial(_add, (tokens, features), dtype),
+            )
+
+
 def experts_cases() -> Iterator[Case]:
     """Tokens of no expert that is held, of one, of all."""
     for dtype in TYPES:
@@ -97,6 +110,13 @@ def route_cases() -> Iterator[Case]:
                 name=", ".join(f"{name}={value}" for name, value in routing.items()),
                 check=partial(_route, routing, dtype),
             )
+
+
+def _add(
+    shape: tuple[int, int], dtype: torch.dtype, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
+    a_TM, b_TM = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype, seed=1)
+    yield compare("the sum", kernel(a_TM, b_TM), a_TM.double() + b_TM.double(), dtype)
 
 
 def _experts(

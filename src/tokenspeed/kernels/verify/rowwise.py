@@ -215,6 +215,9 @@ def _angles(frequencies: int, kernel: Call, runtime: CpuRuntime) -> Iterator[Com
     cos_TE, sin_TE = kernel(positions_T, frequencies_E)
     yield compare("the cosine", cos_TE, turns_TE.cos(), torch.float32)
     yield compare("the sine", sin_TE, turns_TE.sin(), torch.float32)
+    cos_TE, sin_TE = kernel(positions_T, frequencies_E, 1.25)
+    yield compare("1.25 of the cosine", cos_TE, 1.25 * turns_TE.cos(), torch.float32)
+    yield compare("1.25 of the sine", sin_TE, 1.25 * turns_TE.sin(), torch.float32)
 
 
 def _rotate(

@@ -37,6 +37,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": _all(attention.append_cases, rounded.append_cases),
     "kvcache.append_latents": latent.append_latents_cases,
+    "moe.add": moe.add_cases,
     "moe.experts": moe.experts_cases,
     "moe.route": moe.route_cases,
     "norm.add_rms_norm": rowwise.add_rms_norm_cases,

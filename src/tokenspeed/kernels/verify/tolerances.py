@@ -95,6 +95,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         "to 127ths of a head's largest element, as packed weights have it",
     ),
     "moe.route": Tolerance(float32=1e-6, bfloat16=1e-6, float16=1e-6, reason="float32 arithmetic"),
+    "moe.add": _ROUNDED,
     "moe.experts": Tolerance(
         float32=4e-6,
         bfloat16=1e-2,

@@ -77,7 +77,9 @@ def _product(
     return made
 
 
-def _lookup(tracer: Tracer, token_ids_T: Symbol, table_VM: WeightSymbol) -> Symbol:
+def _lookup(
+    tracer: Tracer, token_ids_T: Symbol, table_VM: WeightSymbol, scale: float = 1.0
+) -> Symbol:
     rows, columns = table_VM.weight.dims
     cells = range(len(tracer.mesh.cells))
     summed = tuple(cell for cell in cells if isinstance(tracer.wanted_output(cell), Partial))
@@ -130,7 +132,7 @@ def _gated(name: str) -> Callable[..., Symbol]:
 
 
 def _angles(
-    tracer: Tracer, positions_T: Symbol, frequencies_E: torch.Tensor
+    tracer: Tracer, positions_T: Symbol, frequencies_E: torch.Tensor, length: float = 1.0
 ) -> tuple[Symbol, Symbol]:
     dims = [*positions_T.dims, Dim(size=len(frequencies_E))]
     cos, sin = tracer.record(
@@ -205,6 +207,10 @@ def _experts(
     return made
 
 
+def _add(tracer: Tracer, a_TM: Symbol, b_TM: Symbol) -> Symbol:
+    return a_TM + b_TM
+
+
 def _append_latents(tracer: Tracer, latents_TE: Symbol, **pools: Any) -> None:
     tracer.record(Flow(name="kvcache.append_latents", mixes_tokens=True), (latents_TE,), [])
 
@@ -263,6 +269,7 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gemm.logits": _logits,
         "kvcache.append": _append,
         "kvcache.append_latents": _append_latents,
+        "moe.add": _add,
         "moe.experts": _experts,
         "moe.route": _route,
         "norm.add_rms_norm": _add_rms_norm,

@@ -30,7 +30,7 @@ class Embedding(Module):
         vocab_size: V.
         features: M.
         kernels: chooses the lookup.
-        scale: what rows are multiplied by; None for nothing.
+        scale: what rows are multiplied by.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Embedding(Module):
         features: int,
         *,
         kernels: KernelSelector,
-        scale: float | None = None,
+        scale: float = 1.0,
     ) -> None:
         self._scale = scale
         self.table = _table(vocab_size, features, kernels)
@@ -47,16 +47,12 @@ class Embedding(Module):
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TM."""
-        x_TM = self._rows(token_ids_T)
-        return x_TM if self._scale is None else x_TM * self._scale
-
-    def _rows(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         first = self.table.local_first
         if first is None:
-            return self._lookup(token_ids_T, self.table.data)
+            return self._lookup(token_ids_T, self.table.data, self._scale)
         ids_T = token_ids_T - first
         held_T = (ids_T >= 0) & (ids_T < self.table.local_shape[0])
-        return self._lookup(ids_T * held_T, self.table.data) * held_T[:, None]
+        return self._lookup(ids_T * held_T, self.table.data, self._scale) * held_T[:, None]
 
 
 @boundary(x_SM=Replicate("tp"), out=Shard("tp", "vocabulary"))

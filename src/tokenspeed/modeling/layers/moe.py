@@ -118,11 +118,18 @@ class Experts(Module):
 
 @boundary(a_TM=Partial("tp"), b_TM=Partial("tp"), out=Partial("tp"))
 class Sum(Module):
-    """Two results of a layer, added before the ranks' shares of both are."""
+    """Two results of a layer, added before the ranks' shares of both are.
+
+    Args:
+        kernels: chooses the op.
+    """
+
+    def __init__(self, *, kernels: KernelSelector) -> None:
+        self._add = kernels.select(ops.moe.add)
 
     def forward(self, a_TM: torch.Tensor, b_TM: torch.Tensor) -> torch.Tensor:
         """a + b."""
-        return a_TM + b_TM
+        return self._add(a_TM, b_TM)
 
 
 @boundary(x_TM=Replicate("tp"), out=Partial("tp"))
@@ -146,7 +153,7 @@ class SparseMLP(Module):
                 bias=False,
                 kernels=kernels,
             )
-            self.both = Sum()
+            self.both = Sum(kernels=kernels)
 
     def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
         """out_TM."""

@@ -44,10 +44,7 @@ class RotaryEmbedding(Module):
 
     def forward(self, positions_T: torch.Tensor) -> Angles:
         """Angles of int64 positions."""
-        cos_TE, sin_TE = self._angles(positions_T, self._frequencies_E)
-        if self._length != 1.0:
-            cos_TE, sin_TE = cos_TE * self._length, sin_TE * self._length
-        return Angles(cos_TE, sin_TE)
+        return Angles(*self._angles(positions_T, self._frequencies_E, self._length))
 
 
 def rotary_order(head_dim: int, rotated: int) -> tuple[int, ...]:

@@ -12,10 +12,10 @@ __all__ = ["lookup", "take"]
 
 
 @declare_op("embedding.lookup")
-def lookup(token_ids_T: torch.Tensor, table_VM: Matrix) -> torch.Tensor:
-    """x_TM = table_VM[token_ids_T] in float32; ids are int64 and within the vocabulary."""
+def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, scale: float = 1.0) -> torch.Tensor:
+    """x_TM = scale * table_VM[token_ids_T] in float32; ids are int64 and within the vocabulary."""
     operand = token_ids_T if isinstance(table_VM, PackedWeight) else table_VM
-    return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM)
+    return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM, scale)
 
 
 @declare_op("embedding.take")

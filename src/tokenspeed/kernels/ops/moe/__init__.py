@@ -12,7 +12,7 @@ import torch
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.weights import PackedWeight
 
-__all__ = ["GATE_SLOPE", "ExpertMatrices", "experts", "route"]
+__all__ = ["GATE_SLOPE", "ExpertMatrices", "add", "experts", "route"]
 
 GATE_SLOPE = 1.702
 """What the gate of experts with a limit is multiplied by within its sigmoid."""
@@ -108,3 +108,9 @@ def experts(
         down_bias_EM=down_bias_EM,
         limit=limit,
     )
+
+
+@declare_op("moe.add")
+def add(a_TM: torch.Tensor, b_TM: torch.Tensor) -> torch.Tensor:
+    """a + b, of one type, such as what routed experts and shared ones give; rounded once."""
+    return add.best(a_TM)(a_TM, b_TM)

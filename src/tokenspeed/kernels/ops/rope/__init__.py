@@ -12,14 +12,14 @@ __all__ = ["angles", "rotate"]
 
 @declare_op("rope.angles")
 def angles(
-    positions_T: torch.Tensor, frequencies_E: torch.Tensor
+    positions_T: torch.Tensor, frequencies_E: torch.Tensor, length: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos_TE, sin_TE) of position times frequency.
+    """(cos_TE, sin_TE) of position times frequency, each times a length.
 
     Positions are int64, frequencies float32, and so are their products, as where models were
-    trained.
+    trained. Cosine and sine are rounded to float32 before the length multiplies them.
     """
-    return angles.best(frequencies_E)(positions_T, frequencies_E)
+    return angles.best(frequencies_E)(positions_T, frequencies_E, length)
 
 
 @declare_op("rope.rotate", traits=("head_dim",))
