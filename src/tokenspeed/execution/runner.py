@@ -3,7 +3,6 @@
 Legend: T tokens, R rows, S sampled rows, X slots, D decode rows, V vocabulary.
 """
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ import torch
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.errors import KernelError
 from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import InputBuffer, PageTable
-from tokenspeed.execution.captured import Capture, CapturedSteps, CudaCapture
+from tokenspeed.execution.captured import Capture, CudaCapture
 from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep, RecordedSteps
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
+from tokenspeed.execution.recorded import record_steps
 from tokenspeed.execution.report import joined
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
@@ -37,7 +36,6 @@ from tokenspeed.modeling import ForwardBatch, Model
 
 __all__ = ["LaunchedStep", "Runner"]
 
-_log = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
@@ -185,25 +183,7 @@ class Runner:
         )
         # What ranks exchange is not recorded.
         if self._model.ranks == 1:
-            self._graph = self._recorded() if self._capture is None else self._captured()
-        for plan in warm_up_plans(self._config, groups=len(self._tables)):
-            (launch or self.launch)(plan).result()
-
-    def _recorded(self) -> StepGraph | None:
-        if self._device.type != "cpu":
-            return None
-        return StepGraph.record(
-            self._model,
-            self._pools,
-            self._config,
-            tables=[table.pages_XP for table in self._tables],
-            last_token_X=self._last_token_X,
-        )
-
-    def _captured(self) -> CapturedSteps | None:
-        assert self._capture is not None
-        try:
-            return CapturedSteps(
+            self._graph = record_steps(
                 self._model,
                 self._pools,
                 self._config,
@@ -211,9 +191,8 @@ class Runner:
                 last_token_X=self._last_token_X,
                 capture=self._capture,
             )
-        except KernelError as error:
-            _log.warning("steps run through Python: %s", error)
-            return None
+        for plan in warm_up_plans(self._config, groups=len(self._tables)):
+            (launch or self.launch)(plan).result()
 
     def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
         """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
