@@ -127,3 +127,23 @@ def test_time_between_requests_is_no_part_of_a_step() -> None:
         machine.run_until(request)
     work = StepWork(decode_rows=1, context_tokens=100)
     assert machine.scheduler.predict_us(work) < 4_000
+
+
+def test_a_drafted_token_costs_a_row_before_any_was_seen_and_then_what_it_takes() -> None:
+    machine, rng = Machine(), random.Random(6)
+    teach(machine, rng, 300)
+    predict_us = machine.scheduler.predict_us
+    four = StepWork(decode_rows=4, context_tokens=3000)
+    five = StepWork(decode_rows=5, context_tokens=3000)
+    drafted = StepWork(decode_rows=4, draft_tokens=10, context_tokens=3000)
+    row_us = predict_us(five) - predict_us(four)
+    assert predict_us(drafted) - predict_us(four) == pytest.approx(10 * row_us)
+    for _ in range(100):
+        work = StepWork(
+            decode_rows=rng.randrange(1, 30),
+            draft_tokens=rng.randrange(1, 40),
+            context_tokens=rng.randrange(30_000),
+        )
+        took_us = int(law(work) + 30 * work.draft_tokens)
+        machine.scheduler.observe(work, took_us)
+    assert predict_us(drafted) - predict_us(four) == pytest.approx(300, rel=0.2)
