@@ -1,6 +1,7 @@
 """Whether drafts change anything: the same prompts with drafts and without, in every way.
 
     python benchmarks/draft_equality.py [--model smollm2-135m] [--prompts 200]
+        [--case plain "JSON schema" ...]
 
 Greedy and sampled text, JSON schemas, tools, stop strings, penalties, log-probabilities; many
 requests together, again with a warm cache, in chunks of a few tokens, with pages for so few that
@@ -28,7 +29,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.draft_equality import compare  # noqa: E402
+from tests.support.draft_equality import CASES, compare  # noqa: E402
 
 from tokenspeed.core.environment import let_threads_sleep  # noqa: E402
 
@@ -40,7 +41,9 @@ def equality(options: argparse.Namespace, console: Console) -> bool:
     """Compare, print and tell whether all is equal."""
     table = Table("way", "case", "requests", "different", "accepted", "drafted", "retractions")
     fine = True
-    found = compare(options.model, count=options.prompts, threads=options.threads)
+    found = compare(
+        options.model, count=options.prompts, cases=options.case, threads=options.threads
+    )
     for way, case, outcome in found:
         fine = fine and not outcome.different
         table.add_row(
@@ -116,6 +119,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--chi-square", action="store_true")
     parser.add_argument("--draws", type=int, default=5000)
