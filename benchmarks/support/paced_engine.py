@@ -19,8 +19,8 @@ from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, EngineConfig, SchedulerConfig
 from tokenspeed.core.step import StepPlan
 from tokenspeed.engine.core import Engine, EngineCore
+from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.engine.server import serve
-from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.loader import Progress, Tokenizer, resolve
 
 CONTEXT_MAX = 8192

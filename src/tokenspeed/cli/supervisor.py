@@ -21,8 +21,8 @@ from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.environment import torchrun
 from tokenspeed.core.errors import ConfigError, EngineDead, EngineError, TokenSpeedError
 from tokenspeed.engine.client import ProgressCallback
+from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.engine.process import EngineProcess
-from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.entrypoint.gateway import (
     Gateway,
     GatewayConfig,

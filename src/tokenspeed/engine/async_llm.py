@@ -10,11 +10,11 @@ import msgspec
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.client import ProgressCallback
+from tokenspeed.engine.facts import EngineInfo, EngineStats
 from tokenspeed.engine.outputs import TextDelta
 from tokenspeed.engine.process import EngineProcess
 from tokenspeed.engine.text import TextAssembler
 from tokenspeed.engine.validation import check_one_engine
-from tokenspeed.engine.wire import EngineInfo, EngineStats
 
 __all__ = ["AsyncLLM"]
 

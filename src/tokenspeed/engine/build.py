@@ -13,11 +13,11 @@ from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place
 from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
+from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.engine.pace import learn_drafts, learn_pace, tps_alone
 from tokenspeed.engine.rank_launch import check_ranks
 from tokenspeed.engine.ranks import GroupRunner, RankGroup
 from tokenspeed.engine.sizing import memory_share_size_bytes, pages_that_fit, step_drafts_max
-from tokenspeed.engine.wire import EngineInfo
 from tokenspeed.execution import Runner, give_back_memory
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
 from tokenspeed.modeling import ModelConfig, build_model

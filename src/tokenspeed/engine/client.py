@@ -16,6 +16,7 @@ from tokenspeed import loader
 from tokenspeed.core.errors import EngineDead, EngineError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.client_socket import ClientSocket
+from tokenspeed.engine.facts import EngineInfo, EngineStats, LiveRequest
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenStream
 from tokenspeed.engine.validation import checked_max_new_tokens, checked_prompt
 from tokenspeed.engine.wire import (
@@ -23,12 +24,9 @@ from tokenspeed.engine.wire import (
     Begun,
     CacheEventBatch,
     Call,
-    EngineInfo,
-    EngineStats,
     Failed,
     Found,
     FromEngine,
-    LiveRequest,
     LoadProgress,
     Ready,
     Refused,

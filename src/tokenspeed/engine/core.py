@@ -21,16 +21,10 @@ from tokenspeed.core.step import (
     StepPlan,
     StepResult,
 )
+from tokenspeed.engine.facts import EngineInfo, StepTiming
 from tokenspeed.engine.ledger import Launched as BookedStep
 from tokenspeed.engine.ledger import Ledger, StepClock
-from tokenspeed.engine.wire import (
-    EngineInfo,
-    LogprobColumns,
-    Refused,
-    StepOutputs,
-    StepTiming,
-    Submit,
-)
+from tokenspeed.engine.wire import LogprobColumns, Refused, StepOutputs, Submit
 from tokenspeed.grammar import ConstraintCompiler, Grammar, Refusal
 
 __all__ = ["Engine", "EngineCore", "LaunchedStep", "StepRunner", "step_timing"]

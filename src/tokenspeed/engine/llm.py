@@ -16,11 +16,12 @@ from tokenspeed.core.errors import InvalidParameter, RequestError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import CacheReport
 from tokenspeed.engine.build import build_engine
+from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.engine.outputs import Completion, GenerationOutput
 from tokenspeed.engine.stream import StopStrings, StreamTable, TokenDelta, TokenStream
 from tokenspeed.engine.text import TextAssembler, stop_of
 from tokenspeed.engine.validation import check_one_engine, checked_max_new_tokens, checked_prompt
-from tokenspeed.engine.wire import EngineInfo, Submit, error_of
+from tokenspeed.engine.wire import Submit, error_of
 
 __all__ = ["LLM", "Message", "Prompt"]
 

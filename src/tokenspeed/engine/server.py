@@ -15,12 +15,12 @@ from tokenspeed import loader
 from tokenspeed.control import CacheEvents
 from tokenspeed.core.errors import RequestError, TokenSpeedError
 from tokenspeed.engine.core import Engine, step_timing
+from tokenspeed.engine.facts import EngineStats
 from tokenspeed.engine.wire import (
     Abort,
     Begun,
     CacheEventBatch,
     Call,
-    EngineStats,
     Failed,
     Found,
     FromEngine,

@@ -11,7 +11,8 @@ import numpy as np
 
 from tokenspeed.core.errors import Overloaded
 from tokenspeed.core.step import CacheReport, FinishReason
-from tokenspeed.engine.wire import LogprobColumns, RequestTimes, StepOutputs, request_times
+from tokenspeed.engine.facts import RequestTimes
+from tokenspeed.engine.wire import LogprobColumns, StepOutputs, request_times
 
 __all__ = ["StopStrings", "StreamTable", "TokenDelta", "TokenLogprob", "TokenStream"]
 

@@ -10,7 +10,7 @@ from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import ConfigError, ContextOverflow, InvalidParameter
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array
-from tokenspeed.engine.wire import EngineInfo
+from tokenspeed.engine.facts import EngineInfo
 
 __all__ = ["check_one_engine", "checked_max_new_tokens", "checked_prompt"]
 

@@ -11,7 +11,8 @@ from tokenspeed.entrypoint.loads import engine_load
 
 if TYPE_CHECKING:
     from tokenspeed.engine.client import EngineClient
-    from tokenspeed.engine.wire import CacheEventBatch, EngineStats
+    from tokenspeed.engine.facts import EngineStats
+    from tokenspeed.engine.wire import CacheEventBatch
 
 __all__ = ["event_messages", "kv_events_of"]
 

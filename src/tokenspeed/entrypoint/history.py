@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array
-from tokenspeed.engine.wire import EngineInfo
+from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.entrypoint.spelling import ByteArray, Spelling, TokenSpelling
 
 __all__ = [

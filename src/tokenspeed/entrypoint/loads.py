@@ -11,7 +11,7 @@ from tokenspeed import __version__
 from tokenspeed.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
-    from tokenspeed.engine.wire import EngineInfo, EngineStats
+    from tokenspeed.engine.facts import EngineInfo, EngineStats
 
 __all__ = ["engine_load", "loads_response"]
 

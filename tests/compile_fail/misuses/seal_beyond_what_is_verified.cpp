@@ -6,7 +6,6 @@ SealedPage<Full> share(DraftPage<Full>&& page, const Retired& done, const Verifi
     return seal(std::move(page), done);
 #else
     static_cast<void>(done);
-    return seal(std::get<FilledPage<Full>>(
-        settle(std::move(page), 0, TokenCount(32), verified)));
+    return seal(std::get<FilledPage<Full>>(settle(std::move(page), 0, TokenCount(32), verified)));
 #endif
 }

@@ -12,8 +12,9 @@ from tokenspeed.core.config import CacheGroup, SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, TransferKind, Transfers
 from tokenspeed.engine.core import EngineCore, step_timing
+from tokenspeed.engine.facts import RequestTimes
 from tokenspeed.engine.ledger import INTERVAL_BOUNDS_US, PHASES, Ledger, StepClock
-from tokenspeed.engine.wire import RequestTimes, Submit, live_requests, request_times
+from tokenspeed.engine.wire import Submit, live_requests, request_times
 
 CONSTRAINT, QUEUE, RESTORE, PREFILL, STALL, DECODE = range(PHASES)
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from tokenspeed.core.errors import EngineDead
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import FinishReason
+from tokenspeed.engine.facts import EngineInfo, EngineStats, LiveRequest, StepTiming
 from tokenspeed.engine.ledger import INTERVAL_BOUNDS_US
 from tokenspeed.engine.stream import TokenStream
-from tokenspeed.engine.wire import CacheEventBatch, EngineInfo, EngineStats, LiveRequest, StepTiming
+from tokenspeed.engine.wire import CacheEventBatch
 
 EOS = 2
 

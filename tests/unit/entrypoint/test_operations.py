@@ -17,7 +17,7 @@ from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as pb_grpc
 
 from tokenspeed.core.errors import ConfigError, EngineDead
 from tokenspeed.core.step import FinishReason
-from tokenspeed.engine.wire import RequestTimes
+from tokenspeed.engine.facts import RequestTimes
 from tokenspeed.entrypoint.operations.server import OperationsConfig, OperationsServer
 from tokenspeed.entrypoint.servicer import Servicer, start_server
 

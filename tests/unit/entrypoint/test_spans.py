@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.engine.wire import RequestTimes
+from tokenspeed.engine.facts import RequestTimes
 from tokenspeed.entrypoint.operations.records import EndedRequest, SampleRecord
 from tokenspeed.entrypoint.operations.spans import SpanExport, otlp_provider
 

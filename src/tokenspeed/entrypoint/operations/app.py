@@ -22,7 +22,7 @@ from tokenspeed.entrypoint.operations.records import RequestBook, RequestRecord
 from tokenspeed.entrypoint.operations.timeline import ended_view, live_view
 
 if TYPE_CHECKING:
-    from tokenspeed.engine.wire import EngineInfo
+    from tokenspeed.engine.facts import EngineInfo
     from tokenspeed.entrypoint.servicer import Servicer
 
 __all__ = ["Operations", "guarded_app"]

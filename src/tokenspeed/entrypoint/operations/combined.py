@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from tokenspeed.engine.wire import EngineInfo, EngineStats
+    from tokenspeed.engine.facts import EngineInfo, EngineStats
 
 __all__ = ["combined_info", "combined_stats"]
 

@@ -17,7 +17,7 @@ from tokenspeed.entrypoint.operations.records import EndedRequest
 from tokenspeed.entrypoint.operations.timeline import PHASES, sample_phases_us
 
 if TYPE_CHECKING:
-    from tokenspeed.engine.wire import EngineInfo, EngineStats
+    from tokenspeed.engine.facts import EngineInfo, EngineStats
     from tokenspeed.entrypoint.history import HistoryStats
 
 __all__ = ["Metrics"]

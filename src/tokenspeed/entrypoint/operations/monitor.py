@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from tokenspeed.engine.client import EngineClient
-    from tokenspeed.engine.wire import EngineInfo, EngineStats, LiveRequest
+    from tokenspeed.engine.facts import EngineInfo, EngineStats, LiveRequest
     from tokenspeed.entrypoint.servicer import Servicer
 
     Ask: TypeAlias = Callable[[Coroutine[Any, Any, EngineStats]], Coroutine[Any, Any, EngineStats]]

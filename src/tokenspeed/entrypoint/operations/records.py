@@ -14,8 +14,8 @@ from tokenspeed.entrypoint.operations.sessions import SessionIndex
 
 if TYPE_CHECKING:
     from tokenspeed.core.step import CacheReport
+    from tokenspeed.engine.facts import RequestTimes
     from tokenspeed.engine.stream import TokenStream
-    from tokenspeed.engine.wire import RequestTimes
     from tokenspeed.entrypoint.history import TokenIds
 
 __all__ = ["EndedRequest", "RequestBook", "RequestRecord", "SampleRecord", "SessionView"]

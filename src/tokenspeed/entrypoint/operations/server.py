@@ -25,7 +25,7 @@ from tokenspeed.entrypoint.operations.records import EndedRequest
 from tokenspeed.entrypoint.operations.spans import SpanExport, otlp_provider
 
 if TYPE_CHECKING:
-    from tokenspeed.engine.wire import EngineInfo
+    from tokenspeed.engine.facts import EngineInfo
     from tokenspeed.entrypoint.servicer import Servicer
 
 __all__ = ["OperationsConfig", "OperationsServer"]

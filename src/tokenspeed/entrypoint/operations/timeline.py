@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tokenspeed.entrypoint.operations.records import EndedRequest, RequestRecord, SampleRecord
 
 if TYPE_CHECKING:
-    from tokenspeed.engine.wire import LiveRequest, RequestTimes
+    from tokenspeed.engine.facts import LiveRequest, RequestTimes
 
 __all__ = ["ENGINE_PHASES", "PHASES", "ended_view", "live_view", "sample_phases_us"]
 
