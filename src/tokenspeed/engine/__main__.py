@@ -38,7 +38,14 @@ def main() -> int:
         gc.enable()
         return engine
 
-    return serve(build, arguments.socket, parent_pid=parent_pid)
+    code = serve(build, arguments.socket, parent_pid=parent_pid)
+    if config.tp > 1:
+        # Threads that listen to other ranks, and Ray's, still hold what the interpreter would take
+        # down, of which it would complain; everything that matters is closed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
