@@ -74,6 +74,7 @@ def main() -> None:
     let_threads_sleep()
     clock = time.process_time if options.cpu_time else time.perf_counter
     # Only now, because these import torch.
+    from tokenspeed.distributed import Place  # noqa: PLC0415
     from tokenspeed.engine.assembly import make_runner, mesh_of, open_model  # noqa: PLC0415
 
     columns = [f"+{drafted}" for drafted in range(1, options.drafts_max + 1)]
@@ -81,7 +82,7 @@ def main() -> None:
     for name in options.model or ["smollm2-135m", "qwen2.5-coder-0.5b"]:
         config = EngineConfig(model=name, threads=options.threads, kv_dtype=options.kv_dtype)
         mesh = mesh_of(config)
-        opened = open_model(config, mesh=mesh, rank=0)
+        opened = open_model(config, place=Place())
         longest = max(options.context) + 64
         _, _, runner = make_runner(
             opened,
@@ -93,8 +94,7 @@ def main() -> None:
                 context_max=longest,
             ),
             mesh=mesh,
-            rank=0,
-            store=None,
+            place=Place(),
         )
         runner.warm_up()
         runner.bind(
