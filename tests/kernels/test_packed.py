@@ -59,10 +59,9 @@ def test_packing_keeps_every_value_to_the_last_bit(name: str, outputs: int, inpu
     on = runtime(threads=2)
     table = packed(on, name, raw, inputs)
     ids = torch.arange(outputs).flip(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        rows = torch.empty(outputs, inputs, dtype=dtype)
-        lookup(on, ids, table, rows)
-        assert torch.equal(rows, dequantised(raw, name).to(dtype)[ids])
+    rows = torch.empty(outputs, inputs)
+    lookup(on, ids, table, 1.0, rows)
+    assert torch.equal(rows, dequantised(raw, name)[ids])
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -213,6 +212,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelError, match=r"x must be a torch\.Tensor"):
         linear(on, [[0.0]], [weight], None, y)  # type: ignore[arg-type]
     with pytest.raises(KernelError, match="row 20 of a table of 20 rows"):
-        lookup(on, torch.tensor([0, 20]), weight, torch.zeros(2, 64))
+        lookup(on, torch.tensor([0, 20]), weight, 1.0, torch.zeros(2, 64))
+    with pytest.raises(KernelError, match="rows of a table are looked up in float32"):
+        lookup(on, torch.tensor([0]), weight, 1.0, torch.zeros(1, 64, dtype=torch.bfloat16))
     with pytest.raises(KernelError, match="ids must be contiguous integers of 8 bytes"):
-        lookup(on, torch.tensor([0, 1], dtype=torch.int32), weight, torch.zeros(2, 64))
+        lookup(on, torch.tensor([0, 1], dtype=torch.int32), weight, 1.0, torch.zeros(2, 64))
