@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -101,6 +102,14 @@ class Serve:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error)
+
+    def operations_url(self) -> str:
+        """Said by the line after the ready line; to be asked once."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        told = re.fullmatch(r"operations: (http://127\.0\.0\.1:\d+)\n", line)
+        assert told is not None, line
+        return told[1]
 
     def servicer(self) -> grpc.Channel:
         """A connection to the servicer, past the gateway."""

@@ -16,21 +16,12 @@ from .serving import Serve, run_cli, wait_for
 CHAT = {"model": "smollm2-135m", "ignore_eos": True}
 
 
-def operations_url(server: Serve) -> str:
-    """The line after the ready line says where the port is."""
-    assert server.process.stdout is not None
-    line = server.process.stdout.readline().decode()
-    told = re.fullmatch(r"operations: (http://127\.0\.0\.1:\d+)\n", line)
-    assert told is not None, line
-    return told[1]
-
-
 @pytest.fixture(scope="module")
 def watched(
     smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Serve, httpx.Client]]:
     with Serve(tmp_path_factory.mktemp("operations") / "log", "--no-curl") as server:
-        url = operations_url(server)
+        url = server.operations_url()
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
             yield server, http
 

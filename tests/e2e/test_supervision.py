@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import httpx
 import openai
 import psutil
 import pytest
@@ -131,9 +132,10 @@ def test_with_restart_an_engine_that_hangs_is_replaced(smollm2: ModelFiles, tmp_
 @pytest.mark.slow
 def test_sigterm_lets_streams_end_and_refuses_new_ones(smollm2: ModelFiles, tmp_path: Path) -> None:
     with (
-        Serve(tmp_path / "log", "--shutdown-timeout", "60") as server,
+        Serve(tmp_path / "log", "--no-curl", "--shutdown-timeout", "60") as server,
         ThreadPoolExecutor(4) as pool,
     ):
+        operations = server.operations_url()
         streams = under_load(server, pool)
         server.process.send_signal(signal.SIGTERM)
         # Until the signal is seen, a request is served.
@@ -142,6 +144,8 @@ def test_sigterm_lets_streams_end_and_refuses_new_ones(smollm2: ModelFiles, tmp_
             lambda answer: answer[0] != 200,
         )
         assert (status, "draining" in str(answer)) == (429, True), answer
+        resumed = httpx.post(f"{operations}/resume", timeout=30, trust_env=False)
+        assert resumed.status_code == 409, resumed.text
         assert [stream.result(60) for stream in streams] == [""] * 4
         assert server.process.wait(60) == 0
 
