@@ -14,7 +14,7 @@ from tests.support.browser import chromium
 from tokenspeed.loader import ModelFiles
 
 from .serving import Serve, wait_for
-from .test_operations import ask, operations_url
+from .test_operations import ask
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 # A folder for pictures of the page, for `docs/operations.md`.
@@ -25,7 +25,7 @@ PICTURES = os.environ.get("TOKENSPEED_TEST_PICTURES")
 def page(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Page"]:
     log = tmp_path_factory.mktemp("dashboard") / "log"
     with chromium() as driver, Serve(log, "--no-curl") as server:
-        url = operations_url(server)
+        url = server.operations_url()
         driver.get(url)
         yield Page(driver, server, url)
 
@@ -172,7 +172,7 @@ def test_with_a_key_the_page_asks_for_it(
 ) -> None:
     log = tmp_path_factory.mktemp("keyed") / "log"
     with chromium() as driver, Serve(log, "--no-curl", "--api-key", "k3y") as server:
-        page = Page(driver, server, operations_url(server))
+        page = Page(driver, server, server.operations_url())
         driver.get(page.url)
         page.until("#health", "an API key is needed")
         assert page.text("#model") == "TokenSpeed"
