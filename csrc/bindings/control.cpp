@@ -23,7 +23,9 @@ namespace {
 
 template <class T>
 using Column = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
-using Tokens = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Given = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Tokens = Given<std::int32_t>;
 
 // Joins vectors in one buffer that Python owns.
 template <class T, class... Part>
@@ -46,6 +48,11 @@ std::vector<control::GroupConfig> group_configs(const std::vector<Group>& groups
             {static_cast<control::GroupKind>(kind), pages, host_pages, window, checkpoint_pages});
     }
     return configs;
+}
+
+template <class T>
+std::span<const T> span(const Given<T>& given) {
+    return {given.data(), given.shape(0)};
 }
 
 std::vector<std::int32_t> copy(const Tokens& tokens) {
@@ -93,10 +100,11 @@ nb::object plan(control::Scheduler& scheduler, std::int64_t now_us) {
     const auto& transfers = plan->transfers;
     return nb::make_tuple(
         plan->step.value, plan->decode_count, plan->row_slots.size(), plan->token_ids.size(),
-        plan->sample_rows.size(), plan->bound_slots.size(), transfers.ids.size(),
+        plan->sample_rows.size(), plan->propose_counts.size(), plan->bound_slots.size(),
+        transfers.ids.size(),
         join<std::int32_t>(plan->row_slots, plan->query_starts, plan->context_lens, plan->token_ids,
-                           plan->sample_rows, plan->sample_positions, plan->bound_slots,
-                           transfers.kinds),
+                           plan->sample_rows, plan->sample_positions, plan->propose_counts,
+                           plan->bound_slots, transfers.kinds),
         join<std::int64_t>(plan->bound_requests, transfers.ids, transfers.requests), groups);
 }
 
@@ -120,12 +128,13 @@ nb::object take_cache_events(control::Scheduler& scheduler) {
 
 nb::tuple stats(const control::Scheduler& scheduler) {
     const auto s = scheduler.stats();
-    return nb::make_tuple(
-        s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens, s.pages_total,
-        s.pages_free, s.pages_cached, s.pages_active, s.host_pages_total, s.host_pages_cached,
-        s.steps, s.prompt_tokens, s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
-        s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens, s.drafted_tokens,
-        s.accepted_tokens, s.retractions, s.parkings, s.evictions, s.stores, s.loads, s.refusals);
+    return nb::make_tuple(s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens,
+                          s.pages_total, s.pages_free, s.pages_cached, s.pages_active,
+                          s.host_pages_total, s.host_pages_cached, s.steps, s.prompt_tokens,
+                          s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
+                          s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens,
+                          s.drafted_tokens, s.accepted_tokens, s.proposed_tokens, s.retractions,
+                          s.parkings, s.evictions, s.stores, s.loads, s.refusals);
 }
 
 }  // namespace
@@ -162,15 +171,18 @@ NB_MODULE(_control, module) {
                std::int32_t slots_max, std::int32_t step_tokens_max, std::int32_t context_max,
                std::int32_t overlap_depth, bool prefix_cache, std::int32_t cache_policy,
                std::optional<double> tps_floor, std::optional<std::int64_t> queue_timeout_us,
-               std::int32_t step_drafts_max) {
+               std::int32_t step_drafts_max, std::int32_t step_proposals_max,
+               std::int32_t proposal_length_max) {
                 new (self) control::Scheduler(
                     {group_configs(groups), page_size, slots_max, step_tokens_max, context_max,
                      overlap_depth, prefix_cache, static_cast<control::CachePolicy>(cache_policy),
-                     tps_floor, queue_timeout_us, step_drafts_max});
+                     tps_floor, queue_timeout_us, step_drafts_max, step_proposals_max,
+                     proposal_length_max});
             },
             nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
             "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "cache_policy"_a,
-            "tps_floor"_a.none(), "queue_timeout_us"_a.none(), "step_drafts_max"_a)
+            "tps_floor"_a.none(), "queue_timeout_us"_a.none(), "step_drafts_max"_a,
+            "step_proposals_max"_a, "proposal_length_max"_a)
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,
@@ -199,10 +211,18 @@ NB_MODULE(_control, module) {
         .def(
             "commit",
             [](control::Scheduler& self, std::int64_t step, const Tokens& tokens,
-               std::int64_t now_us) {
-                self.commit(control::StepId(step), {tokens.data(), tokens.shape(0)}, now_us);
-            },
+               std::int64_t now_us) { self.commit(control::StepId(step), span(tokens), now_us); },
             "step"_a, "tokens"_a.noconvert(), "now_us"_a)
+        .def(
+            "commit",
+            [](control::Scheduler& self, std::int64_t step, const Tokens& tokens,
+               std::int64_t now_us, const Tokens& proposed_starts, const Tokens& proposed_tokens,
+               const Given<float>& proposed_chances) {
+                self.commit(control::StepId(step), span(tokens), now_us,
+                            {span(proposed_starts), span(proposed_tokens), span(proposed_chances)});
+            },
+            "step"_a, "tokens"_a.noconvert(), "now_us"_a, "proposed_starts"_a.noconvert(),
+            "proposed_tokens"_a.noconvert(), "proposed_chances"_a.noconvert())
         .def("take_outcome", take_outcome)
         .def(
             "tokens",
@@ -214,24 +234,27 @@ NB_MODULE(_control, module) {
         .def(
             "observe",
             [](control::Scheduler& self, std::int64_t prefill_tokens, std::int64_t decode_rows,
-               std::int64_t draft_tokens, std::int64_t context_tokens, double prefill_pairs,
+               std::int64_t draft_tokens, std::int64_t proposed_tokens,
+               std::int64_t proposal_rounds, std::int64_t context_tokens, double prefill_pairs,
                std::int64_t took_us) {
-                self.observe(
-                    {prefill_tokens, decode_rows, draft_tokens, context_tokens, prefill_pairs},
-                    took_us);
+                self.observe({prefill_tokens, decode_rows, draft_tokens, proposed_tokens,
+                              proposal_rounds, context_tokens, prefill_pairs},
+                             took_us);
             },
             nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "draft_tokens"_a,
-            "context_tokens"_a, "prefill_pairs"_a, "took_us"_a)
+            "proposed_tokens"_a, "proposal_rounds"_a, "context_tokens"_a, "prefill_pairs"_a,
+            "took_us"_a)
         .def(
             "predict_us",
             [](const control::Scheduler& self, std::int64_t prefill_tokens,
-               std::int64_t decode_rows, std::int64_t draft_tokens, std::int64_t context_tokens,
-               double prefill_pairs) {
-                return self.step_times().predict_us(
-                    {prefill_tokens, decode_rows, draft_tokens, context_tokens, prefill_pairs});
+               std::int64_t decode_rows, std::int64_t draft_tokens, std::int64_t proposed_tokens,
+               std::int64_t proposal_rounds, std::int64_t context_tokens, double prefill_pairs) {
+                return self.step_times().predict_us({prefill_tokens, decode_rows, draft_tokens,
+                                                     proposed_tokens, proposal_rounds,
+                                                     context_tokens, prefill_pairs});
             },
             nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "draft_tokens"_a,
-            "context_tokens"_a, "prefill_pairs"_a)
+            "proposed_tokens"_a, "proposal_rounds"_a, "context_tokens"_a, "prefill_pairs"_a)
         .def(
             "interval_bound_us",
             [](const control::Scheduler& self, std::int32_t context) {

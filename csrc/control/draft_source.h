@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ids.h"
+#include "proposals.h"
 #include "requests.h"
 #include "step_time.h"
 
@@ -20,19 +21,30 @@ class DraftSource {
     struct Row {
         const Request* request;
         TokenCount most;                  // tokens that a draft may have
+        const Proposal* proposal;         // what the draft model proposed; may be nothing
         std::vector<std::int32_t> draft;  // filled in: guesses of what comes after the last token
+    };
+    // A row of the step whose request may be given proposals by the draft model, once its samples
+    // are known.
+    struct Ask {
+        const Request* request;
+        TokenCount most;   // tokens to propose
+        TokenCount count;  // filled in: how many it shall propose
     };
     struct Step {
         StepWork work;                   // all its decode rows
-        TokenCount most;                 // tokens that all drafts together may have
+        TokenCount most;                 // tokens that all drafts, or proposals, may have together
         bool prompts;                    // a prompt would make use of a draft's place
-        std::optional<double> limit_us;  // that the decode rows and drafts may take, as predicted
+        std::optional<double> limit_us;  // that rows, drafts and proposals may take, as predicted
+        bool overlaps = false;           // who proposes is left out of a step to come
     };
 
     virtual ~DraftSource() = default;
     // Once per plan: everybody who runs, to learn from what they know by now.
     virtual void follow(std::span<const Request* const> running) = 0;
     virtual void draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) = 0;
+    // Rows whose draft is known: how many tokens the draft model shall propose for each.
+    virtual void propose(std::span<Ask> rows, const Step& step, const StepTimeModel& model) = 0;
     // Whether a request in flight is to be left out of this plan, so that it is at rest for a
     // draft.
     virtual bool wants_rest(const Request& request) = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <numeric>
 
 #include "draft_lengths.h"
 
@@ -41,6 +42,21 @@ constexpr std::int64_t kPatience = 256, kPatienceMax = 8192;
 constexpr double kLikely = 0.5;
 // Of a step, the least that a drafted token is taken to add.
 constexpr double kPriceShareMin = 0.002;
+
+// The chances that each token and all before it are right, of a model's for each by itself.
+std::vector<float> reached(const Proposal& proposal, std::size_t most) {
+    std::vector<float> found;
+    float all = 1;
+    for (const float chance :
+         std::span(proposal.chances).first(std::min(most, proposal.chances.size()))) {
+        found.push_back(all *= chance);
+    }
+    return found;
+}
+
+double expected(const std::vector<float>& chances) {
+    return std::accumulate(chances.begin(), chances.end(), 0.0);
+}
 
 }  // namespace
 
@@ -311,12 +327,16 @@ std::vector<float> Drafter::chances(const Request& request, std::size_t most) co
 void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) {
     if (!model.trusted()) return;
     std::vector<std::vector<float>> chances;
+    std::vector<bool> proposed(rows.size());
     chances.reserve(rows.size());
     float likeliest = 0;
     std::size_t likeliest_row = 0;
     for (std::size_t i = 0; i < rows.size(); ++i) {
         const auto most = static_cast<std::size_t>(rows[i].most.value);
         chances.push_back(this->chances(*rows[i].request, most));
+        std::vector<float> others = reached(*rows[i].proposal, most);
+        proposed[i] = expected(others) > expected(chances[i]);
+        if (proposed[i]) chances[i] = std::move(others);
         if (chances[i].empty() || chances[i].front() <= likeliest) continue;
         likeliest = chances[i].front();
         likeliest_row = i;
@@ -337,6 +357,11 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
         patience_ = std::min(2 * patience_, kPatienceMax);
     }
     for (std::size_t i = 0; i < rows.size(); ++i) {
+        if (proposed[i]) {
+            const auto begin = rows[i].proposal->tokens.begin();
+            rows[i].draft.assign(begin, begin + static_cast<std::ptrdiff_t>(lengths[i]));
+            continue;
+        }
         const Reader* reader = ready(*rows[i].request);
         if (reader == nullptr) continue;
         const Witness told = witness(*reader, *rows[i].request);
@@ -348,6 +373,14 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
             rested.rests_again_at = rows[i].request->known() + TokenCount(kRestAgain);
         }
         rested.rested = false;
+    }
+}
+
+void Drafter::propose(std::span<Ask> rows, const Step& step, const StepTimeModel&) {
+    TokenCount left = step.most;
+    for (Ask& ask : rows) {
+        ask.count = std::min(ask.most, left);
+        left -= ask.count;
     }
 }
 

@@ -60,6 +60,7 @@ class Drafter final : public DraftSource {
 
     void follow(std::span<const Request* const> running) override;
     void draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) override;
+    void propose(std::span<Ask> rows, const Step& step, const StepTimeModel& model) override;
     bool wants_rest(const Request& request) override;
     void ended(RequestId request) noexcept override;
 

@@ -19,6 +19,7 @@ StepWork Scheduler::drafted_work() const noexcept {
         } else {
             work.add_chunk(rows_[i].start, rows_[i].count);
         }
+        work.add_proposal(rows_[i].propose);
     }
     return work;
 }

@@ -7,7 +7,8 @@
 
 namespace tokenspeed::control {
 
-void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us) {
+void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us,
+                       const Proposed& proposed) {
     if (flights_.empty()) {
         throw EngineError("no step is in flight, but step " + text(step.value) + " was committed");
     }
@@ -24,7 +25,9 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
     if (std::ranges::any_of(tokens, [](std::int32_t token) { return token < 0; })) {
         throw EngineError("step " + text(step.value) + " returned a negative token id");
     }
+    check_proposed(flight, proposed);
     reserve_commit(flight);
+    reserve_proposals(flight, proposed);
 
     pass_to(now_us);
     const Retired done = ledger_.retire();
@@ -51,6 +54,7 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
         model_.observe(flight.work,
                        now_us_ - std::max(flight.began_us, returned_us_.value_or(flight.began_us)));
     }
+    proposed_tokens_ += static_cast<std::int64_t>(proposed.tokens.size());
     flights_.pop_front();
     returned_us_.reset();
     if (!order_.empty()) returned_us_ = now_us_;
@@ -116,6 +120,7 @@ void Scheduler::land_row(const Row& row, const Retired& done, std::optional<std:
         Overloaded{[&](Prefilling&& request) { prefilling_.put(std::move(request)); },
                    [&](Decoding&& request) {
                        if (!end) {
+                           request.proposal = proposal_of(row.slot);
                            decoding_.put(std::move(request));
                        } else if (*end == FinishReason::kLength && request.request->sends()) {
                            hand_over(std::move(request), *end);
@@ -165,6 +170,7 @@ void Scheduler::land_verifying(const Row& row, const Retired& done,
         leave_order(row.slot);
         conclude(finish(std::move(landed), *end, store_));
     } else {
+        landed.proposal = proposal_of(row.slot);
         decoding_.put(std::move(landed));
     }
 }

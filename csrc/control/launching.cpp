@@ -31,6 +31,7 @@ Plan Scheduler::launch_drafts() {
               .token_ids = {},
               .sample_rows = {},
               .sample_positions = {},
+              .propose_counts = {},
               .bound_slots = {},
               .bound_requests = {},
               .transfers = {},
@@ -41,6 +42,7 @@ Plan Scheduler::launch_drafts() {
     plan.token_ids.reserve(tokens);
     plan.sample_rows.reserve(samples);
     plan.sample_positions.reserve(samples);
+    if (step_proposals_max_ > 0) plan.propose_counts.reserve(rows_.size());
     plan.groups.reserve(kGroupKinds);
     Flight& flight = flights_.emplace_back(
         Flight{StepId(0), rows_, samples, {}, drafted_work(), returned_us_.value_or(now_us_)});
@@ -115,11 +117,12 @@ void Scheduler::launch_row(const Row& row, std::int32_t index, Berth&& berth, Pl
     // Which output token the row samples: those known and those in flight come before it.
     const TokenCount before =
         stepping_.at(row.slot) ? stepping_.at(row.slot)->pending : TokenCount(0);
-    const Stepping& flying = stepping_.put(
+    Stepping& flying = stepping_.put(
         decoding_.at(row.slot) ? launch(decoding_.take(row.slot), plan.step, std::move(berth))
         : rests != nullptr
             ? launch(prefilling_.take(row.slot), plan.step, row.count, std::move(berth))
             : extend(stepping_.take(row.slot), plan.step, row.count, std::move(berth)));
+    flying.proposes = row.propose > 0;
     const Request& request = *flying.request;
     tell_row(row, index, request.outputs() + before, plan);
     const bool decodes = index < plan.decode_count;
@@ -159,6 +162,7 @@ void Scheduler::tell_row(const Row& row, std::int32_t index, TokenCount position
                          Plan& plan) noexcept {
     plan.row_slots.push_back(row.slot.value);
     plan.context_lens.push_back(row.start.value);
+    if (step_proposals_max_ > 0) plan.propose_counts.push_back(row.propose);
     for (std::size_t i = 0; i < row.sample_count(); ++i) {
         plan.sample_rows.push_back(index);
         plan.sample_positions.push_back(position.value + static_cast<std::int32_t>(i));

@@ -85,6 +85,7 @@ struct Plan {
     std::vector<std::int32_t> token_ids;
     std::vector<std::int32_t> sample_rows;
     std::vector<std::int32_t> sample_positions;
+    std::vector<std::int32_t> propose_counts;
     std::vector<std::int32_t> bound_slots;
     std::vector<std::int64_t> bound_requests;
     Transfers transfers;
@@ -113,7 +114,7 @@ struct Stats {
     std::int64_t host_pages_total, host_pages_cached;
     std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, missed_evicted_tokens,
         missed_unseen_tokens, missed_other_salt_tokens, missed_tail_tokens, retractions, parkings;
-    std::int64_t drafted_tokens, accepted_tokens;
+    std::int64_t drafted_tokens, accepted_tokens, proposed_tokens;
     std::int64_t evictions, stores, loads, refusals;
 };
 

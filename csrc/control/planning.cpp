@@ -21,7 +21,9 @@ std::optional<Plan> Scheduler::plan(std::int64_t now_us) {
     draft_decodes();
     draft_guesses();
     decode_count_ = static_cast<std::int32_t>(rows_.size());
+    draft_proposals(0);
     draft_prefills();
+    draft_proposals(static_cast<std::size_t>(decode_count_));
     if (rows_.empty() && transfer_news_.ids.empty()) return std::nullopt;
     return launch_drafts();
 }
@@ -65,7 +67,8 @@ void Scheduler::draft_decodes() {
         const Decoding* rests = decoding_.at(slot);
         const Stepping* flies = stepping_.at(slot);
         const bool decodes = rests != nullptr || (flies != nullptr && decodes_next(*flies));
-        const bool waits = flies != nullptr && drafts_ && drafts_->wants_rest(*flies->request);
+        const bool waits = flies != nullptr && drafts_ &&
+                           (flies->proposes || drafts_->wants_rest(*flies->request));
         if (!decodes || resting_ == slot || waits) {
             ++rank;
             continue;
@@ -93,17 +96,15 @@ void Scheduler::draft_guesses() {
         work.add_decode(row.start);
         longest = std::max(longest, row.start);
         if (!decoding_.at(row.slot)) continue;
-        const Request& request = *decoding_.at(row.slot)->request;
-        const TokenCount most = request.remaining(context_max_) - TokenCount(1);
-        if (most > TokenCount(0)) guesses_.push_back({&request, std::min(most, left), {}});
+        const Decoding& rests = *decoding_.at(row.slot);
+        const TokenCount most = rests.request->remaining(context_max_) - TokenCount(1);
+        if (most <= TokenCount(0)) continue;
+        guesses_.push_back({&*rests.request, std::min(most, left), &rests.proposal, {}});
     }
     if (guesses_.empty() || left <= TokenCount(0)) return;
-    const bool prompts = turns_.head().has_value() || std::ranges::any_of(order_, [&](SlotId slot) {
-                             return prompt_left(slot) > TokenCount(0);
-                         });
     std::optional<double> limit_us;
     if (floor_.held()) limit_us = floor_.limit_us(model_, longest);
-    drafts_->draft(guesses_, {work, left, prompts, limit_us}, model_);
+    drafts_->draft(guesses_, {work, left, prompts_wait(), limit_us}, model_);
     auto guess = guesses_.begin();
     for (Row& row : rows_) {
         if (guess == guesses_.end()) break;

@@ -71,6 +71,13 @@ const Config& checked(const Config& config) {
         throw ConfigError("step_drafts_max must be at least 0, but is " +
                           text(config.step_drafts_max));
     }
+    if (config.step_proposals_max < 0 || config.proposal_length_max < 0 ||
+        (config.step_proposals_max > 0) != (config.proposal_length_max > 0)) {
+        throw ConfigError(
+            "step_proposals_max and proposal_length_max must both be 0, or both at "
+            "least 1, but are " +
+            text(config.step_proposals_max) + " and " + text(config.proposal_length_max));
+    }
     if (config.step_tokens_max < config.slots_max) {
         throw ConfigError("step_tokens_max (" + text(config.step_tokens_max) +
                           ") must be at least slots_max (" + text(config.slots_max) + ")");
@@ -110,6 +117,8 @@ Scheduler::Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts)
       step_tokens_max_(config.step_tokens_max),
       slots_max_(config.slots_max),
       step_drafts_max_(config.step_drafts_max),
+      step_proposals_max_(allows_drafts(config) ? config.step_proposals_max : 0),
+      proposal_length_max_(allows_drafts(config) ? config.proposal_length_max : 0),
       drafts_(!allows_drafts(config) ? nullptr
               : drafts               ? std::move(drafts)
                                      : std::make_unique<Drafter>()),
@@ -300,6 +309,7 @@ Stats Scheduler::stats() const {
     stats.output_tokens = output_tokens_;
     stats.drafted_tokens = drafted_tokens_;
     stats.accepted_tokens = accepted_tokens_;
+    stats.proposed_tokens = proposed_tokens_;
     stats.retractions = retractions_;
     stats.parkings = parkings_;
     stats.evictions = store_.index.evictions();

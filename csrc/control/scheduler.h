@@ -51,6 +51,8 @@ struct Config {
     std::optional<double> tps_floor;               // the least tokens a second of whoever decodes
     std::optional<std::int64_t> queue_timeout_us;  // the longest wait before a request is refused
     std::int32_t step_drafts_max;                  // drafted tokens of a step; 0: no drafts
+    std::int32_t step_proposals_max = 0;           // of a draft model in a step; 0: there is none
+    std::int32_t proposal_length_max = 0;          // of these, for one row
 };
 
 class Scheduler {
@@ -73,8 +75,10 @@ class Scheduler {
     // Nothing when nothing can run now, or as many steps are in flight as may be. A plan without
     // rows starts transfers. Time is `now_us`, in microseconds that never go back.
     [[nodiscard]] std::optional<Plan> plan(std::int64_t now_us);
-    // Throws EngineError unless `step` is the oldest in flight and `tokens` are its samples.
-    void commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us);
+    // Throws EngineError unless `step` is the oldest in flight, `tokens` are its samples and no row
+    // has more proposals than it was to get. Whatever is proposed, no output changes.
+    void commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us,
+                const Proposed& proposed = {});
     [[nodiscard]] Outcome take_outcome();
 
     // Prompt and output so far. Throws InvalidParameter if the request is not live.
@@ -108,6 +112,7 @@ class Scheduler {
         TokenCount count;
         bool samples;
         std::vector<std::int32_t> draft = {};  // of the tokens, those that are guesses
+        std::int32_t propose = 0;              // tokens the draft model shall propose then
 
         std::size_t sample_count() const noexcept { return samples ? 1 + draft.size() : 0; }
         // Tokens of it that its request is known to have.
@@ -196,6 +201,8 @@ class Scheduler {
     void make_slot();
     void draft_decodes();
     void draft_guesses();
+    void draft_proposals(std::size_t first);
+    bool prompts_wait() const noexcept;
     TokenCount reach_for(SlotId slot, TokenCount start, TokenCount guesses);
     void draft_prefills();
     std::optional<FairQueue::Turn> next_turn(std::size_t& rank) const noexcept;
@@ -243,7 +250,10 @@ class Scheduler {
     void tell_pages(const Row& row, const Stepping& request, StepId step) noexcept;
 
     // --- its return ---
+    void check_proposed(const Flight& flight, const Proposed& proposed) const;
     void reserve_commit(const Flight& flight);
+    void reserve_proposals(Flight& flight, const Proposed& proposed);
+    Proposal proposal_of(SlotId slot) noexcept;
     void tell_swaps(SlotId slot) noexcept;
     void land_row(const Row& row, const Retired& done, std::optional<std::int32_t> token,
                   std::int32_t sample);
@@ -264,6 +274,7 @@ class Scheduler {
     std::int32_t step_tokens_max_;
     std::int32_t slots_max_;
     std::int32_t step_drafts_max_;
+    std::int32_t step_proposals_max_, proposal_length_max_;  // 0 where there are no drafts
     std::unique_ptr<DraftSource> drafts_;  // none where the configuration allows no drafts
     Store store_;
     StepLedger ledger_;
@@ -304,6 +315,7 @@ class Scheduler {
     // The plan in the making.
     std::vector<Row> rows_;
     std::vector<DraftSource::Row> guesses_;
+    std::vector<DraftSource::Ask> asks_;
     std::vector<const Request*> followed_;
     std::int32_t budget_ = 0;
     std::int32_t decode_count_ = 0;
@@ -318,6 +330,7 @@ class Scheduler {
     std::vector<std::int64_t> bound_requests_;
     std::vector<Swap> swaps_;
     std::vector<std::pair<SlotId, Manifest>> manifests_;
+    std::vector<std::pair<SlotId, Proposal>> proposals_;  // of the step that returns
 
     // The head of the queue that did not fit, and the room it wants: no probe before that.
     struct Blocked {
@@ -330,7 +343,8 @@ class Scheduler {
     std::int64_t arrivals_seen_ = 0;
     std::int64_t steps_ = 0, prompt_tokens_ = 0, cached_tokens_ = 0, missed_evicted_tokens_ = 0,
                  missed_unseen_tokens_ = 0, missed_other_salt_tokens_ = 0, missed_tail_tokens_ = 0,
-                 output_tokens_ = 0, drafted_tokens_ = 0, accepted_tokens_ = 0;
+                 output_tokens_ = 0, drafted_tokens_ = 0, accepted_tokens_ = 0,
+                 proposed_tokens_ = 0;
     std::int64_t retractions_ = 0, parkings_ = 0, loads_ = 0, refusals_ = 0;
 };
 

@@ -23,6 +23,7 @@
 
 #include "pages.h"
 #include "prefix_index.h"
+#include "proposals.h"
 #include "requests.h"
 #include "slots.h"
 
@@ -138,6 +139,7 @@ struct Decoding {
     Slot slot;
     Trail trail;
     PerGroup<Resting> pages;
+    Proposal proposal = {};  // of what comes after its last token
 };
 
 // Lent to launched steps, `last` the latest of them.
@@ -149,6 +151,7 @@ struct Stepping {
     TokenCount fed;      // tokens whose KV is written once all its steps have retired
     TokenCount pending;  // tokens sampled by steps in flight
     StepId last;
+    bool proposes = false;  // its last step brings a proposal, so that it goes on at rest only
 };
 
 // Lent to a launched step that feeds its last token and a draft: guesses of what comes after it.

@@ -25,13 +25,19 @@ namespace tokenspeed::control {
 struct StepWork {
     std::int64_t prefill_tokens = 0;
     std::int64_t decode_rows = 0;
-    std::int64_t draft_tokens = 0;    // guesses of decode rows, beyond one token each
-    std::int64_t context_tokens = 0;  // contexts of all rows, which attention reads
-    double prefill_pairs = 0;         // sum over chunks of chunk * (context + chunk / 2)
+    std::int64_t draft_tokens = 0;     // guesses of decode rows, beyond one token each
+    std::int64_t proposed_tokens = 0;  // by a draft model, over all rows
+    std::int64_t proposal_rounds = 0;  // its forward passes: the longest proposal of a row
+    std::int64_t context_tokens = 0;   // contexts of all rows, which attention reads
+    double prefill_pairs = 0;          // sum over chunks of chunk * (context + chunk / 2)
 
     void add_decode(TokenCount context) noexcept {
         decode_rows += 1;
         context_tokens += context.value;
+    }
+    void add_proposal(std::int64_t tokens) noexcept {
+        proposed_tokens += tokens;
+        proposal_rounds = std::max(proposal_rounds, tokens);
     }
     void add_chunk(TokenCount context, TokenCount chunk) noexcept {
         prefill_tokens += chunk.value;

@@ -33,6 +33,7 @@ class StepLedger {
     std::size_t in_flight() const noexcept {
         return static_cast<std::size_t>(next_.value - oldest_.value);
     }
+    std::size_t depth() const noexcept { return flying_max_ - 1; }
     bool full() const noexcept { return in_flight() == flying_max_; }
     StepId oldest() const noexcept { return oldest_; }
 

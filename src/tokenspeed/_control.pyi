@@ -35,6 +35,8 @@ class Scheduler:
         tps_floor: float | None,
         queue_timeout_us: int | None,
         step_drafts_max: int,
+        step_proposals_max: int,
+        proposal_length_max: int,
     ) -> None: ...
     def submit(
         self,
@@ -61,13 +63,22 @@ class Scheduler:
             int,
             int,
             int,
+            int,
             npt.NDArray[np.int32],
             npt.NDArray[np.int64],
             list[tuple[int, tuple[int, int, int, int, int, int, int], npt.NDArray[np.int32]]],
         ]
         | None
     ): ...
-    def commit(self, step: int, tokens: npt.NDArray[np.int32], now_us: int) -> None: ...
+    def commit(
+        self,
+        step: int,
+        tokens: npt.NDArray[np.int32],
+        now_us: int,
+        proposed_starts: npt.NDArray[np.int32] = ...,
+        proposed_tokens: npt.NDArray[np.int32] = ...,
+        proposed_chances: npt.NDArray[np.float32] = ...,
+    ) -> None: ...
     def take_outcome(
         self,
     ) -> tuple[int, int, int, npt.NDArray[np.int32], npt.NDArray[np.int64]]: ...
@@ -81,6 +92,8 @@ class Scheduler:
         prefill_tokens: int,
         decode_rows: int,
         draft_tokens: int,
+        proposed_tokens: int,
+        proposal_rounds: int,
         context_tokens: int,
         prefill_pairs: float,
         took_us: int,
@@ -91,6 +104,8 @@ class Scheduler:
         prefill_tokens: int,
         decode_rows: int,
         draft_tokens: int,
+        proposed_tokens: int,
+        proposal_rounds: int,
         context_tokens: int,
         prefill_pairs: float,
     ) -> float: ...

@@ -45,6 +45,7 @@ class Adversary final : public control::DraftSource {
             }
         }
     }
+    void propose(std::span<Ask>, const Step&, const control::StepTimeModel&) override {}
     bool wants_rest(const control::Request&) override { return rests_; }
     void ended(control::RequestId) noexcept override {}
 

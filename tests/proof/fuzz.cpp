@@ -161,6 +161,9 @@ class AnyDrafts final : public control::DraftSource {
             for (std::int32_t& token : row.draft) token = std::max(token, 0);
         }
     }
+    void propose(std::span<Ask> rows, const Step&, const control::StepTimeModel&) override {
+        for (Ask& ask : rows) ask.count = control::TokenCount(bytes_.below(6));
+    }
     bool wants_rest(const control::Request&) override { return bytes_.below(4) == 1; }
     void ended(control::RequestId) noexcept override {}
 

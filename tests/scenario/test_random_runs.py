@@ -61,6 +61,9 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         tps_floor=rng.choice([None, 300.0, 900.0]),
         queue_timeout_us=rng.choice([None, None, 20_000]),
         step_drafts_max=rng.choice([0, 3, 16]),
+        step_proposals_max=0,
+        proposal_length_max=0,
+        draft_memory_size_bytes=2**29,
         **dict(zip(FIELDS, sizes, strict=True)),
     )
     simulation = Simulation(config, vocabulary=rng.choice([3, 12, 60]))

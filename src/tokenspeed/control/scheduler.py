@@ -10,6 +10,7 @@ from tokenspeed import _control
 from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.step import (
     NO_CARGO,
+    NO_COUNTS,
     NO_MOVES,
     NO_TRANSFERS,
     Cargo,
@@ -20,6 +21,7 @@ from tokenspeed.core.step import (
     Moves,
     StepOutcome,
     StepPlan,
+    StepResult,
     StepWork,
     Transfers,
 )
@@ -51,6 +53,7 @@ class SchedulerStats:
         output_tokens: tokens sampled that belong to a request's output.
         drafted_tokens, accepted_tokens: guesses that steps were given to verify, and those of
             them that were sampled as guessed and belong to a request's output.
+        proposed_tokens: what a draft model proposed. Those that became drafts count as drafted.
         retractions: requests sent back to the queue for want of pages.
         parkings: requests that gave up their slot.
         evictions: cached pages of the device that made room for others.
@@ -79,6 +82,7 @@ class SchedulerStats:
     output_tokens: int
     drafted_tokens: int
     accepted_tokens: int
+    proposed_tokens: int
     retractions: int
     parkings: int
     evictions: int
@@ -139,6 +143,8 @@ class Scheduler:
             tps_floor=config.tps_floor,
             queue_timeout_us=config.queue_timeout_us,
             step_drafts_max=config.step_drafts_max,
+            step_proposals_max=config.step_proposals_max,
+            proposal_length_max=config.proposal_length_max,
         )
 
     def submit(
@@ -209,7 +215,8 @@ class Scheduler:
         planned = self._native.plan(now_us)
         if planned is None:
             return None
-        step, decode_count, rows, tokens, samples, bound, transfers, parts, ids, groups = planned
+        step, decode_count, rows, tokens, samples, counts, bound, transfers = planned[:8]
+        parts, ids, groups = planned[8:]
         take = _Reader(parts)
         name = _Reader(ids)
         return StepPlan(
@@ -221,19 +228,42 @@ class Scheduler:
             token_ids=take(tokens),
             sample_rows=take(samples),
             sample_positions=take(samples),
+            propose_counts=take(counts) if counts else NO_COUNTS,
             bound_slots=take(bound),
             bound_requests=name(bound),
             transfers=_transfers(transfers, name, take),
             groups=tuple([_group_plan(*group) for group in groups]),
         )
 
-    def commit(self, step: int, tokens: Int32Array, now_us: int) -> None:
+    def commit(
+        self, step: int, tokens: Int32Array, now_us: int, *, result: StepResult | None = None
+    ) -> None:
         """Retires the oldest uncommitted step with the tokens [S] it sampled.
 
+        Args:
+            step: its number.
+            tokens: what it sampled.
+            now_us: the time, as for `plan`.
+            result: where the draft model's proposals are, if it had any. They change no token of
+                any output, whatever they are: a chance below 0 or above 1 is taken as that, one
+                that is no number as 0.
+
         Raises:
-            EngineError: it is not the oldest, or there are more or fewer tokens than it samples.
+            EngineError: it is not the oldest, or there are more or fewer tokens than it samples,
+                or a row has more proposals than it was to get, or a token id is negative. Nothing
+                is changed then.
         """
-        self._native.commit(step, tokens, now_us)
+        if result is None or not len(result.proposed_starts):
+            self._native.commit(step, tokens, now_us)
+        else:
+            self._native.commit(
+                step,
+                tokens,
+                now_us,
+                result.proposed_starts,
+                result.proposed_tokens,
+                result.proposed_chances,
+            )
 
     def take_outcome(self) -> StepOutcome:
         """What happened to requests since the last call."""
@@ -269,6 +299,8 @@ class Scheduler:
             prefill_tokens=work.prefill_tokens,
             decode_rows=work.decode_rows,
             draft_tokens=work.draft_tokens,
+            proposed_tokens=work.proposed_tokens,
+            proposal_rounds=work.proposal_rounds,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
             took_us=took_us,
@@ -280,6 +312,8 @@ class Scheduler:
             prefill_tokens=work.prefill_tokens,
             decode_rows=work.decode_rows,
             draft_tokens=work.draft_tokens,
+            proposed_tokens=work.proposed_tokens,
+            proposal_rounds=work.proposal_rounds,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
         )

@@ -140,6 +140,11 @@ class SchedulerConfig:
         tps_floor: tokens a second that whoever decodes is to get; None to hold no floor.
         queue_timeout_us: the longest wait before a request is refused; None to let all wait.
         step_drafts_max: drafted tokens of a step, over all its rows; 0 for no drafts.
+        step_proposals_max: tokens that a draft model proposes in a step, over all its rows; 0
+            where there is no draft model.
+        proposal_length_max: of these, the most for one row.
+        draft_memory_size_bytes: what the texts that drafts come from may take; of them the least
+            recently used goes first.
     """
 
     groups: tuple[CacheGroup, ...]
@@ -153,11 +158,30 @@ class SchedulerConfig:
     tps_floor: float | None = None
     queue_timeout_us: int | None = None
     step_drafts_max: int = 0
+    step_proposals_max: int = 0
+    proposal_length_max: int = 0
+    draft_memory_size_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.step_drafts_max < 2**20:
+        for name in ("step_drafts_max", "step_proposals_max", "proposal_length_max"):
+            value = getattr(self, name)
+            if not 0 <= value < 2**20:
+                raise ConfigError(f"{name} must be in [0, 2^20), but is {value}")
+        if bool(self.step_proposals_max) != bool(self.proposal_length_max):
             raise ConfigError(
-                f"step_drafts_max must be in [0, 2^20), but is {self.step_drafts_max}"
+                "a draft model proposes so many tokens for a row and so many in a step: "
+                "proposal_length_max and step_proposals_max must both be 0 or both be above, but "
+                f"are {self.proposal_length_max} and {self.step_proposals_max}"
+            )
+        if self.step_proposals_max and not self.step_drafts_max:
+            raise ConfigError(
+                "what a draft model proposes is verified as a draft: step_proposals_max is "
+                f"{self.step_proposals_max}, so that step_drafts_max must be above 0"
+            )
+        if not 0 <= self.draft_memory_size_bytes < 2**63:
+            raise ConfigError(
+                "draft_memory_size_bytes must be in [0, 2^63), but is "
+                f"{self.draft_memory_size_bytes}"
             )
         for name in ("page_size", "slots_max", "step_tokens_max", "context_max"):
             value = getattr(self, name)

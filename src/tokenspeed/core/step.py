@@ -1,7 +1,7 @@
 """The values that cross between the control plane and the execution plane, once per step.
 
 Legend of sizes: R rows, T tokens, S sampled rows, B slots newly bound, D page-table entries
-written, K events, M pages moved, X transfers begun.
+written, K events, M pages moved, X transfers begun, P tokens that a draft model proposed.
 """
 
 import enum
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 __all__ = [
     "NO_CARGO",
+    "NO_COUNTS",
     "NO_MOVES",
     "NO_TRANSFERS",
     "CacheReport",
@@ -116,7 +117,8 @@ def _nothing(dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return nothing
 
 
-_INT32, _INT64 = _nothing(np.int32), _nothing(np.int64)
+_INT32, _INT64, _FLOAT32 = _nothing(np.int32), _nothing(np.int64), _nothing(np.float32)
+NO_COUNTS = _INT32
 NO_MOVES = Moves(sources=_INT32, targets=_INT32)
 NO_CARGO = Cargo(transfers=_INT32, elsewhere=_INT32, pages=_INT32)
 NO_TRANSFERS = Transfers(ids=_INT64, requests=_INT64, kinds=_INT32)
@@ -174,6 +176,10 @@ class StepPlan:
             slots_max + step_drafts_max.
         sample_positions: [S] index of the output token about to be sampled (0 for the first):
             the counter of the request's random stream. Consecutive within a row.
+        propose_counts: [R] how many tokens the draft model is to propose for the row's request,
+            to follow the last sample of the row that counts; 0 for none, as for rows that sample
+            nothing. [0] where there is no draft model. Their sum is at most step_proposals_max.
+            Until the step is committed a request with a count is in no later plan.
         bound_slots, bound_requests: [B] requests that took a slot since the last plan.
         transfers: transfers that begin now. A plan may begin some and have no rows.
         groups: the KV side, one entry per cache group, in the order of their kinds.
@@ -189,6 +195,7 @@ class StepPlan:
     sample_positions: Int32Array
     bound_slots: Int32Array
     bound_requests: Int64Array
+    propose_counts: Int32Array = field(default_factory=lambda: NO_COUNTS)
     transfers: Transfers = NO_TRANSFERS
     groups: tuple[GroupPlan, ...]
 
@@ -201,6 +208,9 @@ class StepWork:
         prefill_tokens: prompt tokens, of all chunks.
         decode_rows: rows that decode.
         draft_tokens: drafted tokens of decode rows, beyond the one that each of them has.
+        proposed_tokens: tokens that the draft model proposes, over all rows.
+        proposal_rounds: forward passes of the draft model, one after the other: as many as the
+            longest proposal has tokens, since all rows that propose run together.
         context_tokens: tokens of KV that attention reads: the contexts of all rows.
         prefill_pairs: what prefill attention visits, the sum over chunks of
             chunk * (context + chunk / 2).
@@ -209,12 +219,14 @@ class StepWork:
     prefill_tokens: int = 0
     decode_rows: int = 0
     draft_tokens: int = 0
+    proposed_tokens: int = 0
+    proposal_rounds: int = 0
     context_tokens: int = 0
     prefill_pairs: float = 0.0
 
     @classmethod
     def of(cls, plan: StepPlan) -> Self:
-        """The work of a plan."""
+        """The work of a plan, if the draft model proposes all that it is asked for."""
         decodes = plan.decode_count
         chunks = np.diff(plan.query_starts)[decodes:].astype(np.float64)
         contexts = plan.context_lens[decodes:]
@@ -222,6 +234,8 @@ class StepWork:
             prefill_tokens=int(chunks.sum()),
             decode_rows=decodes,
             draft_tokens=int(plan.query_starts[decodes]) - decodes,
+            proposed_tokens=int(plan.propose_counts.sum()),
+            proposal_rounds=int(plan.propose_counts.max(initial=0)),
             context_tokens=int(plan.context_lens.sum(dtype=np.int64)),
             prefill_pairs=float((chunks * (contexts + chunks / 2)).sum()),
         )
@@ -255,11 +269,19 @@ class StepResult:
             then on. Those that do not count may be any token ids.
         logprobs: where asked for.
         failures: slots whose request cannot go on, and why; their tokens mean nothing.
+        proposed_starts: [R + 1] what the draft model proposes for row r's request stands at
+            proposed_starts[r] : proposed_starts[r + 1]: no more than the plan's propose_counts[r],
+            and less where it knows less. [0] where nothing was asked for.
+        proposed_tokens: [P] token ids, to follow the row's last sample that counts, in order.
+        proposed_chances: [P] the probability that the draft model gives each, after those before.
     """
 
     tokens: Int32Array
     logprobs: SampledLogprobs | None
     failures: Mapping[int, str] = field(default_factory=dict)
+    proposed_starts: Int32Array = field(default_factory=lambda: NO_COUNTS)
+    proposed_tokens: Int32Array = field(default_factory=lambda: NO_COUNTS)
+    proposed_chances: Float32Array = field(default_factory=lambda: _FLOAT32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -240,7 +240,7 @@ class EngineCore:
         """Wait for a step and commit it."""
         result = done.launched.result()
         done_us = self.clock.lap("forward_us", _now_us())
-        self.control.commit(done.plan.step, result.tokens, done_us)
+        self.control.commit(done.plan.step, result.tokens, done_us, result=result)
         for transfer in done.plan.transfers.ids.tolist():
             # The runner does them in the step that begins them.
             self.control.transferred(transfer, complete=True)

@@ -42,6 +42,9 @@ class Machine:
             "tps_floor": None,
             "queue_timeout_us": None,
             "step_drafts_max": 0,
+            "step_proposals_max": 0,
+            "proposal_length_max": 0,
+            "draft_memory_size_bytes": 2**29,
         }
         self.scheduler = Scheduler(SimpleNamespace(**{**config, **changes}))
         self.now_us = 0

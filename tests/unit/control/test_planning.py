@@ -154,7 +154,7 @@ def test_plan_arrays_are_contiguous_and_of_their_type() -> None:
         for value in (getattr(part, f.name) for f in dataclasses.fields(part))
         if isinstance(value, np.ndarray)
     ]
-    assert len(arrays) == 8 + 3 + 4 + 2 + 3
+    assert len(arrays) == 9 + 3 + 4 + 2 + 3
     names = [plan.bound_requests, plan.transfers.ids, plan.transfers.requests]
     assert all(any(a is name for a in arrays) for name in names)
     assert plan.bound_requests.dtype == np.int64

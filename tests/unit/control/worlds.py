@@ -23,5 +23,8 @@ def world(**changes: Any) -> Simulation:
         "tps_floor": None,
         "queue_timeout_us": None,
         "step_drafts_max": 0,
+        "step_proposals_max": 0,
+        "proposal_length_max": 0,
+        "draft_memory_size_bytes": 2**29,
     }
     return Simulation(SimpleNamespace(**{**config, **changes}))
