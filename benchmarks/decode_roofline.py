@@ -39,7 +39,7 @@ STEPS = 48
 
 def decode_steps_s(core: EngineCore, request: int, depth: int) -> tuple[list[float], list[float]]:
     """Times of the steps after a prompt of random tokens, and of what was recorded of each."""
-    graph = core.runner._graph
+    graph = core.runner._steps.recorded
     assert graph is not None, "the model's steps are not recorded"
     recorded = graph._recording
     recorded_s: list[float] = []

@@ -112,7 +112,7 @@ class Forcing:
         if forced:
             lasts = Samples.of(plan).lasts(result.tokens)
             for sample in lasts.tolist():
-                self._runner._last_token_X[slots[sample]] = int(result.tokens[sample])
+                self._runner._steps.last_token_X[slots[sample]] = int(result.tokens[sample])
         return SimpleNamespace(result=lambda: result)
 
 

@@ -64,7 +64,7 @@ def run_steps(*, captured: bool, overlap_depth: int) -> tuple[list[list[int]], b
     plans += [planner.plan(requests[: 1 + step % 5]) for step in range(20)]
     launched = [runner.launch(plan) for plan in plans]
     tokens = [step.result().tokens.tolist() for step in launched]
-    was_captured = isinstance(runner._graph, CapturedSteps)
+    was_captured = isinstance(runner._steps.recorded, CapturedSteps)
     runner.close()
     return tokens, was_captured
 

@@ -103,7 +103,7 @@ def test_captured_steps_choose_the_tokens_of_others() -> None:
     capture = Calls()
     runner = gpu_runner(capture)
     runner.warm_up()
-    assert isinstance(runner._graph, CapturedSteps)
+    assert isinstance(runner._steps.recorded, CapturedSteps)
     capture.runs = 0
     assert tokens_of(runner) == tokens_of(runner_of(CONFIG))
     # Steps of decode rows alone.
@@ -123,7 +123,7 @@ def test_kernels_that_go_through_rows_on_the_host_are_not_captured(
 ) -> None:
     runner = gpu_runner(Calls(), {"attention.paged_mha": "reference"})
     runner.warm_up()
-    assert runner._graph is None
+    assert runner._steps.recorded is None
     assert "steps run through Python: a kernel that goes through rows on the host" in caplog.text
     runner.close()
 

@@ -52,4 +52,4 @@ def test_packed_weights_go_on_with_a_text() -> None:
         # Its steps are recorded, the scale of its embedding with them.
         runner = llm._core.runner
         assert isinstance(runner, Runner)
-        assert runner._graph is not None
+        assert runner._steps.recorded is not None

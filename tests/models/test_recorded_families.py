@@ -32,7 +32,7 @@ def tokens_of(model: Model, *, recorded: bool) -> list[list[int]]:
     runner = Runner(model, pools, config, device=CPU, threads=1)
     if recorded:
         runner.warm_up()
-        assert runner._graph is not None
+        assert runner._steps.recorded is not None
     planner = Planner(config)
     a, b, c = (
         Request(slot=slot, prompt=list(prompt))

@@ -67,14 +67,6 @@ class KVDType(enum.StrEnum):
     FLOAT8_E4M3FN = "float8_e4m3fn"
 
 
-class Speculate(enum.StrEnum):
-    """Where drafts come from."""
-
-    AUTO = "auto"
-    OFF = "off"
-    SUFFIX = "suffix"
-
-
 LogLevelOption = Annotated[
     LogLevel,
     typer.Option(help="How much to write to stderr; debug shows the traceback of an error."),
@@ -159,12 +151,14 @@ def _engine_flags(
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse KV of shared prefixes.")
     ] = True,
     speculate: Annotated[
-        Speculate,
+        str,
         typer.Option(
+            metavar="auto|off|suffix|draft:MODEL",
             help="Tokens that steps verify beside the next one: suffix guesses from what was said "
-            "before, auto wherever it can. The text is the same."
+            "before, draft:MODEL has a smaller model of the same tokenizer guess beside that, auto "
+            "is whatever it can. The text is the same.",
         ),
-    ] = Speculate.AUTO,
+    ] = "auto",
     tp: Annotated[int, typer.Option(min=1, help="Ranks, each a process, that share a layer.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="How many of them share the experts.")] = 1,
     distributed_executor_backend: Annotated[
@@ -214,7 +208,7 @@ def _engine_flags(
         "host_cache_size_bytes": 0 if host_cache_memory is None else parse_size(host_cache_memory),
         "overlap_depth": overlap_depth,
         "prefix_cache": prefix_cache,
-        "speculate": speculate.value,
+        "speculate": speculate,
         "tp": tp,
         "ep": ep,
         "distributed_executor_backend": (

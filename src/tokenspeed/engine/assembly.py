@@ -12,7 +12,7 @@ from tokenspeed.cache import KVPools
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place, share
-from tokenspeed.execution import Runner, resolve_dtype, usable_cpu_count
+from tokenspeed.execution import Drafting, Runner, resolve_dtype, usable_cpu_count
 from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.kv_formats import kv_formats
@@ -56,9 +56,19 @@ def mesh_of(config: EngineConfig) -> Mesh:
 
 
 def open_model(
-    config: EngineConfig, *, place: Place, progress: loader.Progress | None = None
+    config: EngineConfig,
+    *,
+    place: Place,
+    progress: loader.Progress | None = None,
+    beside: OpenedModel | None = None,
 ) -> OpenedModel:
     """Find and check a model, and choose what computes it on this rank.
+
+    Args:
+        config: names the model, and says how it is to run.
+        place: which rank this is.
+        progress: told how far it is.
+        beside: a model that it takes turns with, on the same threads.
 
     Raises:
         ModelError: the model cannot be had, read or run.
@@ -74,8 +84,11 @@ def open_model(
     # All engines of this host share its CPUs, and so do their ranks.
     sharing = config.dp * place.local_ranks
     threads = config.threads or max(1, usable_cpu_count() // sharing)
-    with _own_cpus(sharing, config.dp_rank * place.local_ranks + place.local_rank):
-        runtime = start_runtime(threads=threads)
+    if beside is not None:
+        runtime, threads = beside.kernels.runtime, beside.threads
+    else:
+        with _own_cpus(sharing, config.dp_rank * place.local_ranks + place.local_rank):
+            runtime = start_runtime(threads=threads)
     kernels = KernelSelector(
         device=device,
         dtype=dtype,
@@ -110,6 +123,7 @@ def make_runner(
     mesh: Mesh,
     place: Place,
     progress: loader.Progress | None = None,
+    drafting: Drafting | None = None,
 ) -> tuple[Model, KVPools, Runner]:
     """Build and load a model, its KV pools and its runner.
 
@@ -119,6 +133,7 @@ def make_runner(
         mesh: the ranks.
         place: which of them this is, and where it finds the others.
         progress: told of the bytes read.
+        drafting: a model that proposes drafts to this one.
 
     Raises:
         ModelError: the weights cannot be read, or do not fit the model.
@@ -145,8 +160,15 @@ def make_runner(
         host_pages=group.host_pages,
         padded=opened.device.type == "cuda",
     )
-    threads = opened.threads
-    return model, pools, Runner(model, pools, config, device=opened.device, threads=threads)
+    runner = Runner(
+        model,
+        pools,
+        config,
+        device=opened.device,
+        threads=opened.threads,
+        drafting=drafting,
+    )
+    return model, pools, runner
 
 
 def _device(config: EngineConfig, place: Place) -> torch.device:

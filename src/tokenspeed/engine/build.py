@@ -13,11 +13,17 @@ from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place
 from tokenspeed.engine.assembly import make_runner, mesh_of, open_model
 from tokenspeed.engine.core import Engine, EngineCore
+from tokenspeed.engine.drafting import load_draft, open_draft
 from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.engine.pace import learn_drafts, learn_pace, tps_alone
 from tokenspeed.engine.rank_launch import check_ranks
 from tokenspeed.engine.ranks import GroupRunner, RankGroup
-from tokenspeed.engine.sizing import memory_share_size_bytes, pages_that_fit, step_drafts_max
+from tokenspeed.engine.sizing import (
+    PROPOSAL_LENGTH_MAX,
+    memory_share_size_bytes,
+    pages_that_fit,
+    step_drafts_max,
+)
 from tokenspeed.execution import Runner, give_back_memory
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
 from tokenspeed.modeling import ModelConfig, build_model
@@ -79,17 +85,22 @@ def _build(
         mesh=mesh,
     )
     specs = shape.kv_specs()
+    weights_size_bytes = shape.planned_size_bytes(checkpoint.size_bytes)
+    draft = open_draft(
+        config, opened, specs, weights_size_bytes=weights_size_bytes, progress=progress
+    )
+    all_specs = specs if draft is None else (*specs, *draft.specs)
     memory_size_bytes = memory_share_size_bytes(config, place)
     if group is not None:
         memory_size_bytes = min(memory_size_bytes, group.await_opened(opened))
     pages = pages_that_fit(
         config,
-        specs,
-        weights_size_bytes=shape.planned_size_bytes(checkpoint.size_bytes),
+        all_specs,
+        weights_size_bytes=weights_size_bytes + (draft.weights_size_bytes if draft else 0),
         context_max=context_max,
         available_size_bytes=memory_size_bytes,
     )
-    page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
+    page_size_bytes = sum(spec.token_size_bytes for spec in all_specs) * config.page_size
     host_pages = config.host_cache_size_bytes // page_size_bytes
     overlap_depth = config.overlap_depth
     if overlap_depth is None:
@@ -117,11 +128,14 @@ def _build(
             None if config.queue_timeout_s is None else int(config.queue_timeout_s * 1e6)
         ),
         step_drafts_max=step_drafts_max(config),
+        step_proposals_max=step_drafts_max(config) if draft else 0,
+        proposal_length_max=min(PROPOSAL_LENGTH_MAX, step_drafts_max(config)) if draft else 0,
     )
     if group is not None:
         group.set_up(scheduler_config)
+    drafting = None if draft is None else load_draft(draft, scheduler_config, progress=progress)
     model, pools, own_runner = make_runner(
-        opened, scheduler_config, mesh=mesh, place=place, progress=progress
+        opened, scheduler_config, mesh=mesh, place=place, progress=progress, drafting=drafting
     )
     runner: Runner | GroupRunner = own_runner
     if group is not None:
@@ -166,8 +180,9 @@ def _build(
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,
         overlap_depth=overlap_depth,
-        weights_size_bytes=model.weights_size_bytes,
-        kv_size_bytes=pools.size_bytes,
+        weights_size_bytes=model.weights_size_bytes
+        + (drafting.model.weights_size_bytes if drafting else 0),
+        kv_size_bytes=pools.size_bytes + (drafting.pools.size_bytes if drafting else 0),
         tps_floor=config.tps_floor,
         tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),
     )

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ _USERS_MAX = 4
 _DRAFTS_BUDGET_S = 0.2
 _DRAFTS_CONTEXT = 128
 _DRAFTS = (0, 1, 2, 4, 8)
+_PROPOSED = (1, 2, 4)
 
 
 def learn_pace(runner: StepRunner, config: SchedulerConfig, control: Scheduler) -> None:
@@ -60,15 +62,24 @@ def learn_drafts(runner: StepRunner, config: SchedulerConfig, control: Scheduler
     none = np.zeros(0, dtype=np.int32)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
     runner.bind(0, params, seed=0, prompt_count=1, tokens=None, stop_token_ids=none, grammar=None)
-    ends_s = time.monotonic() + _DRAFTS_BUDGET_S
+    proposed = [count for count in _PROPOSED if count <= config.proposal_length_max]
+    ends_s = time.monotonic() + _DRAFTS_BUDGET_S * (2 if proposed else 1)
     # The first of its kind pays for what is made once, so it is left out.
-    runner.launch(_drafting(config, context, lengths[-1])).result()
+    plans = [_drafting(config, context, drafted) for drafted in lengths]
+    plans += [
+        replace(plans[0], propose_counts=np.full(1, count, dtype=np.int32)) for count in proposed
+    ]
+    runner.launch(plans[-1]).result()
+    runner.launch(plans[len(lengths) - 1]).result()
     while True:
-        for drafted in lengths:
-            plan = _drafting(config, context, drafted)
+        for plan in plans:
             began_s = time.monotonic()
-            runner.launch(plan).result()
-            control.observe(StepWork.of(plan), int((time.monotonic() - began_s) * 1e6))
+            result = runner.launch(plan).result()
+            took_us = int((time.monotonic() - began_s) * 1e6)
+            # Of a text that means nothing fewer may have been proposed.
+            came = len(result.proposed_tokens)
+            work = replace(StepWork.of(plan), proposed_tokens=came, proposal_rounds=came)
+            control.observe(work, took_us)
         if time.monotonic() >= ends_s:
             return
 

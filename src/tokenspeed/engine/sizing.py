@@ -8,6 +8,7 @@ from tokenspeed.core.errors import InsufficientMemory
 from tokenspeed.distributed import Place
 
 __all__ = [
+    "PROPOSAL_LENGTH_MAX",
     "available_memory_size_bytes",
     "format_size",
     "memory_share_size_bytes",
@@ -25,6 +26,8 @@ POOL_CONTEXTS_MAX = 32
 # Beyond some guesses for each of a few requests more cost more than they bring; and logits of each
 # take up to a megabyte.
 STEP_DRAFTS_MAX = 64
+# A chain of guesses of a model is hardly ever right for longer.
+PROPOSAL_LENGTH_MAX = 8
 
 
 def format_size(size_bytes: int) -> str:

@@ -1,6 +1,7 @@
 """Owns turning a plan into one forward pass and its sampled tokens; never schedules or pages."""
 
 from tokenspeed.execution.cpu_sampler import CpuSampler
+from tokenspeed.execution.draft_model import Drafting
 from tokenspeed.execution.platform import (
     give_back_memory,
     resolve_dtype,
@@ -12,6 +13,7 @@ from tokenspeed.execution.sampler import Sampler
 
 __all__ = [
     "CpuSampler",
+    "Drafting",
     "LaunchedStep",
     "Runner",
     "Sampler",

@@ -57,6 +57,17 @@ class PageTable:
             for slot in np.unique(plan.table_slots).tolist():
                 self.pages_XP[slot].copy_(self._staged_XP[slot], non_blocking=True)
 
+    def kv_slots(
+        self, slot: int, first: int, count: int, *, page_size: int
+    ) -> npt.NDArray[np.integer]:
+        """Where K and V of `count` positions of a slot lie, from position `first` on: as
+        `GroupPlan.kv_slots`."""
+        positions = np.arange(first, first + count)
+        found: npt.NDArray[np.integer] = (
+            self._host_XP[slot, positions // page_size] * page_size + positions % page_size
+        )
+        return found
+
 
 def _stage(on_device: torch.Tensor) -> tuple[torch.Tensor, npt.NDArray[np.integer]]:
     """Host memory to write a buffer through: itself on a CPU, pinned memory for a GPU."""

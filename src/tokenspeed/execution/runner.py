@@ -5,7 +5,7 @@ Legend: T tokens, R rows, S sampled rows, X slots, D decode rows, V vocabulary.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -18,21 +18,21 @@ from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
-from tokenspeed.execution.buffers import InputBuffer, PageTable
+from tokenspeed.execution.buffers import PageTable
 from tokenspeed.execution.captured import Capture, CudaCapture
 from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.cpu_sampler import CpuSampler
+from tokenspeed.execution.draft_model import Drafting, DraftModel
+from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.graph import StepGraph
-from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep, RecordedSteps
+from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
-from tokenspeed.execution.recorded import record_steps
 from tokenspeed.execution.report import joined
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
 from tokenspeed.grammar import Grammar
-from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.modeling import ForwardBatch, Model
+from tokenspeed.modeling import Model
 
 __all__ = ["LaunchedStep", "Runner"]
 
@@ -66,6 +66,7 @@ class Runner:
         device: where the model runs.
         threads: CPU threads of the forward, set for the whole process; None for all it may use.
         capture: what records launches on a GPU, into pools that are padded; CUDA graphs if None.
+        drafting: a model that proposes drafts, where there is one.
     """
 
     def __init__(
@@ -77,39 +78,41 @@ class Runner:
         device: torch.device,
         threads: int | None,
         capture: Capture | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         self._model = model
         self._pools = pools
         self._config = config
-        self._device = device
         set_threads(threads)
         sizes = {"slots_max": config.slots_max, "vocabulary": model.config.vocab_size}
         self._sampler = (CpuSampler if CpuSampler.fits(model.kernels) else Sampler)(
             **sizes, kernels=model.kernels
         )
         self._confinement = Confinement(**sizes, gates=self._sampler)
-        self._token_ids = InputBuffer(config.step_tokens_max, device=device)
-        self._positions = InputBuffer(config.step_tokens_max, device=device)
-        samples_max = config.slots_max + config.step_drafts_max
-        self._sampled = InputBuffer(samples_max, device=device)
-        self._sampled_slots = InputBuffer(config.slots_max, device=device)
-        self._decode_slots = InputBuffer(config.slots_max, device=device)
-        self._decode_starts = InputBuffer(config.slots_max, device=device)
-        self._capture = CudaCapture() if capture is None and device.type == "cuda" else capture
-        # Rows that fill up a captured step have a slot of their own.
-        slots = config.slots_max + (self._capture is not None)
-        self._last_token_X = torch.zeros(slots, dtype=torch.int64, device=device)
-        groups = range(len(pools.pools))
-        self._kv_slots = [InputBuffer(config.step_tokens_max, device=device) for _ in groups]
+        capture = CudaCapture() if capture is None and device.type == "cuda" else capture
         self._tables = [
             PageTable(
-                slots_max=slots,
+                # Rows that fill up a captured step have a slot of their own.
+                slots_max=config.slots_max + (capture is not None),
                 pages_max=-(-config.context_max // config.page_size),
                 device=device,
             )
-            for _ in groups
+            for _ in pools.pools
         ]
-        self._graph: RecordedSteps | None = None
+        self._steps = StepForward(
+            model, pools, config, tables=self._tables, device=device, capture=capture
+        )
+        self._drafting = drafting
+        self._draft_model: DraftModel | None = None
+        if drafting is not None:
+            self._draft_model = DraftModel(
+                drafting,
+                config,
+                vocabulary=model.config.vocab_size,
+                tables=self._tables,
+                device=device,
+                capture=capture,
+            )
         self._bindings: list[_Binding] = []
         self._profiler = ForwardProfiler()
         self._thread = (
@@ -183,14 +186,9 @@ class Runner:
         )
         # What ranks exchange is not recorded.
         if self._model.ranks == 1:
-            self._graph = record_steps(
-                self._model,
-                self._pools,
-                self._config,
-                tables=self._tables,
-                last_token_X=self._last_token_X,
-                capture=self._capture,
-            )
+            self._steps.record()
+        if self._draft_model is not None:
+            self._draft_model.record()
         for plan in warm_up_plans(self._config, groups=len(self._tables)):
             (launch or self.launch)(plan).result()
 
@@ -240,37 +238,58 @@ class Runner:
                 stop_token_ids=binding.stop_token_ids,
             )
             self._confine(binding)
+            if self._draft_model is not None:
+                self._draft_model.forget(binding.slot)
         self._move(plan)
         if not len(plan.row_slots):
             for table, group in zip(self._tables, plan.groups, strict=True):
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         with self._profiler.step():
-            graph = self._graph
-            if graph is None or self._profiler.recording or not graph.serves(plan):
-                return self._forward(plan)
-            slots_S = plan.row_slots[plan.sample_rows]
-            if (
-                isinstance(graph, StepGraph)
-                and isinstance(self._sampler, CpuSampler)
-                and not self._waits(plan, slots_S)
-            ):
-                chosen, logprobs = graph.sample(plan, self._sampler)
-                failures = self._confinement.failures(slots_S)
-                self._confinement.advance(slots_S, chosen)
-                return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
-            likeliest = self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S)
-            logits_SV, tokens = graph.run(plan, likeliest=likeliest)
-            if not likeliest:
-                return self._sample(plan, logits_SV)
-            if isinstance(tokens, AwaitedTokens):
-                return tokens
-            assert tokens is not None
-            return StepResult(tokens=tokens, logprobs=None)
+            result = self._compute(plan)
+            if self._draft_model is None:
+                return result
+            # What follows of tokens can only be proposed once they are there.
+            if isinstance(result, AwaitedTokens):
+                result = result.result()
+            proposals = self._draft_model.follow(plan, result.tokens)
+            return replace(
+                result,
+                proposed_starts=proposals.starts,
+                proposed_tokens=proposals.tokens,
+                proposed_chances=proposals.chances,
+            )
+
+    def _compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
+        graph = self._steps.recorded
+        if graph is None or self._profiler.recording or not graph.serves(plan):
+            return self._forward(plan)
+        slots_S = plan.row_slots[plan.sample_rows]
+        if (
+            isinstance(graph, StepGraph)
+            and isinstance(self._sampler, CpuSampler)
+            and not self._waits(plan, slots_S)
+        ):
+            chosen, logprobs = graph.sample(plan, self._sampler)
+            failures = self._confinement.failures(slots_S)
+            self._confinement.advance(slots_S, chosen)
+            return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
+        likeliest = self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S)
+        logits_SV, tokens = graph.run(plan, likeliest=likeliest)
+        if not likeliest:
+            return self._sample(plan, logits_SV)
+        if isinstance(tokens, AwaitedTokens):
+            return tokens
+        assert tokens is not None
+        return StepResult(tokens=tokens, logprobs=None)
 
     def _move(self, plan: StepPlan) -> None:
+        pools = [*zip(self._pools.pools, plan.groups, strict=True)]
+        if (drafting := self._drafting) is not None:
+            groups = [plan.groups[index] for index in drafting.groups]
+            pools += zip(drafting.pools.pools, groups, strict=True)
         # What leaves the device is copied before anything is written to where it was.
-        for pool, group in zip(self._pools.pools, plan.groups, strict=True):
+        for pool, group in pools:
             if len(group.stores.sources):
                 pool.store(group.stores.sources, group.stores.targets)
             if len(group.loads.pages):
@@ -286,16 +305,16 @@ class Runner:
         self._move(plan)
         decode_slots = plan.row_slots[: plan.decode_count]
         last_tokens = plan.token_ids[plan.query_starts[: plan.decode_count]]
-        self._last_token_X[self._decode_slots.fill(decode_slots)] = torch.from_numpy(
-            last_tokens.astype(np.int64)
-        ).to(self._device)
-        batch = self._batch(plan)
+        self._steps.set_last_tokens(decode_slots, last_tokens)
         if len(plan.row_slots):
-            self._model.forward(batch, self._pools)
+            self._steps.logits(plan)
+            return
+        for table, group in zip(self._tables, plan.groups, strict=True):
+            table.apply(group)
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> StepResult:
-        return self._sample(plan, self._model.forward(self._batch(plan), self._pools))
+        return self._sample(plan, self._steps.logits(plan))
 
     @torch.inference_mode()
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
@@ -319,9 +338,7 @@ class Runner:
             wave = samples.following(wave[going_on], tokens_S)
             wave = wave[waiting_S[wave]]
         lasts = samples.lasts(tokens_S)
-        self._last_token_X[self._sampled_slots.fill(slots_S[lasts])] = torch.from_numpy(
-            tokens_S[lasts].astype(np.int64)
-        ).to(self._device)
+        self._steps.set_last_tokens(slots_S[lasts], tokens_S[lasts])
         return StepResult(tokens=tokens_S, logprobs=joined(logprobs), failures=failures)
 
     def _waits(self, plan: StepPlan, slots_S: Int32Array) -> bool:
@@ -350,37 +367,6 @@ class Runner:
             output=output,
             ends=binding.stop_token_ids,
             ignore_eos=binding.params.ignore_eos,
-        )
-
-    def _batch(self, plan: StepPlan) -> ForwardBatch:
-        """The plan's values in the static buffers, with what only this side knows."""
-        starts, ends = plan.query_starts[:-1], plan.query_starts[1:]
-        # Token t of row r stands at context_lens[r] + t - query_starts[r].
-        positions_T = np.arange(len(plan.token_ids)) + np.repeat(
-            plan.context_lens - starts, ends - starts
-        )
-        token_ids_T = self._token_ids.fill(plan.token_ids)
-        decode_slots_D = self._decode_slots.fill(plan.row_slots[: plan.decode_count])
-        decode_starts_D = self._decode_starts.fill(starts[: plan.decode_count])
-        token_ids_T[decode_starts_D] = self._last_token_X[decode_slots_D]
-        groups = []
-        for group, table, kv_slots in zip(plan.groups, self._tables, self._kv_slots, strict=True):
-            table.apply(group)
-            groups.append(
-                PagedRows(
-                    query_starts=plan.query_starts,
-                    context_lens=plan.context_lens,
-                    row_slots=plan.row_slots,
-                    page_table_XP=table.pages_XP,
-                    kv_slots_T=kv_slots.fill(group.kv_slots),
-                    page_size=self._config.page_size,
-                )
-            )
-        return ForwardBatch(
-            token_ids_T=token_ids_T,
-            positions_T=self._positions.fill(positions_T),
-            groups=tuple(groups),
-            sample_token_indices_S=self._sampled.fill(Samples.of(plan).tokens_S),
         )
 
 

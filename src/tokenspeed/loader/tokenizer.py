@@ -71,6 +71,12 @@ class Tokenizer:
         self._templates = {name: ChatTemplate(text, texts) for name, text in sources.items()}
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, by its text in the tokenizer's own spelling."""
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `render_chat` can be used."""
         return bool(self._templates)

@@ -1,0 +1,157 @@
+"""A draft model beside the engine's own: found, held against it, loaded."""
+
+import filecmp
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tokenspeed import loader
+from tokenspeed.cache import KVPools
+from tokenspeed.core.config import CacheGroupKind, EngineConfig, KVSpec, SchedulerConfig
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.distributed import Place
+from tokenspeed.engine.assembly import OpenedModel, open_model
+from tokenspeed.execution import Drafting
+from tokenspeed.modeling import build_model
+
+__all__ = ["OpenedDraft", "groups_within", "load_draft", "open_draft"]
+
+# A proposal goes on at least until it is more likely wrong than right, however large its model is.
+_CHANCE_MIN_MOST = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedDraft:
+    """A draft model that was found and not loaded.
+
+    Attributes:
+        opened: its files, and where and how it will run.
+        specs: what its cache groups keep of a token.
+        groups: of each of them, whose pages of the target's it lies in.
+        weights_size_bytes: what its weights will take.
+        chance_min: see `Drafting`.
+    """
+
+    opened: OpenedModel
+    specs: tuple[KVSpec, ...]
+    groups: tuple[int, ...]
+    weights_size_bytes: int
+    chance_min: float
+
+
+def open_draft(
+    config: EngineConfig,
+    target: OpenedModel,
+    specs: Sequence[KVSpec],
+    *,
+    weights_size_bytes: int,
+    progress: loader.Progress | None = None,
+) -> OpenedDraft | None:
+    """Find the draft model that `config.speculate` names; None where it names none.
+
+    Args:
+        config: the engine's.
+        target: the model that verifies.
+        specs: of the target's cache groups.
+        weights_size_bytes: what the target's weights will take.
+        progress: told how far it is.
+
+    Raises:
+        ModelError: it cannot be had, read or run.
+        ConfigError: it is of another vocabulary, or keeps a past that the target has no pages for.
+    """
+    if (name := config.draft_model) is None:
+        return None
+    own_config = replace(config, model=name)
+    opened = open_model(own_config, place=Place(), progress=progress, beside=target)
+    _check_vocabulary(opened, target)
+    shape = build_model(
+        opened.config, dtype=opened.dtype, device=torch.device("meta"), kernels=opened.kernels
+    )
+    size_bytes = shape.planned_size_bytes(opened.checkpoint.size_bytes)
+    own = shape.kv_specs()
+    return OpenedDraft(
+        opened=opened,
+        specs=own,
+        groups=groups_within(own, specs, name=name),
+        weights_size_bytes=size_bytes,
+        # Both read their weights once for a token of one request. A guess that is right less often
+        # than it costs of a step of the target is not worth its making.
+        chance_min=min(_CHANCE_MIN_MOST, size_bytes / weights_size_bytes),
+    )
+
+
+def load_draft(
+    draft: OpenedDraft, config: SchedulerConfig, *, progress: loader.Progress | None = None
+) -> Drafting:
+    """Load a draft model, and make room for its KV in as many pages as the target has.
+
+    Raises:
+        ModelError: its weights cannot be read.
+        InsufficientMemory: there is no room.
+    """
+    opened = draft.opened
+    model = build_model(
+        opened.config, dtype=opened.dtype, device=opened.device, kernels=opened.kernels
+    )
+    model.load_weights(opened.checkpoint.blocks(progress=progress))
+    group = config.groups[0]
+    pools = KVPools(
+        draft.specs,
+        pages=group.pages,
+        page_size=config.page_size,
+        device=opened.device,
+        host_pages=group.host_pages,
+        padded=opened.device.type == "cuda",
+    )
+    return Drafting(model=model, pools=pools, groups=draft.groups, chance_min=draft.chance_min)
+
+
+def groups_within(
+    draft: Sequence[KVSpec], target: Sequence[KVSpec], *, name: str
+) -> tuple[int, ...]:
+    """Of each cache group of a draft model, a group of the target whose pages hold all positions
+    that it reads.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = []
+    for spec in draft:
+        holding = [
+            index
+            for index, other in enumerate(target)
+            if other.kind in (CacheGroupKind.FULL, CacheGroupKind.LATENT)
+            or (
+                (spec.window is not None and other.window is not None)
+                and other.window >= spec.window
+            )
+        ]
+        if not holding:
+            wanted = "all positions" if spec.window is None else f"the last {spec.window} positions"
+            kept = ", ".join(f"the last {other.window}" for other in target)
+            raise ConfigError(
+                f"--speculate draft:{name} reads {wanted}, but the model keeps pages of {kept} "
+                "only; choose a draft model of its family, or --speculate suffix"
+            )
+        # Its own kind where there is one: pages behind a window return soonest.
+        holding.sort(key=lambda index: target[index].window != spec.window)
+        found.append(holding[0])
+    return tuple(found)
+
+
+def _check_vocabulary(draft: OpenedModel, target: OpenedModel) -> None:
+    folders = [opened.files.tokenizer_dir for opened in (target, draft)]
+    texts = [folder / "tokenizer.json" for folder in folders]
+    if all(text.is_file() for text in texts) and filecmp.cmp(texts[0], texts[1], shallow=False):
+        return
+    ours, theirs = (loader.Tokenizer(folder).vocabulary for folder in folders)
+    if ours == theirs:
+        return
+    token, text = min((token, text) for text, token in ours.items() ^ theirs.items())
+    raise ConfigError(
+        f"--speculate draft: {draft.files.name} has another vocabulary than {target.files.name} "
+        f"({len(theirs)} tokens beside {len(ours)}; token {token}, {text!r}, is of one of them "
+        "only); choose a draft model of the same tokenizer, or --speculate suffix"
+    )

@@ -1,0 +1,356 @@
+"""A second model that proposes how requests go on, out of the same tokens.
+
+Its KV lie beside the target's, in the same pages: what is shared, moved or dropped there is so
+here. A proposal is verified as any draft is, so KV that is missing or wrong, as that of a page
+which was shared before the draft model had filled it, costs acceptance and never a token.
+
+Legend: R rows, S samples, P proposed tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from tokenspeed.cache import KVPools
+from tokenspeed.core.config import SchedulerConfig
+from tokenspeed.core.samples import Samples
+from tokenspeed.core.step import Float32Array, GroupPlan, Int32Array, StepPlan
+from tokenspeed.execution.buffers import PageTable
+from tokenspeed.execution.captured import Capture
+from tokenspeed.execution.forward import StepForward
+from tokenspeed.execution.launched import AwaitedTokens
+from tokenspeed.kernels import ops
+from tokenspeed.modeling import Model
+
+__all__ = ["DraftModel", "Drafting", "Proposals"]
+
+_NONE = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """A draft model that was loaded.
+
+    Attributes:
+        model: one of the target's vocabulary.
+        pools: its KV, with as many pages as the target's pools.
+        groups: of each of its cache groups, whose pages of the target's it lies in.
+        chance_min: a row's proposal ends where all of it is right with less than this chance.
+    """
+
+    model: Model
+    pools: KVPools
+    groups: tuple[int, ...]
+    chance_min: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposals:
+    """How a step's rows go on.
+
+    Attributes:
+        starts: int32 [R + 1]; row r is to go on with tokens starts[r] : starts[r + 1].
+        tokens: int32 [P].
+        chances: float32 [P], of each token the draft model's probability behind those before it.
+    """
+
+    starts: Int32Array
+    tokens: Int32Array
+    chances: Float32Array
+
+
+@dataclass(slots=True)
+class _Text:
+    """A slot's request as the draft model knows it.
+
+    Attributes:
+        done: leading positions whose KV the draft model has.
+        tail: tokens behind these, up to the last one known.
+        guessed: tokens that were proposed, from position `done` on, and have KV.
+    """
+
+    done: int
+    tail: list[int] = field(default_factory=list)
+    guessed: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The first position whose token is not known."""
+        return self.done + len(self.tail)
+
+    def goes_on(self, tokens: Sequence[int]) -> None:
+        """Take further tokens, of which those that were guessed have KV already."""
+        self.tail += tokens
+        # The last token is run once more, since what follows it is wanted.
+        while len(self.tail) > 1 and self.guessed:
+            if self.guessed.pop(0) != self.tail[0]:
+                self.guessed = []
+                return
+            self.done += 1
+            del self.tail[0]
+
+
+@dataclass(slots=True)
+class _Row:
+    """Tokens of a slot to be run, and whether what follows them is wanted."""
+
+    slot: int
+    first: int
+    tokens: list[int]
+    sampled: bool
+
+
+@dataclass(slots=True)
+class _Proposal:
+    """What was proposed so far for a row of the step."""
+
+    slot: int
+    first: int
+    most: int
+    tokens: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    chance: float = 1.0
+
+    def take(self, token: int, chance: float) -> None:
+        self.tokens.append(token)
+        self.chances.append(chance)
+        self.chance *= chance
+
+
+class DraftModel:
+    """Follows the steps of a target, and proposes where it is asked to.
+
+    Prompts are computed as their chunks are. Tokens that a request decodes wait until a proposal
+    is wanted, or their page is full, and are computed together.
+
+    Args:
+        drafting: the model.
+        config: of the target's steps.
+        vocabulary: tokens that the target has logits of.
+        tables: the target's page tables.
+        device: where both run.
+        capture: what records launches on a GPU; None on a CPU.
+    """
+
+    def __init__(
+        self,
+        drafting: Drafting,
+        config: SchedulerConfig,
+        *,
+        vocabulary: int,
+        tables: Sequence[PageTable],
+        device: torch.device,
+        capture: Capture | None,
+    ) -> None:
+        self._config = replace(
+            config, step_drafts_max=0, step_proposals_max=0, proposal_length_max=0
+        )
+        self._context_max = drafting.model.config.context_max
+        self._chance_min = drafting.chance_min
+        # Both know the same tokens; the tables of one may be filled up to another size.
+        self._vocabulary = drafting.model.config.vocab_size
+        self._known = vocabulary
+        self._device = device
+        self._tables = [tables[group] for group in drafting.groups]
+        self._steps = StepForward(
+            drafting.model,
+            drafting.pools,
+            self._config,
+            tables=self._tables,
+            device=device,
+            capture=capture,
+        )
+        kernels = drafting.model.kernels
+        self._argmax = kernels.select(ops.sampling.argmax, format_name="float32")
+        self._logprobs = kernels.select(ops.sampling.logprobs, format_name="float32")
+        self._texts: dict[int, _Text] = {}
+
+    def record(self) -> None:
+        """Record the forward where the device can; to be called once."""
+        self._steps.record()
+
+    def forget(self, slot: int) -> None:
+        """The slot is another request's from the next step on."""
+        self._texts.pop(slot, None)
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan, tokens_S: Int32Array) -> Proposals:
+        """Go along with a step of the target.
+
+        Args:
+            plan: what ran; page tables are as it left them.
+            tokens_S: what was sampled.
+        """
+        asked = plan.propose_counts.tolist() or [0] * len(plan.row_slots)
+        rows: list[_Row] = []
+        proposals: dict[int, _Proposal] = {}
+        said = _said(plan, tokens_S)
+        for row, (slot, tokens, most) in enumerate(
+            zip(plan.row_slots.tolist(), said, asked, strict=True)
+        ):
+            text = self._text(plan, row, slot, tokens)
+            # The last token that was sampled has no KV in the target either, perhaps no page.
+            length = text.end - bool(tokens)
+            if length > self._context_max:
+                del self._texts[slot]
+                continue
+            pages = -(-length // self._config.page_size)
+            room = min(pages * self._config.page_size, self._context_max) - length
+            wanted = length - text.done
+            if most and tokens and room > 0:
+                wanted += 1
+                proposals[row] = _Proposal(slot=slot, first=length, most=min(most, room))
+            elif row < plan.decode_count and not self._leaves_page(text.done, length):
+                continue
+            if wanted > 0:
+                rows.append(_Row(slot, text.done, text.tail[:wanted], row in proposals))
+                text.done += wanted
+                del text.tail[:wanted]
+                text.guessed = []
+        self._propose(rows, proposals)
+        counts = [len(proposals[row].tokens) if row in proposals else 0 for row in range(len(said))]
+        return Proposals(
+            starts=np.cumsum([0, *counts], dtype=np.int32),
+            tokens=np.array([t for p in proposals.values() for t in p.tokens], dtype=np.int32),
+            chances=np.array([c for p in proposals.values() for c in p.chances], dtype=np.float32),
+        )
+
+    def _text(self, plan: StepPlan, row: int, slot: int, said: Sequence[int]) -> _Text:
+        """The text of a row's request, with what it ran and what was sampled behind it."""
+        text = self._texts.get(slot)
+        context = int(plan.context_lens[row])
+        if row < plan.decode_count:
+            if text is None or text.end != context + 1:
+                # Its last token came to it elsewhere, and stays unknown here.
+                text = self._texts[slot] = _Text(done=context + 1)
+            text.goes_on(said)
+            return text
+        if text is None or text.end != context:
+            text = self._texts[slot] = _Text(done=context)
+        start, end = plan.query_starts[row : row + 2]
+        text.guessed = []
+        text.tail += [*plan.token_ids[start:end].tolist(), *said]
+        return text
+
+    def _leaves_page(self, done: int, length: int) -> bool:
+        return length // self._config.page_size > done // self._config.page_size
+
+    def _propose(self, rows: list[_Row], proposals: dict[int, _Proposal]) -> None:
+        """Run rows, then what follows of those that were sampled, token by token."""
+        going_on = list(proposals.values())
+        by_slot = {proposal.slot: proposal for proposal in going_on}
+        while rows:
+            for slot, token, chance in self._run(rows):
+                if token < self._known:
+                    by_slot[slot].take(token, chance)
+                else:
+                    by_slot[slot].most = 0
+            going_on = [
+                proposal
+                for proposal in going_on
+                if len(proposal.tokens) < proposal.most and proposal.chance >= self._chance_min
+            ]
+            rows = [
+                _Row(
+                    proposal.slot,
+                    proposal.first + len(proposal.tokens),
+                    proposal.tokens[-1:],
+                    True,
+                )
+                for proposal in going_on
+            ]
+        for proposal in by_slot.values():
+            self._texts[proposal.slot].guessed = proposal.tokens[:-1]
+
+    def _run(self, rows: list[_Row]) -> list[tuple[int, int, float]]:
+        """Slot, likeliest token and its probability behind each row that is sampled."""
+        found: list[tuple[int, int, float]] = []
+        left = rows
+        while left:
+            now: list[_Row] = []
+            later: list[_Row] = []
+            room = self._config.step_tokens_max
+            for row in left:
+                count = min(len(row.tokens), room)
+                room -= count
+                if count:
+                    whole = count == len(row.tokens)
+                    now.append(_Row(row.slot, row.first, row.tokens[:count], row.sampled and whole))
+                if count < len(row.tokens):
+                    rest = row.tokens[count:]
+                    later.append(_Row(row.slot, row.first + count, rest, row.sampled))
+            sampled = [row.slot for row in now if row.sampled]
+            tokens, chances = self._compute(now)
+            found += zip(sampled, tokens.tolist(), chances.tolist(), strict=True)
+            left = later
+        return found
+
+    def _compute(self, rows: list[_Row]) -> tuple[Int32Array, Float32Array]:
+        """The likeliest token, and its probability, behind each row that is sampled."""
+        plan = self._plan(rows)
+        slots_S = plan.row_slots[plan.sample_rows]
+        if plan.decode_count:
+            self._steps.set_last_tokens(plan.row_slots, plan.token_ids)
+        recorded = self._steps.recorded
+        if recorded is not None and recorded.serves(plan):
+            logits_SV, chosen = recorded.run(plan, likeliest=True)
+            assert chosen is not None
+            tokens = chosen.result().tokens if isinstance(chosen, AwaitedTokens) else chosen
+            tokens_S = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        else:
+            logits_SV = self._steps.logits(plan)
+            tokens_S = self._argmax(logits_SV)
+            tokens = tokens_S.cpu().numpy().astype(np.int32)
+        if not len(slots_S):
+            return tokens, np.zeros(0, dtype=np.float32)
+        chances_S, _, _ = self._logprobs(logits_SV, tokens_S, 0)
+        return tokens, chances_S.exp().cpu().numpy()
+
+    def _plan(self, rows: list[_Row]) -> StepPlan:
+        counts = [len(row.tokens) for row in rows]
+        sampled = [index for index, row in enumerate(rows) if row.sampled]
+        tokens = np.array([token for row in rows for token in row.tokens], dtype=np.int32)
+        decoding = len(sampled) == len(rows) and max(counts) == 1
+        page_size = self._config.page_size
+        groups = tuple(
+            GroupPlan(
+                kv_slots=np.concatenate(
+                    [
+                        table.kv_slots(row.slot, row.first, count, page_size=page_size)
+                        for row, count in zip(rows, counts, strict=True)
+                    ],
+                    dtype=np.int32,
+                ),
+                table_slots=_NONE,
+                table_indices=_NONE,
+                table_pages=_NONE,
+            )
+            for table in self._tables
+        )
+        return StepPlan(
+            step=0,
+            decode_count=len(rows) if decoding else 0,
+            row_slots=np.array([row.slot for row in rows], dtype=np.int32),
+            query_starts=np.cumsum([0, *counts], dtype=np.int32),
+            context_lens=np.array([row.first for row in rows], dtype=np.int32),
+            token_ids=np.where(tokens < self._vocabulary, tokens, 0),
+            sample_rows=np.array(sampled, dtype=np.int32),
+            sample_positions=np.zeros(len(sampled), dtype=np.int32),
+            bound_slots=_NONE,
+            bound_requests=np.zeros(0, dtype=np.int64),
+            groups=groups,
+        )
+
+
+def _said(plan: StepPlan, tokens_S: Int32Array) -> list[list[int]]:
+    """Of each row the samples that count."""
+    said: list[list[int]] = [[] for _ in plan.row_slots]
+    counting_S = Samples.of(plan).counting(tokens_S)
+    for row, token, counts in zip(
+        plan.sample_rows.tolist(), tokens_S.tolist(), counting_S.tolist(), strict=True
+    ):
+        if counts:
+            said[row].append(token)
+    return said
