@@ -236,7 +236,8 @@ class EngineConfig:
         queue_timeout_s: seconds a request may wait for its turn before it is refused; None to let
             it wait.
         speculate: where drafts come from, which steps verify: "suffix", out of what was said
-            before; "auto", wherever they can; "off", nowhere. They change no token.
+            before; "draft:MODEL", also from a smaller model of the same tokenizer; "auto",
+            wherever they can; "off", nowhere. They change no token.
     """
 
     model: str
@@ -267,7 +268,13 @@ class EngineConfig:
     speculate: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("speculate", self.speculate, ("auto", "off", "suffix"))
+        if self.draft_model is None:
+            _one_of("speculate", self.speculate, ("auto", "off", "suffix", "draft:MODEL"))
+        elif self.tp > 1 or self.ep > 1:
+            raise ConfigError(
+                f"--speculate {self.speculate} needs one rank, and --tp {self.tp} --ep {self.ep} "
+                "are several; choose --speculate suffix"
+            )
         _one_of("device", self.device, ("cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn"))
@@ -305,6 +312,12 @@ class EngineConfig:
             )
         if self.ray_address is not None and self.distributed_executor_backend != "ray":
             raise ConfigError("--ray-address needs --distributed-executor-backend ray")
+
+    @property
+    def draft_model(self) -> str | None:
+        """The model that `speculate` names, as `model` names one; None where it names none."""
+        kind, colon, model = self.speculate.partition(":")
+        return model if kind == "draft" and colon and model else None
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

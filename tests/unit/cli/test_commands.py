@@ -238,7 +238,8 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
         "--max-context 100 --max-running 3 "
         "--max-step-tokens 5 --page-size 16 --kv-cache-memory 1.5GiB "
         "--host-cache-memory 1GiB --overlap-depth 1 "
-        "--no-prefix-cache --speculate off --threads 2 --kernel a.b=c --kernel d.e=f --seed 9"
+        "--no-prefix-cache --speculate draft:small --threads 2 "
+        "--kernel a.b=c --kernel d.e=f --seed 9"
     )
     result = CliRunner().invoke(probe, line.split())
     assert result.exit_code == 0, result.output
@@ -257,7 +258,7 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
             host_cache_size_bytes=2**30,
             overlap_depth=1,
             prefix_cache=False,
-            speculate="off",
+            speculate="draft:small",
             threads=2,
             kernels={"a.b": "c", "d.e": "f"},
             seed=9,
