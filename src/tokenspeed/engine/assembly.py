@@ -13,7 +13,7 @@ from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place, share
 from tokenspeed.execution import Drafting, Runner, resolve_dtype, usable_cpu_count
-from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, load_plugins
+from tokenspeed.kernels import QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.kv_formats import kv_formats
 from tokenspeed.modeling import Model, ModelConfig, build_model
@@ -94,7 +94,7 @@ def open_model(
         dtype=dtype,
         overrides=config.kernels,
         weight_formats=(
-            *((PACKED,) if checkpoint.packable else ()),
+            *((checkpoint.packed_format,) if checkpoint.packed_format else ()),
             f"{dtype_name}_panels",
             dtype_name,
         ),

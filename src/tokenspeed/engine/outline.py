@@ -189,7 +189,7 @@ def _described(model: str) -> tuple[str, dict[str, Any], int, str | None]:
         return name, dict(read_json_object(path)), 0, None
     files = loader.resolve(model)
     checkpoint = loader.open_checkpoint(files)
-    quantisation = checkpoint.quantisation if checkpoint.packable else None
+    quantisation = checkpoint.quantisation if checkpoint.packed_format == PACKED else None
     return files.name, checkpoint.hf_config, checkpoint.size_bytes, quantisation
 
 

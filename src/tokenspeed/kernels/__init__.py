@@ -3,6 +3,7 @@
 from tokenspeed.kernels.activations import QUANTISED_ROWS, Activations, QuantisedRows
 from tokenspeed.kernels.capability import Capability, Platform
 from tokenspeed.kernels.plugins import load_plugins
+from tokenspeed.kernels.quantised import QUANTISED, QuantisedStored, QuantisedWeight
 from tokenspeed.kernels.registry import (
     ANY,
     Kernel,
@@ -25,6 +26,7 @@ __all__ = [
     "ANY",
     "PACKED",
     "PANELS",
+    "QUANTISED",
     "QUANTISED_ROWS",
     "Activations",
     "BlockMatrix",
@@ -38,6 +40,8 @@ __all__ = [
     "Platform",
     "Priority",
     "QuantisedRows",
+    "QuantisedStored",
+    "QuantisedWeight",
     "Registry",
     "Stored",
     "Verdict",

@@ -10,6 +10,7 @@ import torch
 
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.capability import Capability
+from tokenspeed.kernels.quantised import QuantisedWeight
 from tokenspeed.kernels.weights import PACKED, Matrix, PackedWeight
 
 __all__ = [
@@ -99,6 +100,8 @@ class Op(Generic[P, R]):
         )
         if isinstance(weight, PackedWeight):
             format_name = PACKED
+        elif isinstance(weight, QuantisedWeight):
+            format_name = weight.format_name
         return selector.select(self, format_name=format_name, traits=traits)
 
     def __repr__(self) -> str:

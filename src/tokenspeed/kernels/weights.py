@@ -9,6 +9,7 @@ from typing import Final, Protocol, TypeAlias
 import torch
 
 from tokenspeed.kernels.cpu.weights import PackedWeight
+from tokenspeed.kernels.quantised import QuantisedWeight
 
 __all__ = ["PACKED", "PANELS", "BlockMatrix", "Matrix", "PackedWeight", "Stored"]
 
@@ -18,7 +19,7 @@ PACKED: Final = "packed"
 PANELS: Final = ("bfloat16_panels", "float32_panels")
 """Names of the formats of dense weights that native CPU kernels read, one for each element type."""
 
-Matrix: TypeAlias = torch.Tensor | PackedWeight
+Matrix: TypeAlias = torch.Tensor | PackedWeight | QuantisedWeight
 """A matrix of weights [O, I] in a format that its kernel reads."""
 
 

@@ -39,8 +39,9 @@ class Checkpoint(Protocol):
         """How most weights are stored: "Q4_K_M", "BF16", ..."""
 
     @property
-    def packable(self) -> bool:
-        """Whether every matrix lies in blocks that `tensors` can give as they are."""
+    def packed_format(self) -> str | None:
+        """The format in which `blocks` can give matrices as they are: one of `kernels.QUANTISED`,
+        of those that were quantised, or `kernels.PACKED`, of all; None for neither."""
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, by its Hugging Face name.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.kernels import PACKED
 from tokenspeed.loader.dequantise import Blocks, read_blocks
 from tokenspeed.loader.gguf_file import MERGES, GGUFFile, GGUFTensor
 from tokenspeed.loader.gguf_model import ROPE_FACTORS, hf_config, hf_name
@@ -82,10 +83,11 @@ class GGUFCheckpoint:
         return elements.most_common(1)[0][0]
 
     @property
-    def packable(self) -> bool:
-        """Whether every matrix lies in blocks that `blocks` can give as they are."""
+    def packed_format(self) -> str | None:
+        """`PACKED` where every matrix lies in blocks that `blocks` can give as they are."""
         tensors = [self._gguf.tensors[name] for name in self._names]
-        return all(len(tensor.shape) == 1 or _is_block_matrix(tensor) for tensor in tensors)
+        whole = all(len(tensor.shape) == 1 or _is_block_matrix(tensor) for tensor in tensors)
+        return PACKED if whole else None
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once as float32, by its Hugging Face name; see `Checkpoint`."""

@@ -1,4 +1,5 @@
-"""Matrices of quantised safetensors checkpoints as tensors: dequantised where they are indexed.
+"""Matrices of quantised safetensors checkpoints: dequantised where they are indexed, or as they are
+for kernels that read them so.
 
 Each format is what its makers have published: FP8 in blocks (DeepSeek-V3, 2024, section 3.3),
 GPTQ (Frantar et al. 2022) and AWQ (Lin et al. 2023) as their tools write them, compressed-tensors,
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint
+from tokenspeed.kernels.quantised import Float8Blocks, Int4Groups, QuantisedMatrix
 
 __all__ = ["Raw", "awq", "compressed_int4", "fp8_blocks", "gptq", "mxfp4"]
 
@@ -54,12 +56,40 @@ class _Dequantised:
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
         """first:end of each dimension."""
-        chosen = index or (slice(None),) * len(self.shape)
-        bounds = [of.indices(size)[:2] for of, size in zip(chosen, self.shape, strict=True)]
-        return self.read(bounds)
+        return self.read(_spans(self.shape, index))
 
 
-def fp8_blocks(name: str, parts: Mapping[str, Raw], block: tuple[int, int]) -> _Dequantised:
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """A `kernels.Stored`, and a `kernels.QuantisedStored`, whose inputs share scales in groups.
+
+    Attributes:
+        shape: (O, I).
+        group: inputs of a group; the last one may be smaller.
+        read: numbers and scales of a span of outputs, and of one of inputs that cuts no group.
+    """
+
+    shape: tuple[int, ...]
+    group: int
+    read: Callable[[_Span, _Span], QuantisedMatrix]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        """first:end of each dimension, as float32."""
+        rows, columns = _spans(self.shape, index)
+        first = columns[0] // self.group * self.group
+        end = min(-(-columns[1] // self.group) * self.group, self.shape[1])
+        values_OI = self.read(rows, (first, end)).to_float()
+        return values_OI[:, columns[0] - first : columns[1] - first]
+
+    def quantised(self, index: tuple[slice, ...]) -> QuantisedMatrix | None:
+        """first:end of each dimension; None where a group would be cut."""
+        rows, columns = _spans(self.shape, index)
+        if any(at % self.group and at < self.shape[1] for at in columns):
+            return None
+        return self.read(rows, columns)
+
+
+def fp8_blocks(name: str, parts: Mapping[str, Raw], block: tuple[int, int]) -> _Grouped:
     """weight [O, I] of float8_e4m3, times weight_scale_inv, one for each block.
 
     Args:
@@ -73,23 +103,21 @@ def fp8_blocks(name: str, parts: Mapping[str, Raw], block: tuple[int, int]) -> _
     weight, scales = parts["weight"], parts["weight_scale_inv"]
     wanted = tuple(-(-size // of) for size, of in zip(weight.shape, block, strict=True))
     _require_shape(name, "weight_scale_inv", scales, wanted)
+    of_rows, group = block
 
-    def read(spans: Sequence[_Span]) -> Tensor:
-        values = weight[tuple(slice(*span) for span in spans)].float()
-        found = scales[
-            tuple(
-                slice(first // of, -(-end // of))
-                for (first, end), of in zip(spans, block, strict=True)
-            )
-        ].float()
-        for dim, (span, of) in enumerate(zip(spans, block, strict=True)):
-            found = _repeated(found, span, of, dim)
-        return values * found
+    def read(rows: _Span, columns: _Span) -> QuantisedMatrix:
+        blocks = _whole(rows, of_rows)
+        return Float8Blocks(
+            values_OI=weight[slice(*rows), slice(*columns)],
+            scales_BG=scales[blocks, _whole(columns, group)].float(),
+            blocks_O=(torch.arange(*rows) // of_rows - blocks.start).int(),
+            group=group,
+        )
 
-    return _Dequantised(weight.shape, read)
+    return _Grouped(weight.shape, group, read)
 
 
-def compressed_int4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
+def compressed_int4(name: str, parts: Mapping[str, Raw]) -> _Grouped:
     """weight_packed int32 [O, I / 8], eight inputs a word, less 8 or less weight_zero_point
     [O / 8, G], eight outputs a word; times weight_scale [O, G].
 
@@ -108,19 +136,22 @@ def compressed_int4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
     if zeros is not None:
         _require_shape(name, "weight_zero_point", zeros, (-(-outputs // _WORD), inputs // group))
 
-    def read(spans: Sequence[_Span]) -> Tensor:
-        rows, columns = spans
-        words, groups = _whole(columns, _WORD), _whole(columns, group)
-        values = _unpacked(packed[slice(*rows), words], 1, columns)
-        less = torch.full((1, 1), 8.0)
+    def read(rows: _Span, columns: _Span) -> QuantisedMatrix:
+        groups = _whole(columns, group)
+        zeros_OG = None
         if zeros is not None:
-            less = _unpacked(zeros[_whole(rows, _WORD), groups], 0, rows)
-        return _scaled(values, scales[slice(*rows), groups], less, columns, group)
+            zeros_OG = _unpacked(zeros[_whole(rows, _WORD), groups], 0, rows)
+        return Int4Groups(
+            numbers=_unpacked(packed[slice(*rows), _whole(columns, _WORD)], 1, columns),
+            scales_OG=scales[slice(*rows), groups],
+            zeros_OG=zeros_OG,
+            group=group,
+        )
 
-    return _Dequantised((outputs, inputs), read)
+    return _Grouped((outputs, inputs), group, read)
 
 
-def gptq(name: str, parts: Mapping[str, Raw], zero_offset: int) -> _Dequantised:
+def gptq(name: str, parts: Mapping[str, Raw], zero_offset: int) -> _Grouped:
     """qweight int32 [I / 8, O], eight inputs a word, less qzeros [G, O / 8], eight outputs a word;
     times scales [G, O].
 
@@ -145,17 +176,19 @@ def gptq(name: str, parts: Mapping[str, Raw], zero_offset: int) -> _Dequantised:
                 "is false"
             )
 
-    def read(spans: Sequence[_Span]) -> Tensor:
-        rows, columns = spans
+    def read(rows: _Span, columns: _Span) -> QuantisedMatrix:
         groups = _whole(columns, group)
-        values = _unpacked(packed[_whole(columns, _WORD), slice(*rows)], 0, columns).T
-        less = _unpacked(zeros[groups, _whole(rows, _WORD)], 1, rows).T + zero_offset
-        return _scaled(values, scales[groups, slice(*rows)].T, less, columns, group)
+        return Int4Groups(
+            numbers=_unpacked(packed[_whole(columns, _WORD), slice(*rows)], 0, columns).T,
+            scales_OG=scales[groups, slice(*rows)].T,
+            zeros_OG=_unpacked(zeros[groups, _whole(rows, _WORD)], 1, rows).T + zero_offset,
+            group=group,
+        )
 
-    return _Dequantised((outputs, inputs), read)
+    return _Grouped((outputs, inputs), group, read)
 
 
-def awq(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
+def awq(name: str, parts: Mapping[str, Raw]) -> _Grouped:
     """qweight int32 [I, O / 8], eight outputs a word in an order of their own, less qzeros
     [G, O / 8] likewise; times scales [G, O].
 
@@ -168,14 +201,16 @@ def awq(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
     _require_shape(name, "scales", scales, (inputs // group, outputs))
     _require_shape(name, "qzeros", zeros, (inputs // group, packed.shape[1]))
 
-    def read(spans: Sequence[_Span]) -> Tensor:
-        rows, columns = spans
+    def read(rows: _Span, columns: _Span) -> QuantisedMatrix:
         words, groups = _whole(rows, _WORD), _whole(columns, group)
-        values = _unpacked(packed[slice(*columns), words], 1, rows, _AWQ_ORDER).T
-        less = _unpacked(zeros[groups, words], 1, rows, _AWQ_ORDER).T
-        return _scaled(values, scales[groups, slice(*rows)].T, less, columns, group)
+        return Int4Groups(
+            numbers=_unpacked(packed[slice(*columns), words], 1, rows, _AWQ_ORDER).T,
+            scales_OG=scales[groups, slice(*rows)].T,
+            zeros_OG=_unpacked(zeros[groups, words], 1, rows, _AWQ_ORDER).T,
+            group=group,
+        )
 
-    return _Dequantised((outputs, inputs), read)
+    return _Grouped((outputs, inputs), group, read)
 
 
 def mxfp4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
@@ -205,29 +240,22 @@ def mxfp4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
     return _Dequantised((experts, groups * _FP4_GROUP, outputs), read)
 
 
+def _spans(shape: Sequence[int], index: tuple[slice, ...]) -> list[_Span]:
+    chosen = index or (slice(None),) * len(shape)
+    return [of.indices(size)[:2] for of, size in zip(chosen, shape, strict=True)]
+
+
 def _whole(span: _Span, of: int) -> slice:
     """Which groups or words of `of` elements have a part of a span."""
     return slice(span[0] // of, -(-span[1] // of))
 
 
 def _unpacked(words: Tensor, dim: int, span: _Span, order: Sequence[int] = _IN_ORDER) -> Tensor:
-    """The four-bit numbers of a span that lie in int32 words along a dimension, as float32."""
+    """The four-bit numbers of a span that lie in int32 words along a dimension, as uint8."""
     shifts = torch.tensor([4 * order.index(element) for element in range(_WORD)])
     apart = (words.unsqueeze(dim + 1) >> shifts.view(_WORD, *[1] * (1 - dim))) & 15
     first = span[0] % _WORD
-    return apart.flatten(dim, dim + 1).narrow(dim, first, span[1] - span[0]).float()
-
-
-def _scaled(values: Tensor, scales: Tensor, less: Tensor, columns: _Span, group: int) -> Tensor:
-    if less.numel() > 1:
-        less = _repeated(less, columns, group, 1)
-    return (values - less) * _repeated(scales.float(), columns, group, 1)
-
-
-def _repeated(values: Tensor, span: _Span, of: int, dim: int) -> Tensor:
-    """What groups of `of` elements share, for each element of a span."""
-    each = values.repeat_interleave(of, dim)
-    return each.narrow(dim, span[0] % of, span[1] - span[0])
+    return apart.flatten(dim, dim + 1).narrow(dim, first, span[1] - span[0]).to(torch.uint8)
 
 
 def _group(name: str, inputs: int, groups: int) -> int:

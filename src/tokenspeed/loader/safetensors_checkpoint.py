@@ -70,9 +70,9 @@ class SafetensorsCheckpoint:
         return sizes.most_common(1)[0][0]
 
     @property
-    def packable(self) -> bool:
-        """No: what is quantised is dequantised."""
-        return False
+    def packed_format(self) -> str | None:
+        """That of the quantised matrices, where kernels have a name for it."""
+        return self._scheme.format_name if self._scheme is not None else None
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, in the type it is stored in, or float32; see `Checkpoint`."""

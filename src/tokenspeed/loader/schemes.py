@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
 from tokenspeed.kernels import Stored
+from tokenspeed.kernels.quantised import FLOAT8_BLOCKS, INT4_GROUPS
 from tokenspeed.loader.quantised import Raw, awq, compressed_int4, fp8_blocks, gptq, mxfp4
 
 __all__ = ["Scheme", "read_scheme"]
@@ -29,6 +30,7 @@ class Scheme:
         needed, possible: ends of names of what belongs to it.
         dtypes: bytes of element types, by safetensors' name, that it has beside plain ones.
         make: the matrix of its parts, by end of the name.
+        format_name: of weights in which kernels take such matrices as they are, if there is one.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Scheme:
     possible: tuple[str, ...] = ()
     dtypes: Mapping[str, int]
     make: Callable[[str, Mapping[str, Raw]], Stored] = field(repr=False)
+    format_name: str | None = None
 
     def matrices(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """The checkpoint's tensors: of each, names of its parts by end; of a plain one, itself.
@@ -114,6 +117,7 @@ def _fp8(scheme: Mapping[str, Any]) -> Scheme:
         needed=("weight_scale_inv",),
         dtypes={"F8_E4M3": 1},
         make=partial(fp8_blocks, block=(block[0], block[1])),
+        format_name=FLOAT8_BLOCKS,
     )
 
 
@@ -126,6 +130,7 @@ def _awq(scheme: Mapping[str, Any]) -> Scheme:
         needed=("qzeros", "scales"),
         dtypes=_WORDS,
         make=awq,
+        format_name=INT4_GROUPS,
     )
 
 
@@ -142,6 +147,7 @@ def _gptq(scheme: Mapping[str, Any]) -> Scheme:
         possible=("g_idx",),
         dtypes=_WORDS,
         make=partial(gptq, zero_offset=offset),
+        format_name=INT4_GROUPS,
     )
 
 
@@ -174,6 +180,7 @@ def _compressed(scheme: Mapping[str, Any]) -> Scheme:
         possible=("weight_zero_point",),
         dtypes={**_WORDS, "I64": 8},
         make=compressed_int4,
+        format_name=INT4_GROUPS,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import LOOPBACK, Mesh, Store, connect
-from tokenspeed.kernels import PACKED, PANELS, KernelSelector, Stored
+from tokenspeed.kernels import PACKED, PANELS, QUANTISED, KernelSelector, Stored
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.compiler import (
     Program,
@@ -113,7 +113,7 @@ class Model(Module):
         elements = [
             (math.prod(weight.local_shape), math.prod(weight.shape))
             for weight in distinct
-            if weight.format_name == PACKED
+            if weight.format_name == PACKED or weight.format_name in QUANTISED
         ]
         held = sum(local for local, _ in elements)
         # A rank packs its share of what is to be packed.

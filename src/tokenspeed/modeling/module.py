@@ -10,10 +10,13 @@ from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels import (
     PACKED,
     PANELS,
+    QUANTISED,
     BlockMatrix,
     KernelSelector,
     Matrix,
     PackedWeight,
+    QuantisedStored,
+    QuantisedWeight,
     Stored,
 )
 from tokenspeed.modeling.cut import Cut, Division
@@ -93,13 +96,22 @@ class Weight:
                 dtype=self._kernels.dtype,
                 runtime=self._kernels.runtime,
             )
+        if self.format_name in QUANTISED:
+            outputs, inputs = self.local_shape
+            return QuantisedWeight(
+                (outputs, inputs),
+                format_name=self.format_name,
+                parts=tuple(self.local_parts.values()) or (outputs,),
+                dtype=self._kernels.dtype,
+                device=self._device,
+            )
         made = torch.zeros if self._absent else torch.empty
         return made(self.local_shape, dtype=self._dtype, device=self._device)
 
     @property
     def tensor(self) -> torch.Tensor:
         """The weight of an op that takes none but tensors."""
-        assert not isinstance(self.data, PackedWeight)
+        assert not isinstance(self.data, PackedWeight | QuantisedWeight)
         return self.data
 
     @property
@@ -127,7 +139,7 @@ class Weight:
         Raises:
             ConfigError: a dimension cannot be divided so.
         """
-        assert not isinstance(vars(self).get("data"), torch.Tensor | PackedWeight)
+        assert not isinstance(vars(self).get("data"), Matrix)
         self._divisions = dict(divisions)
         self._absent = absent
         first, *others = range(len(self.shape))
@@ -158,10 +170,20 @@ class Weight:
         if self._absent:
             return
         spans = [self._span(dim, name if dim == 0 else None) for dim in range(len(self.shape))]
-        value = stored[tuple(slice(*span) for span in spans)]
-        if order := self._orders.get(name):
-            value = _in_order(value, order)
+        places = tuple(slice(*span) for span in spans)
+        order = self._orders.get(name)
         index = 0 if name is None else list(self._parts).index(name)
+        if isinstance(self.data, QuantisedWeight) and isinstance(stored, QuantisedStored):
+            quantised = stored.quantised(places)
+            if quantised is not None:
+                if order:
+                    rows_O = torch.arange(quantised.shape[0])
+                    quantised = quantised.in_order(_in_order_rows(rows_O, order))
+                self.data.pack(index, quantised)
+                return
+        value = stored[places]
+        if order:
+            value = _in_order(value, order)
         if self.format_name == PACKED:
             assert isinstance(self.data, PackedWeight)
             if isinstance(value, torch.Tensor):
@@ -172,7 +194,7 @@ class Weight:
             self.data.pack(index, value.quant_name, value.blocks)
             return
         values = value if isinstance(value, torch.Tensor) else value.to_float()
-        if isinstance(self.data, PackedWeight):
+        if isinstance(self.data, PackedWeight | QuantisedWeight):
             self.data.pack_dense(index, values)
             return
         if self._offset:

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tests.unit.loader import tiny_gguf
 from tokenspeed import loader
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.kernels import PACKED
 from tokenspeed.loader.gguf_model import hf_name
 
 
@@ -224,7 +225,7 @@ def test_transformers_speaks_sense_with_the_real_weights(smollm2: loader.ModelFi
 
 def test_blocks_are_the_tensors_before_they_are_dequantised(smollm2: loader.ModelFiles) -> None:
     checkpoint = loader.open_checkpoint(smollm2)
-    assert checkpoint.packable
+    assert checkpoint.packed_format == PACKED
     matrices = 0
     tensors, blocks = checkpoint.tensors(), checkpoint.blocks()
     for (name, tensor), (name_again, block) in itertools.islice(
@@ -244,7 +245,7 @@ def test_blocks_are_the_tensors_before_they_are_dequantised(smollm2: loader.Mode
 def test_a_file_with_a_matrix_of_floats_is_not_packable(tmp_path: Path) -> None:
     named = tiny_gguf.weights("qwen2", np.random.default_rng(7))
     path = tiny_gguf.write(tmp_path / "a.gguf", named, architecture="qwen2")
-    assert not _open(path).packable
+    assert _open(path).packed_format is None
 
 
 def test_norms_have_the_names_of_their_architecture() -> None:

@@ -11,6 +11,13 @@ from functools import partial
 import numpy as np
 import torch
 
+from tokenspeed.kernels.quantised import (
+    FLOAT8_BLOCKS,
+    INT4_GROUPS,
+    Float8Blocks,
+    Int4Groups,
+    QuantisedWeight,
+)
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton import (
     activation,
@@ -21,6 +28,7 @@ from tokenspeed.kernels.triton import (
     latent,
     moe,
     norm,
+    quantised,
     rope,
     sampling,
 )
@@ -68,10 +76,40 @@ def samples() -> Iterator[Sample]:
     yield _sample("gemm.logits", "4096", gemm.logits, x_TM, weight_OI)
     weight_HOI = torch.zeros(40, 512, 128, dtype=_BFLOAT16)
     yield _sample("gemm.heads", "40 x 128 x 512", gemm.heads, heads_TQD, weight_HOI)
+    yield from _quantised()
     yield from _attention()
     yield from _latents()
     yield from _experts()
     yield from _sampling()
+
+
+def _quantised() -> Iterator[Sample]:
+    outputs, inputs = 512, 4096
+    scales_OG = torch.zeros(outputs, inputs // 128, dtype=torch.float16)
+    zeros_OG = torch.zeros(outputs, inputs // 128, dtype=torch.uint8)
+    numbers = torch.zeros(outputs, inputs, dtype=torch.uint8)
+    int4 = Int4Groups(numbers=numbers, scales_OG=scales_OG, zeros_OG=zeros_OG, group=128)
+    float8 = Float8Blocks(
+        values_OI=numbers.view(torch.float8_e4m3fn),
+        scales_BG=torch.zeros(4, inputs // 128),
+        blocks_O=torch.zeros(outputs, dtype=torch.int32),
+        group=128,
+    )
+    for name, matrix, call in (
+        (INT4_GROUPS, int4, quantised.linear_int4),
+        (FLOAT8_BLOCKS, float8, quantised.linear_float8),
+    ):
+        weight = QuantisedWeight(
+            (outputs, inputs),
+            format_name=name,
+            parts=(outputs,),
+            dtype=_BFLOAT16,
+            device=torch.device("cpu"),
+        )
+        weight.pack(0, matrix)
+        for tokens in (1, 512):
+            x_TI = torch.zeros(tokens, inputs, dtype=_BFLOAT16)
+            yield _sample("gemm.linear", f"{name}, {tokens} tokens", call, x_TI, weight, None)
 
 
 def _attention() -> Iterator[Sample]:

@@ -9,6 +9,7 @@ from tokenspeed.kernels.triton import (
     latent,
     moe,
     norm,
+    quantised,
     rope,
     sampling,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "latent",
     "moe",
     "norm",
+    "quantised",
     "rope",
     "sampling",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tokenspeed.kernels.quantised import QuantisedWeight
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify.case import Call
 
@@ -32,6 +33,8 @@ def on_device(call: Call, device: torch.device) -> Call:
                     page_table_XP=value.page_table_XP.to(device),
                     kv_slots_T=value.kv_slots_T.to(device),
                 )
+            if isinstance(value, QuantisedWeight):
+                return value.to(device)
             return value
 
         given = call(*map(there, args), **{name: there(value) for name, value in kwargs.items()})

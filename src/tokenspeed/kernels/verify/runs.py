@@ -13,7 +13,16 @@ from tokenspeed.kernels.capability import Platform
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import ANY, Kernel, Registry
 from tokenspeed.kernels.selection import objection
-from tokenspeed.kernels.verify import attention, gemm, latent, moe, rounded, rowwise, sampling
+from tokenspeed.kernels.verify import (
+    attention,
+    gemm,
+    latent,
+    moe,
+    quantised,
+    rounded,
+    rowwise,
+    sampling,
+)
 from tokenspeed.kernels.verify.case import Case
 from tokenspeed.kernels.verify.elsewhere import on_device
 from tokenspeed.kernels.verify.tolerances import TOLERANCES
@@ -33,7 +42,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "embedding.lookup": gemm.lookup_cases,
     "embedding.take": rowwise.take_cases,
     "gemm.heads": gemm.heads_cases,
-    "gemm.linear": gemm.linear_cases,
+    "gemm.linear": _all(gemm.linear_cases, quantised.linear_cases),
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": _all(attention.append_cases, rounded.append_cases),
     "kvcache.append_latents": latent.append_latents_cases,

@@ -11,6 +11,7 @@ from typing import Final
 
 from tokenspeed.kernels.activations import QUANTISED_ROWS
 from tokenspeed.kernels.kv_formats import ROUNDED
+from tokenspeed.kernels.quantised import FLOAT8_BLOCKS
 from tokenspeed.kernels.verify.case import Case, named
 from tokenspeed.kernels.weights import PACKED
 
@@ -27,6 +28,7 @@ class Tolerance:
         packed: with packed weights, whatever the type; None where an op has no such weights.
         quantised: of quantised rows, whatever the type; None where an op does not give them.
         rounded: with KV pages of whole numbers, likewise.
+        float8: with weights of FP8 in blocks, likewise.
     """
 
     float32: float
@@ -36,6 +38,7 @@ class Tolerance:
     packed: float | None = None
     quantised: float | None = None
     rounded: float | None = None
+    float8: float | None = None
 
     def of(self, case: Case) -> float:
         """The error allowed in a case."""
@@ -48,6 +51,9 @@ class Tolerance:
         if case.format_name == ROUNDED:
             assert self.rounded is not None
             return self.rounded
+        if case.format_name == FLOAT8_BLOCKS:
+            assert self.float8 is not None
+            return self.float8
         return float(getattr(self, named(case.dtype)))
 
 
@@ -70,9 +76,11 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         bfloat16=4e-3,
         float16=5e-4,
         packed=1.5e-2,
+        float8=4e-2,
         reason="sums are float32 in an unknown order, and the result is rounded once; beside "
         "packed weights a kernel may round inputs to 127ths of the largest of 32, which is off by "
-        "half a percent of a normal input, and errors are relative to sums of terms of random sign",
+        "half a percent of a normal input, beside weights of FP8 to that type, which is off by up "
+        "to 2^-4; errors are relative to sums of terms of random sign",
     ),
     "gemm.heads": Tolerance(
         float32=2e-6, bfloat16=4e-3, float16=5e-4, reason="dense products as in gemm.linear"

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tokenspeed.kernels import PACKED, Activations, KernelSelector, ops
+from tokenspeed.kernels import PACKED, QUANTISED, Activations, KernelSelector, ops
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, PerToken, Replicate, Shard, boundary
 
 __all__ = ["ColumnLinear", "Linear", "RowLinear", "features_cut"]
 
-# Inputs that GGUF's types of quantised weights keep together, the largest first.
-BLOCKS = (256, 32)
+# Inputs that types of quantised weights keep together, the largest first: GGUF's, and others'.
+BLOCKS, GROUPS = (256, 32), (128, 64, 32)
 
 
 @boundary(x_TI=PerToken("tp"), out=PerToken("tp"))
@@ -87,7 +87,6 @@ class RowLinear(Linear):
 
 def features_cut(features: int, kernels: KernelSelector) -> Cut:
     """Where features between two products may be cut: blocks of packed weights stay whole."""
-    unit = 1
-    if kernels.weight_format(ops.gemm.linear) == PACKED:
-        unit = next((block for block in BLOCKS if features % block == 0), 1)
-    return Cut(unit=unit)
+    format_name = kernels.weight_format(ops.gemm.linear)
+    blocks = BLOCKS if format_name == PACKED else GROUPS if format_name in QUANTISED else ()
+    return Cut(unit=next((block for block in blocks if features % block == 0), 1))

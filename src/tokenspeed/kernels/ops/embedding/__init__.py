@@ -6,7 +6,7 @@ Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 import torch
 
 from tokenspeed.kernels.registry import declare_op
-from tokenspeed.kernels.weights import Matrix, PackedWeight
+from tokenspeed.kernels.weights import Matrix
 
 __all__ = ["lookup", "take"]
 
@@ -14,7 +14,7 @@ __all__ = ["lookup", "take"]
 @declare_op("embedding.lookup")
 def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, scale: float = 1.0) -> torch.Tensor:
     """x_TM = scale * table_VM[token_ids_T] in float32; ids are int64 and within the vocabulary."""
-    operand = token_ids_T if isinstance(table_VM, PackedWeight) else table_VM
+    operand = table_VM if isinstance(table_VM, torch.Tensor) else token_ids_T
     return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM, scale)
 
 
