@@ -9,7 +9,7 @@ from tests.kernels.triton_cases import GPU, SEED, drawn_cases, interpreting, ver
 from tests.support.triton_interpreter import needs_interpreter
 from tokenspeed.kernels import explain, reference, registry
 from tokenspeed.kernels.selection import KernelSelector
-from tokenspeed.kernels.triton import sampling
+from tokenspeed.kernels.triton import kvcache, rope, sampling
 
 pytestmark = needs_interpreter
 __all__ = ["interpreting"]
@@ -21,6 +21,7 @@ ROWWISE = (
     "embedding.take",
     "kvcache.append",
     "kvcache.append_latents",
+    "kvcache.rotate_and_append",
     "norm.add_rms_norm",
     "norm.rms_norm",
     "rope.angles",
@@ -40,6 +41,25 @@ def test_a_row_is_what_the_formula_says(op: str) -> None:
 def test_log_probabilities_are_what_the_formula_says() -> None:
     for kernel, case in drawn_cases("sampling.logprobs", each=3):
         verify_interpreted(kernel, case)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
+def test_one_launch_rotates_and_writes_the_bits_that_two_do(stored: torch.dtype) -> None:
+    torch.manual_seed(SEED)
+    qkv_TXD = (torch.randn(5, 13, 20) * 200).bfloat16()
+    q_TQD, k_THD, v_THD = torch.split(qkv_TXD, (7, 3, 3), dim=1)
+    turns_TE = torch.randn(5, 10) * 100
+    angles = turns_TE.cos(), turns_TE.sin()
+    slots_T = torch.tensor([17, 3, 30, 0, 9])
+    ours = [torch.zeros(2, 16, 3, 20, dtype=stored) for _ in range(2)]
+    theirs = [torch.zeros(2, 16, 3, 20, dtype=stored) for _ in range(2)]
+    found_TQD = kvcache.rotate_and_append(
+        q_TQD, k_THD, v_THD, *angles, k_PCHD=ours[0], v_PCHD=ours[1], kv_slots_T=slots_T
+    )
+    assert torch.equal(found_TQD, rope.rotate(q_TQD, *angles))
+    kvcache.append(rope.rotate(k_THD, *angles), v_THD, *theirs, slots_T)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our.view(torch.uint8), their.view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [1, 130, 5000])

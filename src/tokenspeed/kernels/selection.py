@@ -15,6 +15,7 @@ from tokenspeed.kernels.registry import (
     ANY,
     Kernel,
     Op,
+    Priority,
     Registry,
     TraitValue,
 )
@@ -176,6 +177,25 @@ class KernelSelector:
     def kv_dtype_name(self) -> str:
         """Name of the element type of KV pages."""
         return self._kv_formats[0].removeprefix("interleaved_")
+
+    def select_beyond_reference(
+        self,
+        op: Op[P, R],
+        *,
+        format_name: str | None = None,
+        traits: Mapping[str, TraitValue] | None = None,
+    ) -> Callable[P, R] | None:
+        """As `select`, for an op that stands for several: None where no kernel does better than
+        they do.
+
+        Args:
+            op: the one.
+            format_name, traits: as for `select`.
+        """
+        winner = self.explain(op.name, format_name=format_name, traits=traits).winner
+        if winner is None or winner.priority == Priority.REFERENCE:
+            return None
+        return self.select(op, format_name=format_name, traits=traits)
 
     def reads(
         self,

@@ -1,15 +1,17 @@
 """Writes to the KV cache.
 
-Legend: T tokens, P pages, C positions of a page, H KV heads, D elements of a head.
+Legend: T tokens, P pages, C positions of a page, Q query heads, H KV heads, D elements of a head,
+E = D / 2.
 """
 
 import torch
 
 from tokenspeed.kernels.kv_formats import FLOAT8
 from tokenspeed.kernels.reference.gemm import DENSE
+from tokenspeed.kernels.reference.rope import rotate
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 
-__all__ = ["append", "scatter"]
+__all__ = ["append", "rotate_and_append", "scatter"]
 
 
 @kernel(
@@ -31,6 +33,29 @@ def append(
     """A scatter into the pools seen as one long row of slots, which may be of another type."""
     for pool, x_THD in ((k_PCHD, k_THD), (v_PCHD, v_THD)):
         scatter(x_THD, pool, kv_slots_T)
+
+
+@kernel(
+    "kvcache.rotate_and_append",
+    solution="reference",
+    formats=(*DENSE, FLOAT8),
+    traits={"head_dim": ANY},
+    priority=Priority.REFERENCE,
+)
+def rotate_and_append(
+    q_TQD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
+    *,
+    k_PCHD: torch.Tensor,
+    v_PCHD: torch.Tensor,
+    kv_slots_T: torch.Tensor,
+) -> torch.Tensor:
+    """One op after the other."""
+    append(rotate(k_THD, cos_TE, sin_TE), v_THD, k_PCHD, v_PCHD, kv_slots_T)
+    return rotate(q_TQD, cos_TE, sin_TE)
 
 
 def scatter(x_TX: torch.Tensor, pool_PCX: torch.Tensor, kv_slots_T: torch.Tensor) -> None:

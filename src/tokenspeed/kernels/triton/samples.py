@@ -117,6 +117,17 @@ def _attention() -> Iterator[Sample]:
     pool = torch.zeros(_PAGES, 32, 8, 128, dtype=_BFLOAT16)
     slots_T = torch.arange(4)
     yield _sample("kvcache.append", "8 x 128", kvcache.append, k_THD, k_THD, pool, pool, slots_T)
+    for pages in (pool, pool.to(torch.float8_e4m3fn)):
+        q_TQD, cos_TE = torch.zeros(4, 32, 128, dtype=_BFLOAT16), torch.zeros(4, 64)
+        call = partial(
+            kvcache.rotate_and_append,
+            *(q_TQD, k_THD, k_THD, cos_TE, cos_TE),
+            k_PCHD=pages,
+            v_PCHD=pages,
+            kv_slots_T=slots_T,
+        )
+        name = f"32 and 8 x 128, {pages.dtype.itemsize} bytes"
+        yield Sample(op="kvcache.rotate_and_append", name=name, call=call)
     for dim, heads, window, sinks in ((128, 32, None, False), (64, 64, 128, True)):
         k_PCHD = torch.zeros(_PAGES, 32, 8, dim, dtype=_BFLOAT16)
         sinks_Q = torch.zeros(heads) if sinks else None

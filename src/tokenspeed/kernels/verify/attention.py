@@ -38,6 +38,7 @@ __all__ = [
     "exact_attention",
     "interleaved",
     "paged_mha_cases",
+    "rotate_and_append_cases",
     "scattered_rows",
     "written_slots",
 ]
@@ -182,6 +183,21 @@ def append_cases() -> Iterator[Case]:
                 name=f"{tokens} tokens, {heads}",
                 traits={"head_dim": heads.dim},
                 check=partial(_append, Operands(format_name, dtype, heads, lengths)),
+            )
+
+
+def rotate_and_append_cases() -> Iterator[Case]:
+    """As `append_cases`, with queries in front of K in the same product."""
+    for format_name, dtype, heads in _formats():
+        for lengths in APPENDED if heads.dim % 2 == 0 else ():
+            tokens = sum(new for _, new in lengths)
+            yield Case(
+                op="kvcache.rotate_and_append",
+                format_name=format_name,
+                dtype=dtype,
+                name=f"{tokens} tokens, {heads}",
+                traits={"head_dim": heads.dim},
+                check=partial(_rotate_and_append, Operands(format_name, dtype, heads, lengths)),
             )
 
 
@@ -332,6 +348,37 @@ def _append(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compare
         pool.flatten(0, 1)[slots_T] = of.stored(new_THD)
     for what, pool, exact in zip("KV", pools, _laid_out(of, *plain, rows), strict=True):
         yield equal(f"the pool of {what}", pool, exact)
+
+
+def _rotate_and_append(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Compared]:
+    """Queries by the formula; pools by the same in the arithmetic of `rope.rotate`, whose rounding
+    what is written has."""
+    heads = of.heads
+    rows, count = scattered_rows(of.lengths, page_size=heads.page_size, seed=len(of.lengths))
+    slots_T = rows.kv_slots_T
+    all_TXD = noise(len(slots_T), heads.query + 2 * heads.kv, heads.dim, dtype=of.dtype)
+    all_TXD[0] *= 300
+    q_TQD, k_THD, v_THD = torch.split(all_TXD, [heads.query, heads.kv, heads.kv], dim=1)
+    shape = (count, heads.page_size, heads.kv, heads.dim)
+    pools = [of.stored(noise(*shape, dtype=of.dtype, seed=seed)) for seed in (1, 2)]
+    exact = [pool.clone() for pool in pools]
+    turns_TE = noise(len(slots_T), heads.dim // 2, dtype=torch.float32, seed=3) * 100
+    cos_TE, sin_TE = turns_TE.cos(), turns_TE.sin()
+    turn_T1E = torch.complex(cos_TE.double(), sin_TE.double())[:, None]
+    turned_TXE = torch.complex(*all_TXD.double().chunk(2, -1)) * turn_T1E
+    turned_TXD = torch.cat((turned_TXE.real, turned_TXE.imag), -1)
+    pages = {"k_PCHD": pools[0], "v_PCHD": pools[1], "kv_slots_T": slots_T}
+    found_TQD = kernel(q_TQD, k_THD, v_THD, cos_TE, sin_TE, **pages)
+    yield compare("q", found_TQD, turned_TXD[:, : heads.query], of.dtype)
+    k_exact_THD = turned_TXD[:, heads.query : -heads.kv]
+    at_slots = [pool.flatten(0, 1)[slots_T] for pool in pools]
+    within = torch.finfo(torch.float8_e4m3fn).max if of.format_name == FLOAT8 else math.inf
+    written = at_slots[0].to(of.dtype)
+    yield compare("K", written, k_exact_THD.clamp(-within, within), of.dtype)
+    exact[0].flatten(0, 1)[slots_T] = at_slots[0]
+    exact[1].flatten(0, 1)[slots_T] = of.stored(v_THD)
+    for what, pool, wanted in zip("KV", pools, exact, strict=True):
+        yield equal(f"the pool of {what}", pool, wanted)
 
 
 def _row_lengths(rows: PagedRows) -> Iterator[tuple[int, int]]:

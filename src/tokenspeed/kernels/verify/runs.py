@@ -46,6 +46,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "gemm.logits": gemm.logits_cases,
     "kvcache.append": _all(attention.append_cases, rounded.append_cases),
     "kvcache.append_latents": latent.append_latents_cases,
+    "kvcache.rotate_and_append": attention.rotate_and_append_cases,
     "moe.add": moe.add_cases,
     "moe.experts": moe.experts_cases,
     "moe.route": moe.route_cases,

@@ -153,6 +153,15 @@ def _append(tracer: Tracer, k_THD: Symbol, v_THD: Symbol, **pools: Any) -> None:
     tracer.record(Flow(name="kvcache.append", mixes_tokens=True), (k_THD, v_THD), [])
 
 
+def _rotate_and_append(
+    tracer: Tracer, q_TQD: Symbol, k_THD: Symbol, v_THD: Symbol, **others: Any
+) -> Symbol:
+    _whole_features(tracer, "kvcache.rotate_and_append", q_TQD, k_THD)
+    flow = Flow(name="kvcache.rotate_and_append", mixes_tokens=True)
+    (made,) = tracer.record(flow, (q_TQD, k_THD, v_THD), [(q_TQD.dims, q_TQD.dtype)])
+    return made
+
+
 def _paged_mha(
     tracer: Tracer, q_TQD: Symbol, sinks_Q: WeightSymbol | None = None, **others: Any
 ) -> Symbol:
@@ -269,6 +278,7 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "gemm.logits": _logits,
         "kvcache.append": _append,
         "kvcache.append_latents": _append_latents,
+        "kvcache.rotate_and_append": _rotate_and_append,
         "moe.add": _add,
         "moe.experts": _experts,
         "moe.route": _route,

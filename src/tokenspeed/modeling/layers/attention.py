@@ -99,12 +99,15 @@ class Attention(Module):
                 dtype=torch.float32,
             )
         traits = {"head_dim": head_dim}
-        self._rotate = kernels.select(ops.rope.rotate, traits=traits)
         self._kv_format = kernels.kv_format(
             ops.kvcache.append, ops.attention.paged_mha, head_dim=head_dim
         )
+        self._rotate = kernels.select(ops.rope.rotate, traits=traits)
         self._append = kernels.select(
             ops.kvcache.append, format_name=self._kv_format, traits=traits
+        )
+        self._rotate_and_append = kernels.select_beyond_reference(
+            ops.kvcache.rotate_and_append, format_name=self._kv_format, traits=traits
         )
         self._attend = kernels.select(
             ops.attention.paged_mha, format_name=self._kv_format, traits=traits
@@ -152,16 +155,7 @@ class Attention(Module):
     ) -> torch.Tensor:
         """out_TM; writes the tokens' K and V to kv = (k_PCHD, v_PCHD) on the way."""
         qkv_TXD = self.qkv(x_TM).unflatten(-1, (-1, self._head_dim))
-        kv_heads = self.local_kv_heads
-        if self.q_norm is None or self.k_norm is None:
-            # Queries and keys lie next to each other, so one rotation serves both.
-            qk_TXD = self._rotate(qkv_TXD[:, :-kv_heads], *angles)
-            q_TQD, k_THD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
-        else:
-            q_TQD = self._rotate(self.q_norm(qkv_TXD[:, : -2 * kv_heads]), *angles)
-            k_THD = self._rotate(self.k_norm(qkv_TXD[:, -2 * kv_heads : -kv_heads]), *angles)
-        v_THD = qkv_TXD[:, -kv_heads:]
-        self._append(k_THD, v_THD, *kv, rows.kv_slots_T, k_offset_HD=self._k_offset())
+        q_TQD = self._rotated(qkv_TXD, angles, rows, kv)
         out_TQD = self._attend(
             q_TQD,
             *kv,
@@ -172,3 +166,29 @@ class Attention(Module):
         )
         out_TM: torch.Tensor = self.output(out_TQD.flatten(1))
         return out_TM
+
+    def _rotated(
+        self,
+        qkv_TXD: torch.Tensor,
+        angles: Angles,
+        rows: PagedRows,
+        kv: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Rotated queries q_TQD; writes K and V."""
+        kv_heads = self.local_kv_heads
+        qk_TXD, v_THD = qkv_TXD[:, :-kv_heads], qkv_TXD[:, -kv_heads:]
+        q_TQD, k_THD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TQD, k_THD = self.q_norm(q_TQD), self.k_norm(k_THD)
+        if self._rotate_and_append is not None:
+            k_PCHD, v_PCHD = kv
+            pages = {"k_PCHD": k_PCHD, "v_PCHD": v_PCHD, "kv_slots_T": rows.kv_slots_T}
+            return self._rotate_and_append(q_TQD, k_THD, v_THD, *angles, **pages)
+        if self.q_norm is None:
+            # Queries and keys lie next to each other, so one rotation serves both.
+            qk_TXD = self._rotate(qk_TXD, *angles)
+            q_TQD, k_THD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
+        else:
+            q_TQD, k_THD = self._rotate(q_TQD, *angles), self._rotate(k_THD, *angles)
+        self._append(k_THD, v_THD, *kv, rows.kv_slots_T, k_offset_HD=self._k_offset())
+        return q_TQD

@@ -1,7 +1,7 @@
 """Owns the declarations of writes to the KV cache; never computes one.
 
-Legend: T tokens, P pages, C positions of a page, H KV heads, D elements of a head, E elements of a
-latent.
+Legend: T tokens, P pages, C positions of a page, Q query heads, H KV heads, D elements of a head,
+E elements of a latent.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 
-__all__ = ["append", "append_latents"]
+__all__ = ["append", "append_latents", "rotate_and_append"]
 
 
 @declare_op("kvcache.append", traits=("head_dim",))
@@ -55,3 +55,31 @@ def append_latents(
     """
     kernel = append_latents.best(latents_PCE, latent_dim=latents_TE.shape[1])
     kernel(latents_TE, latents_PCE, kv_slots_T)
+
+
+@declare_op("kvcache.rotate_and_append", traits=("head_dim",))
+def rotate_and_append(
+    q_TQD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
+    *,
+    k_PCHD: torch.Tensor,
+    v_PCHD: torch.Tensor,
+    kv_slots_T: torch.Tensor,
+) -> torch.Tensor:
+    """q_TQD rotated, as `rope.rotate` rotates it; K is rotated too, and written with V as `append`
+    writes them, bits and all.
+
+    A model calls it where a kernel does better than these two ops, and them elsewhere. Its format
+    is that of the pages.
+
+    Traits:
+        head_dim: D = 2 E.
+    """
+    kernel = rotate_and_append.best(
+        k_PCHD, format_name=pool_format(k_PCHD), head_dim=k_THD.shape[2]
+    )
+    pages = {"k_PCHD": k_PCHD, "v_PCHD": v_PCHD, "kv_slots_T": kv_slots_T}
+    return kernel(q_TQD, k_THD, v_THD, cos_TE, sin_TE, **pages)
