@@ -2,10 +2,11 @@
 
     python benchmarks/history_reuse.py FILE [--model MODEL] [--sessions 20] [--temperatures 0 1]
 
-A server as a user starts it, with token-exact history and without, one after the other. Recorded
-sessions of coding agents are replayed through the gateway, one session after the other, with the
-model's own answers sent back as the history, cut to the context. Of every turn but a session's
-first, the cached tokens that the usage tells are put beside what an ideal cache would have had:
+Servers as a user starts them, one for each temperature with token-exact history and one without,
+side by side but asked one at a time. Recorded sessions of coding agents are replayed through the
+gateway, a session on each of the servers before the next one, with the model's own answers sent
+back as the history, cut to the context. Of every turn but a session's first, the cached tokens that
+the usage tells are put beside what an ideal cache would have had:
 
     the longest beginning, in bytes, that the text of this prompt as the template renders it has in
     common with the text of any earlier turn of the session, prompt and answer as the client got
@@ -14,10 +15,12 @@ first, the cached tokens that the usage tells are put beside what an ideal cache
 
 Such a cache reuses what any cache of pages of exact prefixes can, and some it cannot: the answer's
 last token, which was never fed. That the text rendered here is the gateway's is checked by the
-count of its tokens. Appends to benchmarks/history/history_reuse.jsonl.
+count of its tokens. With `--minutes` no session begins later than that, and what is reported are
+the sessions that every server had. Appends to benchmarks/history/history_reuse.jsonl.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
@@ -153,6 +156,15 @@ def report(
         file.write(json.dumps(record) + "\n")
 
 
+def serve(arguments: argparse.Namespace, log: Path, history: str) -> Serve:
+    """A server to be entered: one user at a time, who may wait for as long as it takes."""
+    flags = ["--max-context", str(arguments.max_context), "--kv-cache-memory", "1GiB", history]
+    flags += ["--tps-floor", "0", "--queue-timeout", "0"]
+    if arguments.threads is not None:
+        flags += ["--threads", str(arguments.threads)]
+    return Serve(log, *flags, model=arguments.model)
+
+
 def main() -> int:
     """Replay, print, append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -160,42 +172,50 @@ def main() -> int:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--sessions", type=int, default=20)
     parser.add_argument("--turns", type=int, default=None)
-    parser.add_argument("--max-context", type=int, default=8192)
+    parser.add_argument("--max-context", type=int, default=32768)
     parser.add_argument("--output-tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     arguments = parser.parse_args()
     console = Console()
     workload = read_sessions(arguments.file, limit=arguments.sessions)
     workload = cut(workload, turns_max=arguments.turns, output_tokens=arguments.output_tokens)
     tokenizer = loader.Tokenizer(loader.resolve(arguments.model).tokenizer_dir)
-    for temperature in arguments.temperatures:
-        for history in ("--token-exact-history", "--no-token-exact-history"):
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                Serve(
-                    Path(folder) / "log",
-                    *("--max-context", str(arguments.max_context), "--kv-cache-memory", "1GiB"),
-                    *("--tps-floor", "0", "--queue-timeout", "0", history),
-                    model=arguments.model,
-                ) as server,
-                httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client,
-            ):
-                sessions = []
-                for session in workload.sessions:
-                    sessions.append(
+    kinds = [
+        (temperature, history)
+        for temperature in arguments.temperatures
+        for history in ("--token-exact-history", "--no-token-exact-history")
+    ]
+    turns: dict[tuple[float, str], list[list[dict[str, int]]]] = {kind: [] for kind in kinds}
+    begin_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        servers = {
+            kind: stack.enter_context(serve(arguments, Path(folder) / f"log{number}", kind[1]))
+            for number, kind in enumerate(kinds)
+        }
+        for session in workload.sessions:
+            spent_minutes = (time.monotonic() - begin_s) / 60
+            if arguments.minutes is not None and spent_minutes > arguments.minutes:
+                break
+            for kind, server in servers.items():
+                with httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client:
+                    turns[kind].append(
                         replay(
                             client,
                             tokenizer,
                             session,
-                            temperature=temperature,
+                            temperature=kind[0],
                             output_tokens=arguments.output_tokens,
                             context_max=arguments.max_context,
                         )
                     )
-                    console.print(f"{session.name}: {sums(sessions)}", soft_wrap=True)
-                with server.servicer() as channel:
-                    counters = server.counters(channel)
-            report(arguments, console, history, temperature, sessions, counters)
+                console.print(f"{session.name} {kind}: {sums(turns[kind])}", soft_wrap=True)
+        for (temperature, history), server in servers.items():
+            with server.servicer() as channel:
+                counters = server.counters(channel)
+            found = turns[temperature, history]
+            report(arguments, console, history, temperature, found, counters)
     return 0
 
 

@@ -5,13 +5,15 @@
    contexts; and what of it the accounts of requests take, where time went and how evenly tokens
    came. Checked: every request gets the tokens the fake runner defines.
 2. CPU-seconds per 1,000 streamed tokens in servicer and gateway, at 16 and 64 streams, with a
-   paced engine of 20 ms a step. Checked: every stream gets the tokens it asked for.
+   paced engine of 20 ms a step, and what of it both take when nothing is asked of them. Checked:
+   every stream gets the tokens it asked for.
 
 Appends one line a run to benchmarks/history/overhead.jsonl.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -40,11 +42,13 @@ from tokenspeed.core.step import StepPlan  # noqa: E402
 from tokenspeed.engine.core import EngineCore  # noqa: E402
 from tokenspeed.engine.ledger import Launched, Ledger  # noqa: E402
 from tokenspeed.engine.wire import Submit, encode  # noqa: E402
+from tokenspeed.entrypoint.ticks import STREAM_INTERVAL_MS  # noqa: E402
 
 CONTEXT_TOKENS = 50_000
 STEPS = 400
 PACE_MS = 20.0
 STREAM_TOKENS = 200
+IDLE_S = 5.0
 STEP_TARGET_US = 150.0
 STREAM_TARGET_CPU_S = 0.015
 
@@ -143,9 +147,19 @@ def engine_step_us(running: int) -> tuple[list[float], list[float]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU time of a process's threads so far: in nanoseconds, where ticks of 10 ms would show."""
+    spent_ns = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            spent_ns += int((task / "schedstat").read_text().split()[0])
+    return spent_ns / 1e9
+
+
+def idle_share(pids: dict[str, int]) -> dict[str, float]:
+    """What share of a CPU each process takes when nothing is asked of it."""
+    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+    time.sleep(IDLE_S)
+    return {name: (cpu_seconds(pid) - before[name]) / IDLE_S for name, pid in pids.items()}
 
 
 async def stream(client: httpx.AsyncClient, model: str, index: int) -> tuple[int, int]:
@@ -193,6 +207,7 @@ def main() -> None:
     """Measure, print and append to the history."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of the streaming part")
+    parser.add_argument("--stream-interval", type=int, default=STREAM_INTERVAL_MS)
     arguments = parser.parse_args()
     console = Console()
 
@@ -215,6 +230,7 @@ def main() -> None:
             "smollm2-135m",
             "64",
             str(PACE_MS),
+            str(arguments.stream_interval),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -225,6 +241,7 @@ def main() -> None:
     assert front.stdout is not None
     try:
         ready = json.loads(front.stdout.readline())
+        idle = idle_share(ready["pids"])
         runs = {
             streams: [
                 asyncio.run(streaming_cpu(ready["url"], ready["model"], ready["pids"], streams))
@@ -244,13 +261,19 @@ def main() -> None:
         }
         for streams, found in runs.items()
     }
-    table = Table(
-        "streams", "servicer", "gateway", "both", title="CPU-seconds per 1,000 streamed tokens"
-    )
+    title = "CPU-seconds per 1,000 streamed tokens, min and median"
+    table = Table("streams", "servicer", "gateway", "both", title=title)
     for streams, parts in streaming.items():
-        medians = (f"{parts[part]['median']:.4f}" for part in ("servicer", "gateway", "both"))
-        table.add_row(str(streams), *medians)
+        found = (parts[part] for part in ("servicer", "gateway", "both"))
+        table.add_row(str(streams), *(f"{part['min']:.4f} {part['median']:.4f}" for part in found))
     console.print(table)
+    for streams in streaming:
+        # A stream gets a token in each of the engine's steps.
+        costs = {name: share * PACE_MS / streams for name, share in idle.items()}
+        console.print(
+            f"of it at {streams} streams what both take anyway: servicer {costs['servicer']:.4f}, "
+            f"gateway {costs['gateway']:.4f}"
+        )
     worst_us = steps[64]["median"]
     worst_cpu_s = max(parts["both"]["median"] for parts in streaming.values())
     console.print(
@@ -271,10 +294,12 @@ def main() -> None:
             "pace_ms": PACE_MS,
             "stream_tokens": STREAM_TOKENS,
             "repeats": arguments.repeats,
+            "stream_interval_ms": arguments.stream_interval,
         },
         "engine_step_us": steps,
         "accounts_us": accounts,
         "cpu_s_per_1000_tokens": streaming,
+        "idle_cpu_share": idle,
     }
     history = ROOT / "benchmarks" / "history" / "overhead.jsonl"
     with history.open("a") as file:

@@ -15,7 +15,7 @@ from tokenspeed.entrypoint.parsers import PASSTHROUGH, Parsers
 from tokenspeed.entrypoint.servicer import Servicer, start_server
 
 
-async def main(model: str, running: int, pace_ms: float) -> None:
+async def main(model: str, running: int, pace_ms: float, stream_interval_ms: float) -> None:
     """Serve until standard input ends; the first line printed tells where, and who."""
     command = (sys.executable, str(Path(__file__).with_name("paced_engine.py")))
     config = EngineConfig(
@@ -24,7 +24,7 @@ async def main(model: str, running: int, pace_ms: float) -> None:
         kernels={"pace_ms": str(pace_ms)},
     )
     engine = await EngineProcess.start(config, command=command)
-    servicer = Servicer()
+    servicer = Servicer(stream_interval_s=stream_interval_ms / 1000)
     servicer.attach(engine.client)
     server, worker_port = await start_server(servicer)
     gateway = await Gateway.launch(
@@ -48,4 +48,4 @@ async def main(model: str, running: int, pace_ms: float) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
+    uvloop.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])))

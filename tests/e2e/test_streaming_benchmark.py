@@ -26,8 +26,9 @@ def overhead() -> Any:
 def test_streams_of_a_paced_engine_get_their_tokens_through_the_gateway(
     smollm2: ModelFiles,
 ) -> None:
+    script = ROOT / "benchmarks/support/paced_front.py"
     front = subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmarks/support/paced_front.py"), "smollm2-135m", "4", "1"],
+        [sys.executable, str(script), "smollm2-135m", "4", "1", "100"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -58,6 +58,7 @@ class ServeOptions:
     """What `tokenspeed serve` was asked for; the fields are its flags.
 
     Attributes:
+        stream_interval_s: the longest time that a token waits to share a message.
         curl: print a curl when ready; None for on a terminal.
         operations: the operations port; None for none.
     """
@@ -69,6 +70,7 @@ class ServeOptions:
     tool_call_parser: str | None
     reasoning_parser: str | None
     token_exact_history: bool
+    stream_interval_s: float
     restart: bool
     curl: bool | None
     shutdown_timeout_s: int
@@ -190,7 +192,10 @@ class _Replica:
 class _Supervisor:
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
-        first = Servicer(token_exact_history=options.token_exact_history)
+        first = Servicer(
+            token_exact_history=options.token_exact_history,
+            stream_interval_s=options.stream_interval_s,
+        )
         self._replicas = [
             _Replica(
                 replace(options.engine, dp_rank=rank),

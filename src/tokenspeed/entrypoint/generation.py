@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,20 +22,13 @@ from tokenspeed.entrypoint.sampling import (
     sampling_params_of,
     seeded,
 )
+from tokenspeed.entrypoint.ticks import STREAM_INTERVAL_MS, WriteTicks
 
 if TYPE_CHECKING:
     from tokenspeed.engine.client import EngineClient
     from tokenspeed.engine.stream import TokenDelta, TokenLogprob, TokenStream
 
 __all__ = ["Generation", "GenerationTable", "salt_of", "tenant_of"]
-
-# A chunk costs servicer and gateway together some 60 to 100 µs of CPU, whatever it holds. Few
-# streams get each token as it comes; with many, tokens share chunks, so that streaming takes one
-# or two hundredths of a core from the model and not a tenth. The last chunk never waits.
-CHUNKS_PER_S = 200.0
-CHUNK_INTERVAL_MAX_S = 0.1
-# Below this a timer costs more than it saves.
-_CHUNK_INTERVAL_MIN_S = 0.004
 
 # The ending is a UUID.
 _TENANT = re.compile(r"tenant=([^/]+)(?:/.*)?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
@@ -123,14 +116,14 @@ class Generation:
         """How many streams the call has."""
         return len(self._streams)
 
-    async def relay(self, context: Any, pause_s: Callable[[float], float]) -> None:
+    async def relay(self, context: Any, ticks: WriteTicks) -> None:
         """Write every message of the call, then return.
 
         However it ends, no engine request outlives it.
 
         Args:
             context: the gRPC call.
-            pause_s: how long from a time of the loop's clock the next chunk has to wait.
+            ticks: when messages that are neither a stream's first nor its last are written.
 
         Raises:
             EngineDead: the engine died meanwhile.
@@ -141,7 +134,7 @@ class Generation:
         write_one = context.write if opening is None else opening.write
         try:
             if len(self._streams) == 1:
-                await self._relay_sample(0, write_one, pause_s)
+                await self._relay_sample(0, write_one, ticks)
                 return
             # A gRPC call takes one write at a time; the samples take turns.
             turn = asyncio.Lock()
@@ -153,7 +146,7 @@ class Generation:
             try:
                 async with asyncio.TaskGroup() as group:
                     for index in range(len(self._streams)):
-                        group.create_task(self._relay_sample(index, write, pause_s))
+                        group.create_task(self._relay_sample(index, write, ticks))
             except* Exception as failures:
                 raise _first(failures) from None
         finally:
@@ -161,20 +154,17 @@ class Generation:
             if opening is not None:
                 await opening.close()
 
-    async def _relay_sample(
-        self, index: int, write: Any, pause_s: Callable[[float], float]
-    ) -> None:
+    async def _relay_sample(self, index: int, write: Any, ticks: WriteTicks) -> None:
         sampled: list[int] = []
         try:
-            await self._relay_deltas(index, write, pause_s, sampled)
+            await self._relay_deltas(index, write, ticks, sampled)
         finally:
             if self._history is not None:
                 self._history.remember(self._prompt, sampled)
 
     async def _relay_deltas(
-        self, index: int, write: Any, pause_s: Callable[[float], float], sampled: list[int]
+        self, index: int, write: Any, ticks: WriteTicks, sampled: list[int]
     ) -> None:
-        loop = asyncio.get_running_loop()
         stream = self._streams[index]
         # Counted in the tokens that the gateway sent: what a client's usage says of a prompt hangs
         # neither on what was served before nor on who asks for its count.
@@ -205,8 +195,7 @@ class Generation:
                     _fill_logprobs(chunk.output_logprobs, ids[part], delta.logprobs[part])
                 await write(pb.GenerateResponse(request_id=self.request_id, chunk=chunk))
             if delta.finish_reason is None:
-                if (wait_s := pause_s(loop.time())) > 0.0:
-                    await stream.rest(wait_s)
+                await ticks.rest(stream)
                 continue
             if delta.finish_reason == FinishReason.REJECTED:
                 raise InvalidParameter(
@@ -243,29 +232,21 @@ class Generation:
 
 
 class GenerationTable:
-    """The calls in flight, by the id the gateway gave them, so that an Abort finds its call."""
+    """The calls in flight, by the id the gateway gave them, so that an Abort finds its call.
 
-    def __init__(self) -> None:
+    Args:
+        stream_interval_s: the longest time that a token waits to share a message.
+
+    Attributes:
+        ticks: when their streams write.
+    """
+
+    def __init__(self, stream_interval_s: float = STREAM_INTERVAL_MS / 1000) -> None:
+        self.ticks = WriteTicks(stream_interval_s)
         self._live: dict[str, Generation] = {}
-        self._streams = 0
 
     def __len__(self) -> int:
         return len(self._live)
-
-    def chunk_interval_s(self) -> float:
-        """The time between two chunks of a stream that keeps all streams within the rate."""
-        return min(self._streams / CHUNKS_PER_S, CHUNK_INTERVAL_MAX_S)
-
-    def pause_s(self, now_s: float) -> float:
-        """The time from now until the next chunk of any stream.
-
-        All streams write at the same ticks of the clock: chunks that come together share system
-        calls and wake-ups on both sides, which cost more than the chunks.
-        """
-        interval_s = self.chunk_interval_s()
-        if interval_s <= _CHUNK_INTERVAL_MIN_S:
-            return 0.0
-        return interval_s - now_s % interval_s
 
     def check_free(self, request_id: str) -> None:
         """Raises InvalidParameter when there is no id, or a call with it is in flight: an Abort
@@ -279,11 +260,11 @@ class GenerationTable:
     def listed(self, generation: Generation) -> Iterator[None]:
         """Keep a call findable while it runs."""
         self._live[generation.request_id] = generation
-        self._streams += generation.samples
+        self.ticks.streams += generation.samples
         try:
             yield
         finally:
-            self._streams -= generation.samples
+            self.ticks.streams -= generation.samples
             del self._live[generation.request_id]
 
     def abort(self, request_id: str) -> bool:

@@ -24,6 +24,7 @@ from tokenspeed.entrypoint.loads import loads_response
 from tokenspeed.entrypoint.operations.records import RequestBook
 from tokenspeed.entrypoint.spelling import TokenSpelling
 from tokenspeed.entrypoint.status import status_of
+from tokenspeed.entrypoint.ticks import STREAM_INTERVAL_MS
 from tokenspeed.entrypoint.tokenizer_archive import archive_chunks
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ class _Shared:
         draining: whether new requests are refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream_interval_s: float) -> None:
         self.salt_key = os.urandom(16)
         self.book = RequestBook()
-        self.generations = GenerationTable()
+        self.generations = GenerationTable(stream_interval_s)
         self.history: TokenHistory | None = None
         self.attached: set[Servicer] = set()
         self.draining = False
@@ -73,8 +74,10 @@ class Servicer:
     Args:
         token_exact_history: serve what comes back of a conversation as the tokens it was served
             as; see `history`.
+        stream_interval_s: the longest time that a token waits to share a message with others of
+            its stream while many streams run; see `ticks`.
         beside: another servicer of the same server, for another engine of the same model: all have
-            one book of requests and one history, and drain together.
+            one book of requests, one history and one interval, and drain together.
 
     Attributes:
         book: the requests, for the operations port.
@@ -82,9 +85,13 @@ class Servicer:
     """
 
     def __init__(
-        self, *, token_exact_history: bool = True, beside: "Servicer | None" = None
+        self,
+        *,
+        token_exact_history: bool = True,
+        stream_interval_s: float = STREAM_INTERVAL_MS / 1000,
+        beside: "Servicer | None" = None,
     ) -> None:
-        self._shared: _Shared = _Shared() if beside is None else beside._shared
+        self._shared: _Shared = _Shared(stream_interval_s) if beside is None else beside._shared
         self.ending = False
         self._token_exact_history = token_exact_history
         self._client: EngineClient | None = None
@@ -169,7 +176,7 @@ class Servicer:
                 )
                 record.begin(generation.prompt, generation.streams)
                 with self._generations.listed(generation):
-                    await generation.relay(context, self._generations.pause_s)
+                    await generation.relay(context, self._generations.ticks)
         except Exception as error:
             await _refuse(context, error)
 

@@ -51,6 +51,7 @@ FLAGS: dict[str, set[str]] = {
         "--queue-timeout",
         "--token-exact-history",
         "--no-token-exact-history",
+        "--stream-interval",
         "--restart",
         "--curl",
         "--no-curl",

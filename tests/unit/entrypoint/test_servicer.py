@@ -21,12 +21,7 @@ from tokenspeed.core.errors import EngineDead, InvalidParameter, Overloaded
 from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.stream import TokenLogprob
 from tokenspeed.engine.wire import CacheEventBatch
-from tokenspeed.entrypoint.generation import (
-    CHUNK_INTERVAL_MAX_S,
-    CHUNKS_PER_S,
-    Generation,
-    GenerationTable,
-)
+from tokenspeed.entrypoint.generation import Generation, GenerationTable
 from tokenspeed.entrypoint.servicer import Servicer, start_server
 from tokenspeed.entrypoint.tokenizer_archive import CHUNK_SIZE_BYTES
 
@@ -470,27 +465,50 @@ def test_a_large_batch_of_cache_events_is_cut() -> None:
     served(case)
 
 
-def test_many_streams_share_the_chunk_rate_and_few_get_every_token() -> None:
-    table = GenerationTable()
+def test_many_streams_wait_for_a_whole_interval_and_few_for_none() -> None:
+    table = GenerationTable(0.1)
     engine = ScriptedEngine()
 
     def generation(number: int, samples: int) -> Generation:
         request = generate_request(request_id=str(number), n=samples)
         return Generation(request, engine)  # type: ignore[arg-type]
 
-    assert table.chunk_interval_s() == 0.0
+    ticks = table.ticks
+    assert ticks.interval_s() == 0.0
     with ExitStack() as stack:
         for number in range(4):
             stack.enter_context(table.listed(generation(number, 2)))
-        assert table.chunk_interval_s() == 8 / CHUNKS_PER_S
+        assert ticks.interval_s() == pytest.approx(8 / 20 * 0.1)
         for number in range(4, 40):
             stack.enter_context(table.listed(generation(number, 8)))
-        assert table.chunk_interval_s() == CHUNK_INTERVAL_MAX_S
+        assert ticks.interval_s() == 0.1
         # Whenever a stream asks, it is told of the same tick.
-        ticks = [now_s + table.pause_s(now_s) for now_s in (7.01, 7.05, 7.09)]
-        assert ticks == pytest.approx([7.1] * 3)
-    assert table.pause_s(7.05) == 0.0
-    assert table.chunk_interval_s() == 0.0
+        assert [ticks.next_s(now_s) for now_s in (7.01, 7.05, 7.09)] == pytest.approx([7.1] * 3)
+    assert ticks.next_s(7.05) == 7.05
+    assert ticks.interval_s() == 0.0
+
+
+def test_between_a_streams_first_and_last_message_tokens_wait_for_the_interval() -> None:
+    async def case(stub: Any, engine: ScriptedEngine, servicer: Servicer) -> None:
+        requests = [generate_request(request_id=str(n), stream=True) for n in range(20)]
+        calls = [stub.Generate(request) for request in requests]
+        await engine.wait_for_requests(20)
+        for token in (3, 4, 5):
+            for stream in engine.streams:
+                stream.push(token, 0)
+            if token == 3:
+                # At once, or this would wait for an hour.
+                assert [list((await call.read()).chunk.token_ids) for call in calls] == [[3]] * 20
+            # Whoever does not wait has written before this is answered.
+            await stub.HealthCheck(pb.HealthCheckRequest())
+        for stream in engine.streams:
+            stream.push_end(FinishReason.LENGTH)
+        for call in calls:
+            chunk, complete = await call.read(), await call.read()
+            assert list(chunk.chunk.token_ids) == [4, 5]
+            assert list(complete.complete.output_ids) == [3, 4, 5]
+
+    served(case, servicer=Servicer(stream_interval_s=3600.0))
 
 
 def test_a_call_without_an_id_is_refused() -> None:
