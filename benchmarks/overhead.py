@@ -85,9 +85,9 @@ class TimedLedger(Ledger):
         self.spent_s += time.perf_counter() - start_s
         return launched
 
-    def retired(self, step: Launched, now_us: int, tokens: Any) -> None:
+    def retired(self, step: Launched, now_us: int, *sampled: Any) -> None:
         start_s = time.perf_counter()
-        super().retired(step, now_us, tokens)
+        super().retired(step, now_us, *sampled)
         self.spent_s += time.perf_counter() - start_s
 
     def close(self, requests: list[int], now_us: int) -> Any:

@@ -6,6 +6,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -36,6 +37,15 @@ Column<T> join(const Part&... parts) {
     ((end = std::copy(parts.begin(), parts.end(), end)), ...);
     nb::capsule owner(data.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
     return Column<T>(data.release(), {size}, owner);
+}
+
+// slot, guesses that were run
+using Cuts = std::vector<std::pair<std::int32_t, std::int32_t>>;
+
+std::vector<control::CutDraft> drafts_of(const Cuts& cuts) {
+    std::vector<control::CutDraft> drafts;
+    for (const auto& [slot, guesses] : cuts) drafts.push_back({slot, guesses});
+    return drafts;
 }
 
 // kind, pages, host_pages, window, checkpoint_pages
@@ -211,18 +221,21 @@ NB_MODULE(_control, module) {
         .def(
             "commit",
             [](control::Scheduler& self, std::int64_t step, const Tokens& tokens,
-               std::int64_t now_us) { self.commit(control::StepId(step), span(tokens), now_us); },
-            "step"_a, "tokens"_a.noconvert(), "now_us"_a)
+               std::int64_t now_us, const Cuts& cuts) {
+                self.commit(control::StepId(step), span(tokens), now_us, {}, drafts_of(cuts));
+            },
+            "step"_a, "tokens"_a.noconvert(), "now_us"_a, "cuts"_a = Cuts())
         .def(
             "commit",
             [](control::Scheduler& self, std::int64_t step, const Tokens& tokens,
                std::int64_t now_us, const Tokens& proposed_starts, const Tokens& proposed_tokens,
-               const Given<float>& proposed_chances) {
+               const Given<float>& proposed_chances, const Cuts& cuts) {
                 self.commit(control::StepId(step), span(tokens), now_us,
-                            {span(proposed_starts), span(proposed_tokens), span(proposed_chances)});
+                            {span(proposed_starts), span(proposed_tokens), span(proposed_chances)},
+                            drafts_of(cuts));
             },
             "step"_a, "tokens"_a.noconvert(), "now_us"_a, "proposed_starts"_a.noconvert(),
-            "proposed_tokens"_a.noconvert(), "proposed_chances"_a.noconvert())
+            "proposed_tokens"_a.noconvert(), "proposed_chances"_a.noconvert(), "cuts"_a = Cuts())
         .def("take_outcome", take_outcome)
         .def(
             "tokens",

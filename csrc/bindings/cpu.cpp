@@ -581,16 +581,17 @@ NB_MODULE(_cpu, module) {
         .def("expect", &cpu::Sampler::expect, "slot"_a)
         .def(
             "allow",
-            [](cpu::Sampler& self, std::int64_t slot, nb::handle bitmask) {
-                if (bitmask.is_none()) return self.allow(slot, nullptr);
-                const auto words = tensors.integers<std::int32_t>(bitmask, "bitmask");
-                if (std::ssize(words) * 32 < self.vocabulary()) {
+            [](cpu::Sampler& self, std::int64_t slot, nb::handle bitmasks, std::size_t count) {
+                if (bitmasks.is_none()) return self.allow(slot, {}, 0);
+                const auto words = tensors.integers<std::int32_t>(bitmasks, "bitmasks");
+                const std::size_t stride = count == 0 ? 0 : words.size() / count;
+                if (std::cmp_less(stride * 32, self.vocabulary())) {
                     throw cpu::KernelError("a bitmask has a bit for each of " +
                                            std::to_string(self.vocabulary()) + " tokens");
                 }
-                self.allow(slot, words.data());
+                self.allow(slot, words, stride);
             },
-            "slot"_a, "bitmask"_a.none())
+            "slot"_a, "bitmasks"_a.none(), "count"_a = 1)
         .def(
             "sample",
             [](cpu::Sampler& self, nb::handle logits, HostInts slots, HostInts positions,

@@ -8,7 +8,7 @@
 namespace tokenspeed::control {
 
 void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us,
-                       const Proposed& proposed) {
+                       const Proposed& proposed, std::span<const CutDraft> cuts) {
     if (flights_.empty()) {
         throw EngineError("no step is in flight, but step " + text(step.value) + " was committed");
     }
@@ -26,6 +26,7 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
         throw EngineError("step " + text(step.value) + " returned a negative token id");
     }
     check_proposed(flight, proposed);
+    cut_drafts(flight, cuts);
     reserve_commit(flight);
     reserve_proposals(flight, proposed);
 
@@ -40,7 +41,7 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
         if (doomed_.at(row.slot)) {
             land_doomed(row.slot, done);
         } else if (verifying_.at(row.slot)) {
-            land_verifying(row, done, samples, sample);
+            land_verifying(row, done, samples.first(samples.size() - row.cut), sample);
         } else {
             std::optional<std::int32_t> token;
             if (row.samples) token = samples.front();
@@ -58,6 +59,26 @@ void Scheduler::commit(StepId step, std::span<const std::int32_t> tokens, std::i
     flights_.pop_front();
     returned_us_.reset();
     if (!order_.empty()) returned_us_ = now_us_;
+}
+
+// Takes down which guesses were not run. Nothing is changed if a cut is wrong.
+void Scheduler::cut_drafts(Flight& flight, std::span<const CutDraft> cuts) {
+    const auto row_of = [&](const CutDraft& cut) {
+        return std::ranges::find(flight.rows, SlotId(cut.slot), &Row::slot);
+    };
+    for (const CutDraft& cut : cuts) {
+        const auto row = row_of(cut);
+        if (row == flight.rows.end() || cut.guesses < 0 ||
+            std::cmp_greater_equal(cut.guesses, row->draft.size())) {
+            throw EngineError("step " + text(flight.step.value) + " has no draft in slot " +
+                              text(cut.slot) + " that is longer than " + text(cut.guesses));
+        }
+    }
+    for (const CutDraft& cut : cuts) {
+        Row& row = *row_of(cut);
+        row.cut = row.draft.size() - static_cast<std::size_t>(cut.guesses);
+        flight.work.draft_tokens -= static_cast<std::int64_t>(row.cut);
+    }
 }
 
 void Scheduler::reserve_commit(const Flight& flight) {
@@ -160,8 +181,12 @@ void Scheduler::land_verifying(const Row& row, const Retired& done,
     for (std::int32_t i = 0; i < count; ++i) {
         tell_token(*flying.request, verified.tokens()[static_cast<std::size_t>(i)], first + i);
     }
+    const TokenCount cut(static_cast<std::int32_t>(row.cut));
+    drafted_tokens_ -= cut.value;
     accepted_tokens_ += verified.accepted().value;
-    places_.find(flying.request->id().value)->second.accepted += verified.accepted();
+    Place& place = places_.find(flying.request->id().value)->second;
+    place.drafted -= cut;
+    place.accepted += verified.accepted();
     turns_.charge(line_of(row.slot), count - 1);
     Decoding landed = land(std::move(flying), done, verified, store_, swaps_);
     tell_swaps(row.slot);

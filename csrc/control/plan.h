@@ -92,6 +92,12 @@ struct Plan {
     std::vector<GroupPlan> groups;
 };
 
+// A row's draft of which a step ran no more than the first guesses.
+struct CutDraft {
+    std::int32_t slot;
+    std::int32_t guesses;
+};
+
 inline constexpr std::size_t kReportColumns = 5;
 
 struct Outcome {

@@ -75,10 +75,12 @@ class Scheduler {
     // Nothing when nothing can run now, or as many steps are in flight as may be. A plan without
     // rows starts transfers. Time is `now_us`, in microseconds that never go back.
     [[nodiscard]] std::optional<Plan> plan(std::int64_t now_us);
-    // Throws EngineError unless `step` is the oldest in flight, `tokens` are its samples and no row
-    // has more proposals than it was to get. Whatever is proposed, no output changes.
+    // `cuts` names drafts whose last guesses were not run: samples behind those mean nothing.
+    // Throws EngineError unless `step` is the oldest in flight, `tokens` are its samples, no row
+    // has more proposals than it was to get and each cut leaves less than its draft. Whatever is
+    // proposed, no output changes.
     void commit(StepId step, std::span<const std::int32_t> tokens, std::int64_t now_us,
-                const Proposed& proposed = {});
+                const Proposed& proposed = {}, std::span<const CutDraft> cuts = {});
     [[nodiscard]] Outcome take_outcome();
 
     // Prompt and output so far. Throws InvalidParameter if the request is not live.
@@ -113,6 +115,7 @@ class Scheduler {
         bool samples;
         std::vector<std::int32_t> draft = {};  // of the tokens, those that are guesses
         std::int32_t propose = 0;              // tokens the draft model shall propose then
+        std::size_t cut = 0;                   // of these, so many at the end were not run
 
         std::size_t sample_count() const noexcept { return samples ? 1 + draft.size() : 0; }
         // Tokens of it that its request is known to have.
@@ -254,6 +257,7 @@ class Scheduler {
     void reserve_commit(const Flight& flight);
     void reserve_proposals(Flight& flight, const Proposed& proposed);
     Proposal proposal_of(SlotId slot) noexcept;
+    static void cut_drafts(Flight& flight, std::span<const CutDraft> cuts);
     void tell_swaps(SlotId slot) noexcept;
     void land_row(const Row& row, const Retired& done, std::optional<std::int32_t> token,
                   std::int32_t sample);

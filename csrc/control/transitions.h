@@ -88,8 +88,9 @@ using Landed = std::variant<Prefilling, Decoding, Stepping>;
 // Makes the room that `land` needs, so that a failure comes before anything has moved.
 void reserve_landing(Stepping& request, std::vector<Swap>& swaps);
 
-// The step's samples for the request, one for its last token and one for each of its draft's:
-// sample i counts if the i before it equal the draft's first i, and none of those ended it.
+// The step's samples for the request, one for its last token and one for each of its draft's, or
+// for its first so many, if no more were run: sample i counts if the i before it equal the draft's
+// first i, and none of those ended it.
 [[nodiscard]] Verified verify(const Verifying& request, std::span<const std::int32_t> samples,
                               TokenCount context_max) noexcept;
 // Its step retired: the tokens that count are appended, pages they fill are sealed and shelved, and

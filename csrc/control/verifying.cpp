@@ -55,11 +55,11 @@ Verifying speculate(Decoding&& request, StepId step, Draft&& draft) noexcept {
 Verified verify(const Verifying& request, std::span<const std::int32_t> samples,
                 TokenCount context_max) noexcept {
     const std::vector<std::int32_t>& draft = request.draft;
-    assert(samples.size() == draft.size() + 1);
+    assert(!samples.empty() && samples.size() <= draft.size() + 1);
     std::size_t count = 0, accepted = 0;
     for (bool goes_on = true; goes_on;) {
         const std::int32_t sample = samples[count++];
-        goes_on = count <= draft.size() && draft[count - 1] == sample;
+        goes_on = count < samples.size() && draft[count - 1] == sample;
         if (goes_on) ++accepted;
         const TokenCount more(static_cast<std::int32_t>(count));
         if (request.request->end_at(more, sample, context_max)) goes_on = false;

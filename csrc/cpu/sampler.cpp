@@ -127,13 +127,13 @@ void Sampler::bind(std::int64_t slot, SlotSettings settings,
 
 void Sampler::expect(std::int64_t slot) {
     const std::scoped_lock lock(gates_mutex_);
-    gates_.at(static_cast<std::size_t>(slot)) = {false, nullptr};
+    gates_.at(static_cast<std::size_t>(slot)) = {.open = false};
 }
 
-void Sampler::allow(std::int64_t slot, const std::int32_t* words) {
+void Sampler::allow(std::int64_t slot, std::span<const std::int32_t> words, std::size_t stride) {
     {
         const std::scoped_lock lock(gates_mutex_);
-        gates_.at(static_cast<std::size_t>(slot)) = {true, words};
+        gates_.at(static_cast<std::size_t>(slot)) = {true, words, stride};
     }
     opened_.notify_all();
 }
@@ -153,19 +153,21 @@ void Sampler::sample(const SampledRows& rows, const Reports& reports) {
     };
     std::vector<Row> work;
     std::int64_t reported = 0, width = 0;
-    std::size_t edits = 0;
+    std::size_t edits = 0, of_slot = 0;
     for (std::int64_t row = 0; row < std::ssize(rows.slots); ++row) {
         const std::int32_t index = rows.slots[static_cast<std::size_t>(row)];
         check(index >= 0 && index < std::ssize(slots_),
               "slot " + std::to_string(index) + " of " + std::to_string(slots_.size()));
         const Slot& one = slot(index);
         const SlotSettings& settings = one.settings;
+        const bool again = row > 0 && rows.slots[static_cast<std::size_t>(row - 1)] == index;
+        of_slot = again ? of_slot + 1 : 0;
         Row left{row, nullptr, {}};
         {
             std::unique_lock lock(gates_mutex_);
             const Gate& gate = gates_[static_cast<std::size_t>(index)];
             opened_.wait(lock, [&] { return gate.open; });
-            left.words = gate.words;
+            left.words = gate.bitmask(of_slot);
         }
         if (settings.logprobs) {
             width = std::max(width, *settings.logprobs);

@@ -70,9 +70,11 @@ class Sampler {
 
     // The slot's next token waits until `allow` says which it may be.
     void expect(std::int64_t slot);
-    // A bit for each token, which must stay until the slot is expected or allowed again; null for
-    // any. Throws KernelError: a slot there is not.
-    void allow(std::int64_t slot, const std::int32_t* words);
+    // For the slot's first sample of the next call, and those right behind it, a bitmask each,
+    // `stride` words apart: a bit for each token. They must stay until the slot is expected or
+    // allowed again. Samples beyond them, or all where there are none, may be any token. Throws
+    // KernelError: a slot there is not.
+    void allow(std::int64_t slot, std::span<const std::int32_t> words, std::size_t stride);
 
     // Chooses the tokens, and counts them where penalties do.
     // Throws KernelError: other logits, or another number of reports, than these slots have.
@@ -97,7 +99,13 @@ class Sampler {
     };
     struct Gate {
         bool open = true;
-        const std::int32_t* words = nullptr;
+        std::span<const std::int32_t> words{};
+        std::size_t stride = 0;
+
+        const std::int32_t* bitmask(std::size_t of_slot) const {
+            const std::size_t begin = of_slot * stride;
+            return begin < words.size() ? words.data() + begin : nullptr;
+        }
     };
     class Edits;
 

@@ -1,5 +1,7 @@
 """The C++ control plane as nanobind exposes it; `tokenspeed.control` is its typed face."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -78,6 +80,7 @@ class Scheduler:
         proposed_starts: npt.NDArray[np.int32] = ...,
         proposed_tokens: npt.NDArray[np.int32] = ...,
         proposed_chances: npt.NDArray[np.float32] = ...,
+        cuts: Sequence[tuple[int, int]] = ...,
     ) -> None: ...
     def take_outcome(
         self,

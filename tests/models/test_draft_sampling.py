@@ -16,8 +16,9 @@ from tokenspeed.cache import KVPools
 from tokenspeed.core.constraint import StructuredOutputs
 from tokenspeed.core.errors import InvalidParameter
 from tokenspeed.core.sampling import SamplingParams
-from tokenspeed.core.step import StepPlan, StepResult
+from tokenspeed.core.step import SampledLogprobs, StepPlan, StepResult
 from tokenspeed.execution import Runner
+from tokenspeed.execution.cuts import CutPlan
 from tokenspeed.grammar import Matcher, TokenTable
 from tokenspeed.modeling import Model
 
@@ -199,23 +200,62 @@ def test_drafts_change_no_token_and_no_log_probability(
         assert steps < sum(len(request.tokens) for request in requests) / 4
 
 
-def test_a_draft_that_the_grammar_forbids_ends_where_it_does(model: Model) -> None:
-    runner, planner = runner_for(model, recorded=True)
+@pytest.mark.parametrize("recorded", [False, True], ids=["through Python", "recorded"])
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_a_draft_is_cut_before_what_the_grammar_forbids(
+    model: Model, recorded: bool, allowed: int
+) -> None:
+    runner, planner = runner_for(model, recorded=recorded)
     case = next(index for index, (_, pattern) in enumerate(CASES) if pattern == "[a-z]{4}")
     request = begin(runner, case, slot=0)
     plan = planner.plan([], [(request, len(request.prompt))])
     take(plan, runner.launch(plan).result(), [request], {})
-    # A digit, which no text has; what is sampled is a letter.
-    draft = [26, 26, 26]
+    # Digits, which no text has; what is sampled is a letter.
+    draft = [*range(allowed), 26, 26, 26]
+    forward, fed = runner._compute, []
+    runner._compute = lambda plan: fed.append(plan) or forward(plan)  # type: ignore[method-assign]
     plan = planner.plan([request], drafts={0: draft})
-    take(plan, runner.launch(plan).result(), [request], {0: draft})
-    assert len(request.tokens) == 2
+    result = runner.launch(plan).result()
+    assert result.cuts == {0: allowed}
+    (run,) = fed
+    assert len(run.token_ids) == len(run.sample_rows) == len(run.groups[0].kv_slots) == 1 + allowed
+    take(plan, result, [request], {0: draft})
+    assert len(request.tokens) >= 2
     assert request.tokens[1] < 26 or request.tokens[1] >= 36
     runner.close()
 
 
-def test_a_grammar_that_cannot_be_followed_inside_a_draft_fails_its_request(
-    model: Model, monkeypatch: pytest.MonkeyPatch, expected: list[Sampled]
+def test_what_is_left_of_a_cut_plan_keeps_all_other_rows() -> None:
+    planner = Planner(config_of(pages=64))
+    rows = [Request(slot=slot, prompt=[1], length=3, sampled=4) for slot in (5, 2, 7)]
+    late = Request(slot=1, prompt=[9] * 6, length=2)
+    plan = planner.plan(rows, [(late, 4)], drafts={5: [11, 12], 2: [21, 22, 23], 7: [31]})
+    cut = CutPlan.of(plan, lambda slot, guesses: {5: 2, 2: 1, 7: 0}[slot])
+    assert cut is not None
+    assert cut.cuts == {2: 1, 7: 0}
+    assert cut.plan.query_starts.tolist() == [0, 3, 5, 6, 10]
+    assert cut.plan.token_ids.tolist() == [0, 11, 12, 0, 21, 0, 9, 9, 9, 9]
+    assert cut.plan.sample_rows.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert cut.plan.sample_positions.tolist() == [4, 5, 6, 4, 5, 4, 0]
+    kept = [0, 1, 2, 3, 4, 7, *range(9, 13)]
+    assert cut.plan.groups[0].kv_slots.tolist() == plan.groups[0].kv_slots[kept].tolist()
+    logprobs = SampledLogprobs(
+        sample_indices=np.array([4, 5], dtype=np.int32),
+        chosen=np.zeros(2, dtype=np.float32),
+        top_token_ids=np.zeros((2, 0), dtype=np.int32),
+        top_values=np.zeros((2, 0), dtype=np.float32),
+        top_counts=np.zeros(2, dtype=np.int32),
+    )
+    whole = cut.whole(StepResult(tokens=np.arange(1, 8, dtype=np.int32), logprobs=logprobs))
+    assert whole.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 6, 0, 7]
+    assert whole.logprobs is not None
+    assert whole.logprobs.sample_indices.tolist() == [4, 7]
+    assert CutPlan.of(plan, lambda slot, guesses: len(guesses)) is None
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_grammar_that_cannot_be_followed_inside_a_draft_fails_its_request_if_it_comes_so_far(
+    model: Model, monkeypatch: pytest.MonkeyPatch, expected: list[Sampled], reached: bool
 ) -> None:
     case = next(index for index, (_, pattern) in enumerate(CASES) if pattern == "[a-z]*")
     runner, planner = runner_for(model, recorded=True)
@@ -223,8 +263,10 @@ def test_a_grammar_that_cannot_be_followed_inside_a_draft_fails_its_request(
     plan = planner.plan([], [(request, len(request.prompt))])
     take(plan, runner.launch(plan).result(), [request], {})
     # The thread is through with the first token.
-    assert not runner._confinement.failures(np.zeros(1, dtype=np.int32))
+    runner._confinement._confined[0].ready.result()
     draft = expected[case].tokens[1:5]
+    if not reached:
+        draft[1] = (draft[1] + 1) % 26
     take_tokens, calls = Matcher.take, []
 
     def too_much(matcher: Matcher, tokens: list[int]) -> None:
@@ -236,6 +278,9 @@ def test_a_grammar_that_cannot_be_followed_inside_a_draft_fails_its_request(
     monkeypatch.setattr(Matcher, "take", too_much)
     result = runner.launch(planner.plan([request], drafts={0: draft})).result()
     assert result.tokens[:2].tolist() == expected[case].tokens[1:3]
-    assert result.failures == {0: "too much work"}
-    assert calls == [[token] for token in draft[:2]]
+    assert result.failures == ({0: "too much work"} if reached else {})
+    runner._confinement._confined[0].ready.result()
     runner.close()
+    # The guesses, looked at beforehand, and then what was sampled.
+    sampled = [] if reached else [expected[case].tokens[1:3]]
+    assert calls == [*([token] for token in draft[:2]), *sampled]

@@ -244,17 +244,18 @@ class Scheduler:
             step: its number.
             tokens: what it sampled.
             now_us: the time, as for `plan`.
-            result: where the draft model's proposals are, if it had any. They change no token of
-                any output, whatever they are: a chance below 0 or above 1 is taken as that, one
-                that is no number as 0.
+            result: which of its drafts were cut, and where the draft model's proposals are, if it
+                had any. These change no token of any output, whatever they are: a chance below 0
+                or above 1 is taken as that, one that is no number as 0.
 
         Raises:
             EngineError: it is not the oldest, or there are more or fewer tokens than it samples,
-                or a row has more proposals than it was to get, or a token id is negative. Nothing
-                is changed then.
+                or a row has more proposals than it was to get, or a token id is negative, or a cut
+                is not of one of its drafts. Nothing is changed then.
         """
+        cuts = [] if result is None else list(result.cuts.items())
         if result is None or not len(result.proposed_starts):
-            self._native.commit(step, tokens, now_us)
+            self._native.commit(step, tokens, now_us, cuts=cuts)
         else:
             self._native.commit(
                 step,
@@ -263,6 +264,7 @@ class Scheduler:
                 result.proposed_starts,
                 result.proposed_tokens,
                 result.proposed_chances,
+                cuts=cuts,
             )
 
     def take_outcome(self) -> StepOutcome:

@@ -7,6 +7,7 @@ written, K events, M pages moved, X transfers begun, P tokens that a draft model
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 __all__ = [
     "NO_CARGO",
     "NO_COUNTS",
+    "NO_CUTS",
     "NO_MOVES",
     "NO_TRANSFERS",
     "CacheReport",
@@ -122,6 +124,7 @@ NO_COUNTS = _INT32
 NO_MOVES = Moves(sources=_INT32, targets=_INT32)
 NO_CARGO = Cargo(transfers=_INT32, elsewhere=_INT32, pages=_INT32)
 NO_TRANSFERS = Transfers(ids=_INT64, requests=_INT64, kinds=_INT32)
+NO_CUTS: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +277,8 @@ class StepResult:
             and less where it knows less. [0] where nothing was asked for.
         proposed_tokens: [P] token ids, to follow the row's last sample that counts, in order.
         proposed_chances: [P] the probability that the draft model gives each, after those before.
+        cuts: slots whose drafts were run in part, because the request's grammar forbids the next
+            guess, and how many guesses were; samples behind those may be any token ids.
     """
 
     tokens: Int32Array
@@ -282,6 +287,7 @@ class StepResult:
     proposed_starts: Int32Array = field(default_factory=lambda: NO_COUNTS)
     proposed_tokens: Int32Array = field(default_factory=lambda: NO_COUNTS)
     proposed_chances: Float32Array = field(default_factory=lambda: _FLOAT32)
+    cuts: Mapping[int, int] = field(default_factory=lambda: NO_CUTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

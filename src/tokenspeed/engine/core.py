@@ -246,7 +246,7 @@ class EngineCore:
             self.control.transferred(transfer, complete=True)
         for slot, reason in result.failures.items():
             self._fail(done.confined[slot], reason)
-        self.ledger.retired(done.booked, done_us, result.tokens)
+        self.ledger.retired(done.booked, done_us, result.tokens, result.cuts)
         self.clock.book(done.plan, done_us - done.booked.began_us)
         self.clock.lap("commit_us", _now_us())
         return result.logprobs

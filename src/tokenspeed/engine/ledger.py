@@ -1,14 +1,14 @@
 """Where each request's time went, and how evenly its tokens came. Counted, never acted on."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenspeed.core.samples import Samples
-from tokenspeed.core.step import Int32Array, Int64Array, StepPlan, TransferKind
+from tokenspeed.core.step import NO_CUTS, Int32Array, Int64Array, StepPlan, TransferKind
 
 __all__ = ["INTERVAL_BOUNDS_US", "TIMES_COLUMNS", "Launched", "Ledger", "StepClock"]
 
@@ -132,8 +132,14 @@ class Ledger:
         self._last_launched = plan.step
         return Launched(plan=plan, began_us=now_us, rows=self._row_of_slot[plan.row_slots])
 
-    def retired(self, step: Launched, now_us: int, tokens: Int32Array) -> None:
-        """Book a step that ended, with the tokens [S] it sampled."""
+    def retired(
+        self,
+        step: Launched,
+        now_us: int,
+        tokens: Int32Array,
+        cuts: Mapping[int, int] = NO_CUTS,
+    ) -> None:
+        """Book a step that ended, with the tokens [S] it sampled and the drafts it cut."""
         plan, rows = step.plan, step.rows
         if len(rows):
             marks = self._mark_us[rows]
@@ -153,7 +159,7 @@ class Ledger:
             self._step[rows] = plan.step
             self._outside[rows] = STALL
             self._inside[rows] = phases
-            self._book_samples(plan, rows, now_us, tokens)
+            self._book_samples(plan, rows, now_us, tokens, cuts)
         while self._resting and self._resting[0][0] <= plan.step:
             self._free.append(self._resting.popleft()[1])
 
@@ -190,13 +196,20 @@ class Ledger:
         return found
 
     def _book_samples(
-        self, plan: StepPlan, rows: Int64Array, now_us: int, tokens: Int32Array
+        self,
+        plan: StepPlan,
+        rows: Int64Array,
+        now_us: int,
+        tokens: Int32Array,
+        cuts: Mapping[int, int],
     ) -> None:
         if plan.query_starts[plan.decode_count] == plan.decode_count:
             # No row has drafts.
             self._book_tokens(rows[plan.sample_rows], now_us)
             return
         drafted = np.diff(plan.query_starts[: plan.decode_count + 1]) - 1
+        for slot, guesses in cuts.items():
+            drafted[plan.row_slots[: plan.decode_count] == slot] = guesses
         counting = plan.sample_rows[Samples.of(plan).counting(tokens)]
         counts = np.bincount(counting, minlength=len(rows))
         decoding = rows[: plan.decode_count]

@@ -137,10 +137,13 @@ class CpuSampler:
         """As `Sampler.expect`."""
         self.native.expect(slot)
 
-    def allow(self, slot: int, bitmask_W: torch.Tensor | None) -> None:
+    def allow(self, slot: int, bitmasks: torch.Tensor | None) -> None:
         """As `Sampler.allow`."""
-        self.native.allow(slot, bitmask_W)
-        self._bitmasks[slot] = bitmask_W
+        if bitmasks is None or bitmasks.ndim == 1:
+            self.native.allow(slot, bitmasks)
+        else:
+            self.native.allow(slot, bitmasks.view(-1), len(bitmasks))
+        self._bitmasks[slot] = bitmasks
 
     def takes_likeliest(self, slots_S: Int32Array) -> bool:
         """Whether `sample` without a bitmask is the likeliest token of each row, and no more."""

@@ -22,6 +22,7 @@ from tokenspeed.execution.buffers import PageTable
 from tokenspeed.execution.captured import Capture, CudaCapture
 from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.cpu_sampler import CpuSampler
+from tokenspeed.execution.cuts import CutPlan, drafts
 from tokenspeed.execution.draft_model import Drafting, DraftModel
 from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.graph import StepGraph
@@ -246,7 +247,7 @@ class Runner:
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         with self._profiler.step():
-            result = self._compute(plan)
+            result = self._cut_and_compute(plan)
             if self._draft_model is None:
                 return result
             # What follows of tokens can only be proposed once they are there.
@@ -260,7 +261,20 @@ class Runner:
                 proposed_chances=proposals.chances,
             )
 
+    def _cut_and_compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
+        # Ranks that follow have the whole plan already.
+        cut = CutPlan.of(plan, self._confinement.taken) if self._model.ranks == 1 else None
+        if cut is None:
+            return self._compute(plan)
+        result = self._compute(cut.plan)
+        assert isinstance(result, StepResult), "what a grammar confines is chosen on the host"
+        return cut.whole(result)
+
     def _compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
+        samples = Samples.of(plan) if (guessed := drafts(plan)) else None
+        for slot, guesses in guessed:
+            if not self._sampler.one_by_one(np.array([slot]))[0]:
+                self._confinement.foresee(slot, guesses)
         graph = self._steps.recorded
         if graph is None or self._profiler.recording or not graph.serves(plan):
             return self._forward(plan)
@@ -268,11 +282,11 @@ class Runner:
         if (
             isinstance(graph, StepGraph)
             and isinstance(self._sampler, CpuSampler)
-            and not self._waits(plan, slots_S)
+            and (samples is None or not self._waiting(samples, slots_S).any())
         ):
             chosen, logprobs = graph.sample(plan, self._sampler)
-            failures = self._confinement.failures(slots_S)
-            self._confinement.advance(slots_S, chosen)
+            counting_S = slice(None) if samples is None else samples.counting(chosen)
+            _, failures = self._confinement.advance(slots_S[counting_S], chosen[counting_S])
             return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
         likeliest = self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S)
         logits_SV, tokens = graph.run(plan, likeliest=likeliest)
@@ -326,34 +340,26 @@ class Runner:
         logprobs = []
         wave = np.flatnonzero(~waiting_S)
         while len(wave):
-            # The bitmasks were made while the forward ran, or since the wave before.
+            # Bitmasks were made while the forward ran, or since the wave before.
             found, of_wave = self._sampler.sample(
                 _rows(logits_SV, wave), slots_S[wave], plan.sample_positions[wave]
             )
             tokens_S[wave] = found.cpu().numpy()
-            failures |= self._confinement.failures(slots_S[wave])
             if of_wave is not None:
                 logprobs.append((wave, of_wave))
-            going_on = self._confinement.advance(slots_S[wave], tokens_S[wave])
+            wave = wave[samples.counting(tokens_S)[wave]]
+            going_on, failed = self._confinement.advance(slots_S[wave], tokens_S[wave])
+            failures |= failed
             wave = samples.following(wave[going_on], tokens_S)
             wave = wave[waiting_S[wave]]
         lasts = samples.lasts(tokens_S)
         self._steps.set_last_tokens(slots_S[lasts], tokens_S[lasts])
         return StepResult(tokens=tokens_S, logprobs=joined(logprobs), failures=failures)
 
-    def _waits(self, plan: StepPlan, slots_S: Int32Array) -> bool:
-        """Whether some sample of a step waits for another."""
-        if plan.query_starts[plan.decode_count] == plan.decode_count:
-            # No row has a draft.
-            return False
-        return bool(self._waiting(Samples.of(plan), slots_S).any())
-
     def _waiting(self, samples: Samples, slots_S: Int32Array) -> npt.NDArray[np.bool_]:
-        """What a request may say next hangs on more than logits where it has a grammar or a
-        history: behind a guess it is sampled once the guess has been found right."""
-        waiting_S: npt.NDArray[np.bool_] = samples.later_S & (
-            self._sampler.one_by_one(slots_S) | self._confinement.held(slots_S)
-        )
+        """What a request with a history may say next hangs on more than logits: behind a guess it
+        is sampled once the guess has been found right."""
+        waiting_S: npt.NDArray[np.bool_] = samples.later_S & self._sampler.one_by_one(slots_S)
         return waiting_S
 
     def _confine(self, binding: _Binding) -> None:

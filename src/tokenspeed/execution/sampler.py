@@ -146,21 +146,22 @@ class Sampler:
         """Have the slot's next token wait until `allow` says which it may be."""
         self._bitmasks[slot] = Future()
 
-    def allow(self, slot: int, bitmask_W: torch.Tensor | None) -> None:
-        """Say which the slot's next token may be.
+    def allow(self, slot: int, bitmasks: torch.Tensor | None) -> None:
+        """Say which the slot's next token may be, or its next ones.
 
         Args:
             slot: below `slots_max`.
-            bitmask_W: int32; bit v % 32 of word v // 32 is set where token v is allowed, and some
-                bit is. None allows any.
+            bitmasks: int32 [W]; bit v % 32 of word v // 32 is set where token v is allowed, and
+                some bit is. Or [J, W] for the slot's first row of the next step and those behind
+                it; rows beyond them may be any. None allows any.
         """
         expected = self._bitmasks.get(slot)
         if expected is None or expected.done():
-            if bitmask_W is None:
+            if bitmasks is None:
                 self._bitmasks.pop(slot, None)
                 return
             expected = self._bitmasks[slot] = Future()
-        expected.set_result(bitmask_W)
+        expected.set_result(bitmasks)
 
     def takes_likeliest(self, slots_S: Int32Array) -> bool:
         """Whether `sample` is the likeliest token of each row, and no more."""
@@ -205,10 +206,16 @@ class Sampler:
     def _take_bitmasks(self, slots_S: Int32Array) -> dict[int, torch.Tensor]:
         """Wait for them: int32 [1, W] of each row that has one, on the logits' device."""
         bitmasks = {}
+        before, of_slot = None, 0
         for row, slot in enumerate(slots_S.tolist()):
-            bitmask_W = self._bitmasks[slot].result() if slot in self._bitmasks else None
-            if bitmask_W is not None:
-                bitmasks[row] = bitmask_W[None].to(self._device)
+            of_slot = of_slot + 1 if slot == before else 0
+            before = slot
+            found = self._bitmasks[slot].result() if slot in self._bitmasks else None
+            if found is None:
+                continue
+            bitmask_1W = torch.atleast_2d(found)[of_slot : of_slot + 1]  # type: ignore[no-untyped-call]
+            if len(bitmask_1W):
+                bitmasks[row] = bitmask_1W.to(self._device)
         return bitmasks
 
     def _edit_rows(

@@ -47,6 +47,15 @@ class Matcher:
         if not bitmask_W.any():
             raise InvalidParameter("no token continues a text that satisfies it")
 
+    def taken(self, tokens: list[int]) -> int:
+        """How many of the tokens may come next, one after the other; the place stays."""
+        # Of a copy, since what becomes too much work on the way is no concern of this text's.
+        return self._native.deep_copy().validate_tokens(tokens)
+
+    def copy(self) -> "Matcher":
+        """The same place in the same text, to go on from in another way."""
+        return Matcher(self._native.deep_copy())
+
     @property
     def complete(self) -> bool:
         """Whether the text satisfies the grammar as it stands."""

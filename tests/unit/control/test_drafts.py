@@ -13,7 +13,8 @@ from tests.unit.control.clocked import Machine
 from tests.unit.control.worlds import world
 from tokenspeed._control import draft_lengths
 from tokenspeed.core.config import CacheGroup, CacheGroupKind
-from tokenspeed.core.step import FinishReason, StepOutcome, StepPlan, StepWork
+from tokenspeed.core.errors import EngineError
+from tokenspeed.core.step import FinishReason, StepOutcome, StepPlan, StepResult, StepWork
 
 
 class Writer(Machine):
@@ -21,11 +22,13 @@ class Writer(Machine):
 
     Attributes:
         draft_us: what each drafted token adds to a step.
+        guesses_max: of a draft more are not run.
         outcomes: all of them.
     """
 
     def __init__(self, *, draft_us: float = 5.0, **changes: Any) -> None:
         self.draft_us = draft_us
+        self.guesses_max: int | None = None
         self.outcomes: list[StepOutcome] = []
         self.texts: dict[int, list[int]] = {}  # prompt and output, by request
         self.written: dict[int, list[int]] = {}
@@ -59,7 +62,8 @@ class Writer(Machine):
         if self._flights and (plan is None or len(self._flights) > self._depth):
             landing, samples = self._flights.popleft()
             self.now_us += self.time_us(StepWork.of(landing))
-            self.scheduler.commit(landing.step, i32(*samples), self.now_us)
+            cut = StepResult(tokens=i32(*samples), logprobs=None, cuts=self._cuts(landing))
+            self.scheduler.commit(landing.step, cut.tokens, self.now_us, result=cut)
             plan = plan or landing
         outcome = self.scheduler.take_outcome()
         self.outcomes.append(outcome)
@@ -86,6 +90,14 @@ class Writer(Machine):
             for at in range(first, first + len(draft) + 1):
                 samples.append(7 if text is None else text[at] if at < len(text) else 0)
         return samples
+
+    def _cuts(self, plan: StepPlan) -> dict[int, int]:
+        most = self.guesses_max
+        if most is None:
+            return {}
+        guesses = np.diff(plan.query_starts)[: plan.decode_count] - 1
+        slots = plan.row_slots[: plan.decode_count]
+        return dict.fromkeys(slots[guesses > most].tolist(), most)
 
     def drafted(self) -> tuple[int, int]:
         """Tokens drafted and accepted so far."""
@@ -333,6 +345,50 @@ def test_what_was_drafted_and_accepted_is_reported_with_the_end() -> None:
     found = outcome.draft_reports[outcome.finished.tolist().index(0)].tolist()
     assert found == [now - then for now, then in zip(writer.drafted(), before, strict=True)]
     assert found[1] > 150
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_guesses_that_were_not_run_count_for_nothing(most: int) -> None:
+    writer = warm_writer()
+    quoted = random_text(14, 300)
+    # Samples behind the cut are what the text says, and not to be taken for it.
+    writer.write(0, quoted, quoted[:200])
+    writer.guesses_max = most
+    before = writer.drafted()
+    writer.run_until(0)
+    assert writer.written[0] == quoted[:200]
+    (outcome,) = [outcome for outcome in writer.outcomes if 0 in outcome.finished.tolist()]
+    drafted, accepted = outcome.draft_reports[outcome.finished.tolist().index(0)].tolist()
+    assert (drafted, accepted) == tuple(
+        now - then for now, then in zip(writer.drafted(), before, strict=True)
+    )
+    steps = max(sum(0 in one.requests.tolist() for one in writer.outcomes), 1)
+    assert accepted <= drafted <= most * steps
+    assert (accepted > 50) == (most > 0)
+    writer.scheduler.audit()
+
+
+def test_a_cut_is_of_a_draft_of_the_step() -> None:
+    writer = warm_writer()
+    quoted = random_text(14, 300)
+    writer.write(0, quoted, quoted[:200])
+    while True:
+        plan = writer.scheduler.plan(writer.now_us)
+        assert plan is not None
+        writer._bound.update(
+            zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
+        )
+        samples = i32(*writer._samples(plan))
+        if plan.query_starts[plan.decode_count] > plan.decode_count:
+            break
+        writer.scheduler.commit(plan.step, samples, writer.now_us)
+    slot, guesses = int(plan.row_slots[0]), len(plan.token_ids) - 1
+    for cuts in ({slot: guesses}, {slot: -1}, {slot + 1: 0}, {slot: 0, slot + 1: 0}):
+        result = StepResult(tokens=samples, logprobs=None, cuts=cuts)
+        with pytest.raises(EngineError, match="has no draft in slot"):
+            writer.scheduler.commit(plan.step, samples, writer.now_us, result=result)
+    writer.scheduler.commit(plan.step, samples, writer.now_us)
+    writer.scheduler.audit()
 
 
 def test_models_with_a_recurrence_get_no_drafts() -> None:

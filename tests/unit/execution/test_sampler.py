@@ -261,6 +261,24 @@ def test_a_bitmask_confines_greedy_and_drawn_rows_and_leaves_the_others_alone(sa
         assert int(tokens[2]) == 7
 
 
+def test_rows_of_a_slot_have_bitmasks_in_their_order(sampler):
+    rows = random_logits(6, V, seed=11)
+    subject = sampler()
+    for slot in range(3):
+        bind(subject, slot, SamplingParams(temperature=0.0))
+    allowed = [{3, 9}, {5, 33}, {0, 7}]
+    subject.allow(1, torch.stack([bitmask(tokens) for tokens in allowed]))
+    subject.allow(2, bitmask({2}))
+    tokens, _ = subject.sample(rows.clone(), ints(0, 1, 1, 1, 1, 2), ints(0, 4, 5, 6, 7, 0))
+    likeliest = [int(row.argmax()) for row in rows]
+    confined = [
+        max(tokens, key=lambda token: row[token])
+        for tokens, row in zip(allowed, rows[1:4], strict=True)
+    ]
+    # Behind those with a bitmask any token may come.
+    assert tokens.tolist() == [likeliest[0], *confined, likeliest[4], 2]
+
+
 def test_a_bitmask_goes_before_the_minimum_length(sampler):
     rows = random_logits(2, V, seed=6)
     subject = sampler()
