@@ -2,37 +2,40 @@
 
     python -m benchmarks.gpu_check --output build/gpu-check.json
 
-Prints a table and writes one JSON file. Where there is no GPU it says so and ends with 3; with 1
-where a part failed. What the time does not suffice for is listed as not measured.
+Prints a table and writes one JSON file, anew after each part. Where there is no GPU it says so and
+ends with 3; with 1 where a part failed. Every part runs in a process of its own: one that fails,
+breaks the device's context or never ends takes no other with it. What the time does not suffice
+for is listed as not measured, and what is compared with others' kernels says which are not here.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.support.gpu_measure import Figure, of_kind
+from benchmarks.support.gpu_rivals import RIVALS
 
-from tokenspeed.kernels.triton.measure import Ceilings, time_us
-from tokenspeed.kernels.triton.workloads import Workload, workloads
+from tokenspeed.kernels.triton.measure import Ceilings
 
 NO_GPU = 3
 LIMIT_S = 540
-# Kept for writing, and for a workload that takes longer than others.
-RESERVE_S = 25
-# The cache of an H200 is 50 MB; operands rotate over several times as much.
-ROTATED_BYTES = 256 << 20
-ROTATIONS_MAX = 8
-TOLERANCE = 1e-2
+# Kept for writing.
+RESERVE_S = 15
+# A workload that compiles its kernels first takes no longer.
+FIGURE_LIMIT_S = 60
 # The runner takes these from the engine; kernels do without.
 _RUNNER_NEEDS = ("llguidance", "msgspec")
+_NOT_MEASURED = "not measured: the time was over"
 
 
 def lacking(packages: Sequence[str]) -> tuple[str, ...]:
@@ -42,7 +45,16 @@ def lacking(packages: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(kw_only=True)
 class Part:
-    """A command that has to succeed."""
+    """A command that has to succeed.
+
+    Attributes:
+        name: for the table.
+        command: what runs.
+        limit_s: how long it may.
+        needs: packages without which it is left out.
+        seconds, passed, lacks, said: how it went.
+        found: the JSON object that is the last line it printed, if it is one.
+    """
 
     name: str
     command: list[str]
@@ -52,6 +64,7 @@ class Part:
     passed: bool = False
     lacks: tuple[str, ...] = ()
     said: str = ""
+    found: dict[str, Any] | None = None
 
     def run(self) -> None:
         """Run it, for as long as it may, unless packages are missing that it needs."""
@@ -71,22 +84,12 @@ class Part:
             )
             self.passed = done.returncode == 0
             self.said = (done.stdout + done.stderr)[-4000:]
+            self.found = _object(done.stdout)
         except subprocess.TimeoutExpired:
             self.said = f"took longer than {self.limit_s:.0f} s"
+        except OSError as error:
+            self.said = str(error)
         self.seconds = time.monotonic() - start
-
-
-@dataclass(kw_only=True)
-class Figure:
-    """What one workload came to."""
-
-    op: str
-    name: str
-    microseconds: float | None = None
-    of_bandwidth: float | None = None
-    of_peak: float | None = None
-    error: float | None = None
-    failure: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -98,7 +101,7 @@ class Report:
     parts: list[Part] = field(default_factory=list)
     ceilings: Ceilings | None = None
     figures: list[Figure] = field(default_factory=list)
-    step: dict[str, Any] | None = None
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -117,103 +120,198 @@ class Report:
             lines.append(f"{part.name:12} {word} {part.seconds:6.1f} s")
             if not part.passed:
                 lines.append(part.said)
+            elif part.found is not None:
+                lines.append(f"{'':12} {json.dumps(part.found)}{self._share(part.found)}")
         if self.ceilings is not None:
             lines.append(
                 f"ceilings: {self.ceilings.read_bytes_per_s / 1e9:.0f} GB/s,"
                 f" {self.ceilings.bfloat16_ops_per_s / 1e12:.0f} TFLOP/s bfloat16"
             )
-        for figure in self.figures:
-            lines.append(f"{figure.op:22} {figure.name:34} {_words(figure)}")
-        if self.step is not None:
-            lines.append(f"one user: {json.dumps(self.step)}")
-        return "\n".join(lines)
+        lines += [f"{each.op:22} {each.name:34} {self._words(each)}" for each in self.figures]
+        return "\n".join([*lines, *self.left_out])
 
+    def _share(self, found: dict[str, Any]) -> str:
+        if self.ceilings is None or "size_bytes" not in found:
+            return ""
+        bytes_per_s = found["size_bytes"] / found["step_us"] * 1e6
+        return f", {bytes_per_s / self.ceilings.read_bytes_per_s:.0%} of bandwidth"
 
-def _words(figure: Figure) -> str:
-    if figure.failure is not None:
-        return f"FAIL {figure.failure}"
-    if figure.microseconds is None:
-        return "not measured: the time was over"
-    return (
-        f"{figure.microseconds:9.1f} us, {figure.of_bandwidth:4.0%} of bandwidth,"
-        f" {figure.of_peak:4.0%} of the peak"
-        + (f", error {figure.error:.1e}" if figure.error is not None else "")
-    )
-
-
-def measure(
-    workload: Workload,
-    ceilings: Ceilings,
-    device: torch.device,
-    *,
-    rotations_max: int = ROTATIONS_MAX,
-) -> Figure:
-    """Compare a workload's first row with the reference, then time it on rotating operands."""
-    figure = Figure(op=workload.op, name=workload.name)
-    count = max(1, min(rotations_max, ROTATED_BYTES // max(1, workload.size_bytes)))
-    try:
-        calls = [workload.make(device, seed) for seed in range(count)]
-        wanted = calls[0].wanted
-        if wanted is not None:
-            exact = wanted().float()
-            found = calls[0].run()[: len(exact)].float()
-            figure.error = float((found - exact).norm() / exact.norm())
-            # No comparison with NaN is true.
-            if not figure.error <= TOLERANCE:
-                figure.failure = f"error {figure.error:.1e}"
-        figure.microseconds = time_us([call.run for call in calls], device)
-    # A kernel may run out of anything, and the others are to be measured all the same.
-    except Exception as error:
-        figure.failure = f"{type(error).__name__}: {error}"[:500]
-        return figure
-    seconds = figure.microseconds / 1e6
-    figure.of_bandwidth = workload.size_bytes / seconds / ceilings.read_bytes_per_s
-    figure.of_peak = workload.operations / seconds / ceilings.bfloat16_ops_per_s
-    return figure
+    def _words(self, figure: Figure) -> str:
+        if figure.failure is not None:
+            beside = f"beside {figure.rival}: " if figure.rival else ""
+            return f"FAIL {beside}{figure.failure}"
+        if figure.microseconds is None:
+            return _NOT_MEASURED
+        words = f"{figure.microseconds:9.1f} us"
+        if figure.rival_us is not None:
+            ratio = figure.rival_us / figure.microseconds
+            words += f", {figure.rival} {figure.rival_us:9.1f} us: {ratio:.2f}x"
+        elif self.ceilings is not None:
+            seconds = figure.microseconds / 1e6
+            of_bandwidth = figure.size_bytes / seconds / self.ceilings.read_bytes_per_s
+            of_peak = figure.operations / seconds / self.ceilings.bfloat16_ops_per_s
+            words += f", {of_bandwidth:4.0%} of bandwidth, {of_peak:4.0%} of the peak"
+        return words + (f", error {figure.error:.1e}" if figure.error is not None else "")
 
 
 def parts_of() -> list[Part]:
-    """What runs before anything is measured."""
+    """What has to succeed before kernels are measured, in order of weight."""
     # What all tests share reads models' files, which takes packages that a GPU's machine may lack.
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest"]
-    kernels = [sys.executable, "-m", "benchmarks.support.gpu_verify"]
+    support = [sys.executable, "-m"]
+    kernels = [*support, "benchmarks.support.gpu_verify", "--seconds", "75"]
+    step = [*support, "benchmarks.support.gpu_step"]
     return [
-        Part(name="verify", command=kernels, limit_s=150),
-        Part(name="tests", command=[*tests, "tests/gpu"], limit_s=100, needs=_RUNNER_NEEDS),
+        Part(name="ceilings", command=_measuring("ceilings", 0), limit_s=60),
+        Part(name="verify", command=kernels, limit_s=110),
+        Part(name="tests", command=[*tests, "tests/gpu"], limit_s=80, needs=_RUNNER_NEEDS),
+        Part(name="one user", command=step, limit_s=70, needs=_RUNNER_NEEDS),
     ]
 
 
-def run(device: torch.device, parts: Sequence[Part], *, deadline: float, scale: int = 1) -> Report:
-    """All parts, then as many workloads as there is time for.
+def peers_of() -> list[Part]:
+    """What is measured of others, once ours is."""
+    theirs = [sys.executable, "-m", "benchmarks.support.gpu_transformers"]
+    return [Part(name="transformers", command=theirs, limit_s=100, needs=("transformers",))]
+
+
+def collect(
+    names: Sequence[tuple[str, str]],
+    command: Callable[[int], list[str]],
+    *,
+    deadline: float,
+    limit_s: float = FIGURE_LIMIT_S,
+) -> Iterator[Figure]:
+    """Figures of workloads, from processes that print one a line: where one ends early or is silent
+    for too long, the workload it was at has failed, and another goes on behind it.
 
     Args:
-        device: what is measured.
-        parts: what has to succeed first.
-        deadline: of `time.monotonic`.
-        scale: see `workloads`.
+        names: op and name of each workload.
+        command: by how many of them are done.
+        deadline: of `time.monotonic`; what is left then has no figure.
+        limit_s: for one line.
     """
-    on_gpu = device.type == "cuda"
+    done = 0
+    while done < len(names):
+        op, name = names[done]
+        if time.monotonic() > deadline:
+            yield Figure(op=op, name=name)
+            done += 1
+            continue
+        failure = "its process ended"
+        try:
+            for line in _lines(command(done), deadline=deadline, limit_s=limit_s):
+                yield Figure(**json.loads(line))
+                done += 1
+        except (OSError, TypeError, ValueError, _Ended) as error:
+            failure = str(error) or type(error).__name__
+        if done < len(names) and time.monotonic() < deadline:
+            op, name = names[done]
+            yield Figure(op=op, name=name, failure=failure)
+            done += 1
+
+
+class _Ended(Exception):
+    """A process ended with an error, or was silent."""
+
+
+def _lines(command: list[str], *, deadline: float, limit_s: float) -> Iterator[str]:
+    """What a process prints, line by line, until the deadline."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        selector = selectors.DefaultSelector()
+        for stream in (process.stdout, process.stderr):
+            os.set_blocking(stream.fileno(), False)
+            selector.register(stream, selectors.EVENT_READ)
+        text, said, last = b"", b"", time.monotonic()
+        try:
+            while selector.get_map():
+                until = min(last + limit_s, deadline)
+                for key, _ in selector.select(max(0.0, until - time.monotonic())):
+                    found = os.read(key.fd, 1 << 16)
+                    if not found:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stderr:
+                        said = (said + found)[-2000:]
+                    else:
+                        *whole, text = (text + found).split(b"\n")
+                        for line in whole:
+                            last = time.monotonic()
+                            yield line.decode()
+                if selector.get_map() and time.monotonic() >= until:
+                    if until == deadline:
+                        return
+                    raise _Ended(f"took longer than {limit_s:.0f} s")
+            if process.wait() != 0:
+                words = said.decode(errors="replace")[-400:]
+                raise _Ended(f"its process ended with {process.returncode}: {words}")
+        finally:
+            process.kill()
+
+
+def run(
+    device: str,
+    parts: Sequence[Part],
+    peers: Sequence[Part],
+    *,
+    deadline: float,
+    kept: Callable[[Report], None],
+    kinds: Sequence[str] = ("kernels", *RIVALS),
+) -> Report:
+    """All parts, then as many workloads as there is time for, then others.
+
+    Args:
+        device: what is measured, in words.
+        parts: what comes first.
+        peers: what comes behind our own workloads.
+        deadline: of `time.monotonic`.
+        kept: called after each part with what there is.
+        kinds: whose kernels are measured, ours first.
+    """
     report = Report(
-        device=torch.cuda.get_device_name(device) if on_gpu else str(device),
+        device=device,
         versions={"python": sys.version.split()[0], "torch": torch.__version__},
     )
-    for part in parts:
+
+    def run_part(part: Part) -> None:
         part.limit_s = min(part.limit_s, max(1.0, deadline - time.monotonic()))
         part.run()
         report.parts.append(part)
-    sizes = {} if on_gpu else {"size_bytes": 1 << 20, "side": 64}
-    report.ceilings = Ceilings.measure(device, **sizes)
-    if lacking(_RUNNER_NEEDS):
-        report.step = {"not measured": f"there is no {', '.join(lacking(_RUNNER_NEEDS))} here"}
-    elif on_gpu and time.monotonic() < deadline - RESERVE_S:
-        step = importlib.import_module("benchmarks.support.gpu_step")
-        report.step = step.one_user(device, report.ceilings.read_bytes_per_s)
-    for workload in workloads(scale=scale):
-        if time.monotonic() > deadline - RESERVE_S:
-            report.figures.append(Figure(op=workload.op, name=workload.name))
+        if part.name == "ceilings" and part.found is not None:
+            report.ceilings = Ceilings(**part.found)
+        kept(report)
+
+    for part in parts:
+        run_part(part)
+    for kind in kinds:
+        if kind in RIVALS and lacking((RIVALS[kind].module,)):
+            report.left_out.append(f"{kind}: not compared, there is no {RIVALS[kind].module} here")
             continue
-        report.figures.append(measure(workload, report.ceilings, device))
+        names = [(workload.op, workload.name) for workload in of_kind(kind)]
+        for figure in collect(
+            names, lambda skip, kind=kind: _measuring(kind, skip), deadline=deadline
+        ):
+            report.figures.append(figure)
+            kept(report)
+        if kind == "kernels":
+            for part in peers:
+                run_part(part)
     return report
+
+
+def _measuring(kind: str, skip: int) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.support.gpu_measure", kind]
+    return [*command, "--skip", str(skip)]
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    last = text.strip().rpartition("\n")[2]
+    try:
+        found = json.loads(last)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,10 +325,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: PyTorch finds no GPU here, so nothing was tested or measured")
         return NO_GPU
-    deadline = time.monotonic() + LIMIT_S - (time.time() - options.started)
-    report = run(torch.device("cuda"), parts_of(), deadline=deadline)
+    limit_s = LIMIT_S - RESERVE_S - (time.time() - options.started)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(asdict(report), indent=1))
+
+    def keep(report: Report) -> None:
+        options.output.write_text(json.dumps(asdict(report), indent=1))
+
+    deadline = time.monotonic() + limit_s
+    name = torch.cuda.get_device_name()
+    report = run(name, parts_of(), peers_of(), deadline=deadline, kept=keep)
+    keep(report)
     print(report.table())
     return 1 if report.failed else 0
 

@@ -1,11 +1,19 @@
-"""One user of a Llama-3-8B of random weights: decode steps at depth, through the runner."""
+"""One user of a Llama-3-8B of random weights: decode steps at depth, through the runner.
 
+    python -m benchmarks.support.gpu_step
+
+Prints one line of JSON.
+"""
+
+import argparse
+import json
 import statistics
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.support.gpu_sizes import LLAMA_3_8B, STEPS, WARM_STEPS
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import CacheGroup, SchedulerConfig
@@ -15,39 +23,21 @@ from tokenspeed.execution import LaunchedStep, Runner
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling import ModelConfig, build_model
 
-__all__ = ["LLAMA_3_8B", "decode_plan", "one_user"]
+__all__ = ["decode_plan", "one_user"]
 
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 16_384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 _PAGE_SIZE = 64
-_STEPS, _WARM_STEPS = 64, 8
 
 
 def one_user(
     device: torch.device,
-    read_bytes_per_s: float,
     *,
     sizes: dict[str, Any] = LLAMA_3_8B,
     depth: int = 8192,
 ) -> dict[str, float]:
-    """Tokens a second of one user, and the share of what memory gives.
+    """Tokens a second of one user, and the bytes that a step reads.
 
     Args:
         device: where.
-        read_bytes_per_s: what memory gives.
         sizes: the model's configuration.
         depth: tokens before the first step; their KV is zero.
     """
@@ -64,7 +54,7 @@ def one_user(
         # Of the table of embeddings a step reads one row.
         if "embed" not in name:
             weight_bytes += weight.data.numel() * weight.data.itemsize
-    steps = _WARM_STEPS + _STEPS
+    steps = WARM_STEPS + STEPS
     pages = -(-(depth + steps + 1) // _PAGE_SIZE)
     config = SchedulerConfig(
         groups=(CacheGroup(pages=pages),),
@@ -102,13 +92,13 @@ def one_user(
     assert under_way is not None
     under_way.result()
     runner.close()
-    step_s = statistics.median(np.diff(ends[_WARM_STEPS:]).tolist())
+    step_s = statistics.median(np.diff(ends[WARM_STEPS:]).tolist())
     size_bytes = weight_bytes + depth * sum(spec.token_size_bytes for spec in specs)
     return {
         "depth": depth,
         "step_us": step_s * 1e6,
         "tokens_per_s": 1 / step_s,
-        "of_bandwidth": size_bytes / step_s / read_bytes_per_s,
+        "size_bytes": size_bytes,
     }
 
 
@@ -144,3 +134,14 @@ def decode_plan(step: int, context: int, pages: int) -> StepPlan:
 
 def _ints(*values: int) -> Int32Array:
     return np.array(values, dtype=np.int32)
+
+
+def main() -> int:
+    """The command; see above."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print(json.dumps(one_user(torch.device("cuda"))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

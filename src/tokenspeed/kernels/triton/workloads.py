@@ -16,7 +16,7 @@ from tokenspeed.kernels import reference
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton import attention, latent, moe, norm, sampling
 
-__all__ = ["Workload", "workloads"]
+__all__ = ["Attended", "Call", "Workload", "workloads"]
 
 _LATENT, _VALUE = 576, 512
 _QUERY_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
@@ -27,16 +27,37 @@ _BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attended:
+    """Operands of an attention, for who computes it in another way.
+
+    Attributes:
+        q_TQD: queries, as many of each row.
+        pools: K and V [P, C, H, D], or latents [P, C, E] alone.
+        rows: on pages that no two of them share.
+        scale: of scores.
+        value_dim: V, of latents; None of K and V.
+    """
+
+    q_TQD: torch.Tensor
+    pools: tuple[torch.Tensor, ...]
+    rows: PagedRows
+    scale: float
+    value_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """A call on operands of its own.
 
     Attributes:
         run: computes it.
         wanted: what the reference gives for its first row; None where nothing is compared.
+        attended: the operands of an attention; None of other ops.
     """
 
     run: Callable[[], torch.Tensor]
     wanted: Callable[[], torch.Tensor] | None = None
+    attended: Attended | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +108,10 @@ def _mla(batch: int, context: int, heads: int, new: int, *, page_size: int) -> W
         pool_PCE = _normal(pages, page_size, _LATENT, generator=generator)
         first = partial(reference.latent.paged_mla, q_TQE[:new], pool_PCE, _first(rows), _SCALE)
         run = partial(latent.paged_mla, q_TQE, pool_PCE, rows, _SCALE, value_dim=_VALUE)
-        return Call(run=run, wanted=partial(first, value_dim=_VALUE))
+        attended = Attended(
+            q_TQD=q_TQE, pools=(pool_PCE,), rows=rows, scale=_SCALE, value_dim=_VALUE
+        )
+        return Call(run=run, wanted=partial(first, value_dim=_VALUE), attended=attended)
 
     return Workload(
         op="attention.paged_mla",
@@ -116,6 +140,7 @@ def _mha(batch: int, context: int, new: int) -> Workload:
         return Call(
             run=partial(attention.paged_mha, q_TQD, k_PCHD, v_PCHD, rows, _SCALE),
             wanted=wanted if short else None,
+            attended=Attended(q_TQD=q_TQD, pools=(k_PCHD, v_PCHD), rows=rows, scale=_SCALE),
         )
 
     kv = 2 * positions * _KV_HEADS * _HEAD_DIM
