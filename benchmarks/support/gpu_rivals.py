@@ -82,7 +82,7 @@ class Uniform:
 
     @property
     def pages(self) -> torch.Tensor:
-        """int32 [I], the pages of all rows behind each other; a row fills all of its but the last."""
+        """int32 [I], the pages of all rows one behind the other, each full but the last."""
         return self.page_table.reshape(-1)
 
     @property
