@@ -383,7 +383,8 @@ NB_MODULE(_cpu, module) {
         "attend",
         [](cpu::Runtime& runtime, nb::handle q, nb::handle k_pool, nb::handle v_pool,
            HostInts query_starts, HostInts context_lens, HostInts row_slots, nb::handle page_table,
-           float scale, std::int64_t window, float soft_cap, nb::handle sinks, nb::handle y) {
+           float scale, std::int64_t window, float soft_cap, nb::handle sinks, nb::handle y,
+           std::optional<HostInts> seen, nb::handle log_sums) {
             cpu::Attention call{};
             call.heads = tensors.borrow(q, "q").shape[1];
             call.q = tensors.heads<const void*>(q, "q");
@@ -406,12 +407,24 @@ NB_MODULE(_cpu, module) {
                 call.sinks =
                     tensors.floats(sinks, "sinks", static_cast<std::size_t>(call.heads)).data();
             }
+            if (seen) {
+                if (static_cast<std::int64_t>(seen->shape(0)) != 2 * call.q.rows) {
+                    throw cpu::KernelError("every token needs the two ends of what it sees");
+                }
+                call.seen = seen->data();
+            }
+            if (!log_sums.is_none()) {
+                call.log_sums = tensors
+                                    .floats(log_sums, "log_sums",
+                                            static_cast<std::size_t>(call.q.rows * call.heads))
+                                    .data();
+            }
             const nb::gil_scoped_release release;
             cpu::attend(runtime, call, rows);
         },
         "runtime"_a, "q"_a, "k_pool"_a, "v_pool"_a, "query_starts"_a, "context_lens"_a,
-        "row_slots"_a, "page_table"_a, "scale"_a, "window"_a, "soft_cap"_a, "sinks"_a.none(),
-        "y"_a);
+        "row_slots"_a, "page_table"_a, "scale"_a, "window"_a, "soft_cap"_a, "sinks"_a.none(), "y"_a,
+        "seen"_a.none() = nb::none(), "log_sums"_a.none() = nb::none());
     module.def(
         "append_latents",
         [](cpu::Runtime& runtime, nb::handle latents, nb::handle pool, nb::handle slots) {

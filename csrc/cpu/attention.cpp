@@ -40,6 +40,11 @@ struct Blocks {
 };
 
 Blocks blocks_of(const Attention& call, std::int64_t row) {
+    if (call.seen != nullptr) {
+        const std::int32_t* const first = call.seen + 2 * call.rows.query_starts[row];
+        const std::int32_t* const last = call.seen + 2 * call.rows.query_starts[row + 1] - 2;
+        return {first[0] / block_positions, ceil_div(last[1], block_positions)};
+    }
     const std::int64_t context = call.rows.context_lens[row];
     const std::int64_t tokens =
         call.rows.query_starts[row + 1] - std::int64_t{call.rows.query_starts[row]};
@@ -149,8 +154,10 @@ void attend(Runtime& runtime, const Attention& call, std::int64_t rows) {
                           std::to_string(call.kv.heads) + " KV heads of " +
                           std::to_string(call.kv.head_dim));
     }
-    if (call.y.type != call.q.type) {
-        throw KernelError("queries and result must have one type");
+    const bool partial = call.log_sums != nullptr;
+    if (call.y.type != (partial ? Element::f32 : call.q.type)) {
+        throw KernelError(partial ? "a part of an attention is float32"
+                                  : "queries and result must have one type");
     }
     if (call.rows.query_starts[rows] != call.q.rows) {
         throw KernelError(std::to_string(call.q.rows) + " queries for rows of " +

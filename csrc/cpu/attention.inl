@@ -81,6 +81,10 @@ struct AttentionView {
 
     std::int64_t token_of(std::int64_t row) const { return part.token + row / group; }
     Seen seen(std::int64_t row) const {
+        if (call.seen != nullptr) {
+            const std::int32_t* const token = call.seen + 2 * (first_token + token_of(row));
+            return {token[0], token[1]};
+        }
         const std::int64_t position = call.rows.context_lens[part.row] + token_of(row);
         const std::int64_t from = call.window == 0 ? 0 : position + 1 - call.window;
         return {from > 0 ? from : 0, position + 1};
@@ -422,10 +426,17 @@ void begin_rows(const AttentionView<format>& view, AttentionScratch& scratch) {
 template <KvFormat format>
 void end_rows(const AttentionView<format>& view, AttentionScratch& scratch) {
     for (std::int64_t row = 0; row < view.rows; ++row) {
-        const Floats factor = splat(1.0f / scratch.sums[row]);
+        const float sum = scratch.sums[row];
+        const Floats factor = splat(sum > 0.0f ? 1.0f / sum : 0.0f);
         for (std::int64_t at = 0; at < view.call.kv.value_dim; at += lanes) {
             store_part(mul(load_floats(scratch.outputs[row] + at), factor), view.output(row),
                        view.call.y.type, at, lanes);
+        }
+        if (view.call.log_sums != nullptr) {
+            const std::int64_t at =
+                (view.first_token + view.token_of(row)) * view.call.heads + view.head_of(row);
+            const double peak = static_cast<double>(scratch.peaks[row]) / 1.4426950408889634;
+            view.call.log_sums[at] = static_cast<float>(peak + __builtin_log(sum));
         }
     }
 }

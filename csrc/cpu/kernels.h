@@ -223,6 +223,13 @@ struct Attention {
     float soft_cap;       // scores are soft_cap * tanh(score / soft_cap); 0 for as they are
     std::int64_t window;  // a token sees so many positions, itself among them; 0 for all
     const float* sinks;   // of each head, a score that takes its part of softmax and gives nothing
+    // Where pages hold some positions of each row only: of each token, the first and the end of
+    // those held that it sees, none of which go down within a row. [tokens, 2]; null for rows whose
+    // positions are all there.
+    const std::int32_t* seen;
+    // Of each token and head, the logarithm of the sum that softmax divides by, -inf where nothing
+    // was seen, of which y is 0 then. [tokens, heads]; null where it is not wanted.
+    float* log_sums;
 };
 
 // A part of one row's attention: some of its tokens, for the query heads of one KV head, over some

@@ -125,6 +125,8 @@ def attend(
     soft_cap: float,
     sinks: torch.Tensor | None,
     y: torch.Tensor,
+    seen: npt.NDArray[np.int32] | None = None,
+    log_sums: torch.Tensor | None = None,
 ) -> None: ...
 def append_latents(
     runtime: Runtime, latents: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor

@@ -56,6 +56,37 @@ def test_two_ranks_give_the_text_of_one(smollm2: ModelFiles) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_contexts_give_the_text_of_one(smollm2: ModelFiles, ranks: int) -> None:
+    # Chunks of 24 tokens, and pages of 16 on each rank.
+    options = {
+        "dtype": "float32",
+        "max_context": 512,
+        "max_running": 4,
+        "max_step_tokens": 24,
+        "page_size": 16,
+        "kernels": DENSE,
+    }
+    prompts = [" ".join(f"step {number}:" for number in range(60)), *PROMPTS]
+
+    def all_texts(llm: LLM) -> list[list[int]]:
+        return [output.completions[0].token_ids for output in llm.generate(prompts, GREEDY)]
+
+    with LLM(str(smollm2.path), **options) as llm:
+        alone = all_texts(llm)
+        whole_size_bytes = llm.info.kv_size_bytes / (llm.info.pages * llm.info.page_size)
+    with LLM(str(smollm2.path), cp=ranks, **options) as llm:
+        assert all_texts(llm) == alone
+        before = llm.stats().cached_tokens
+        assert all_texts(llm) == alone
+        # The second time the first prompt comes from the cache, of which each rank has its part.
+        assert llm.stats().cached_tokens - before >= 128
+        assert llm.info.page_size == 16 * ranks
+        size_bytes = llm.info.kv_size_bytes / (llm.info.pages * llm.info.page_size)
+        assert size_bytes == whole_size_bytes / ranks
+
+
+@pytest.mark.slow
 def test_with_native_kernels_the_text_does_not_depend_on_the_batch(smollm2: ModelFiles) -> None:
     with LLM(str(smollm2.path), tp=2, max_context=512, max_running=4) as llm:
         together = texts(llm)

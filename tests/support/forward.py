@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tokenspeed.cache import KVPools
-from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.rows import ContextShare, PagedRows
 from tokenspeed.modeling import ForwardBatch, Model
 
 __all__ = ["Driver", "Request", "build_rows"]
@@ -27,9 +27,17 @@ class Request:
 
 
 def build_rows(
-    rows: Sequence[tuple[Request, int]], table: torch.Tensor, page_size: int
+    rows: Sequence[tuple[Request, int]],
+    table: torch.Tensor,
+    page_size: int,
+    *,
+    share: ContextShare | None = None,
+    elsewhere: int = 0,
 ) -> PagedRows:
-    """The rows of a step that runs `count` new tokens of each request, whose pages suffice."""
+    """The rows of a step that runs `count` new tokens of each request, whose pages suffice.
+
+    With a share, pages are those of all ranks; what others keep goes to the slot `elsewhere`.
+    """
     kv_slots = []
     starts = [0]
     for request, count in rows:
@@ -38,26 +46,49 @@ def build_rows(
             page = request.pages[position // page_size]
             kv_slots.append(page * page_size + position % page_size)
         starts.append(starts[-1] + count)
+    local_size = page_size
+    if share is not None:
+        local_size //= share.ranks
+        kv_slots = share.slots(np.array(kv_slots, dtype=np.int32), local_size, elsewhere).tolist()
     return PagedRows(
         query_starts=np.array(starts, dtype=np.int32),
         context_lens=np.array([request.length for request, _ in rows], dtype=np.int32),
         row_slots=np.array([request.slot for request, _ in rows], dtype=np.int32),
         page_table_XP=table,
         kv_slots_T=torch.tensor(kv_slots, dtype=torch.int64),
-        page_size=page_size,
+        page_size=local_size,
+        share=share,
     )
 
 
 class Driver:
-    """Runs steps of a model over pools of its own, all of whose groups keep all pages."""
+    """Runs steps of a model over pools of its own, all of whose groups keep all pages.
+
+    With a share of every context, pages have `page_size` positions on each of its ranks.
+    """
 
     def __init__(
-        self, model: Model, *, pages: int = 64, page_size: int = 16, slots: int = 16, seed: int = 0
+        self,
+        model: Model,
+        *,
+        pages: int = 64,
+        page_size: int = 16,
+        slots: int = 16,
+        seed: int = 0,
+        share: ContextShare | None = None,
     ) -> None:
         device = torch.device("cpu")
         self.model = model
-        self.page_size = page_size
-        self.kv = KVPools(model.kv_specs(), pages=pages, page_size=page_size, device=device)
+        self.page_size = page_size * (share.ranks if share else 1)
+        self.share = share
+        self.kv = KVPools(
+            model.kv_specs(),
+            pages=pages,
+            page_size=page_size,
+            device=device,
+            padded=share is not None,
+        )
+        self._elsewhere = pages * page_size
         for group, spec in enumerate(model.kv_specs()):
             for layer in range(spec.layers):
                 pools = (
@@ -94,7 +125,9 @@ class Driver:
             while len(request.pages) * self.page_size < request.length + len(tokens):
                 request.pages.append(self._free.pop())
         counted = [(request, len(tokens)) for request, tokens in rows]
-        paged = build_rows(counted, self._table, self.page_size)
+        paged = build_rows(
+            counted, self._table, self.page_size, share=self.share, elsewhere=self._elsewhere
+        )
         token_ids = [token for _, tokens in rows for token in tokens]
         positions = [
             position

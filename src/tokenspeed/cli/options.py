@@ -161,6 +161,10 @@ def _engine_flags(
     ] = "auto",
     tp: Annotated[int, typer.Option(min=1, help="Ranks, each a process, that share a layer.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="How many of them share the experts.")] = 1,
+    cp: Annotated[
+        int,
+        typer.Option(min=1, help="Groups of --tp ranks that share the KV of each context."),
+    ] = 1,
     distributed_executor_backend: Annotated[
         ExecutorBackend | None,
         typer.Option(
@@ -211,6 +215,7 @@ def _engine_flags(
         "speculate": speculate,
         "tp": tp,
         "ep": ep,
+        "cp": cp,
         "distributed_executor_backend": (
             None if distributed_executor_backend is None else distributed_executor_backend.value
         ),

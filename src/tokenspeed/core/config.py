@@ -211,13 +211,15 @@ class EngineConfig:
         max_context: tokens of a request; None for the model's own limit.
         max_running: requests that run at once.
         max_step_tokens: tokens of one step.
-        page_size: token positions of a KV page.
+        page_size: token positions of a KV page on each rank; where `cp` of them share a context, a
+            page of all has as many times more.
         kv_cache_size_bytes: bytes of the KV pool; None to choose from the memory at hand.
         host_cache_size_bytes: bytes of the tier on the host, to which pages go that leave a device.
         overlap_depth: 0 or 1; None to choose by device.
         prefix_cache: reuse KV of shared prefixes.
         tp: ranks, each a process, that share every layer.
         ep: of these, how many share the experts of a mixture; the rest divide each expert.
+        cp: groups of `tp` ranks that share each context: every one has a part of its KV.
         dp: engines like this one that serve side by side, each with requests, pages and ranks of
             its own; they share this host's CPUs and memory.
         dp_rank: which of them this one is.
@@ -255,6 +257,7 @@ class EngineConfig:
     prefix_cache: bool = True
     tp: int = 1
     ep: int = 1
+    cp: int = 1
     dp: int = 1
     dp_rank: int = 0
     distributed_executor_backend: str | None = None
@@ -270,10 +273,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.draft_model is None:
             _one_of("speculate", self.speculate, ("auto", "off", "suffix", "draft:MODEL"))
-        elif self.tp > 1 or self.ep > 1:
+        elif self.tp > 1 or self.ep > 1 or self.cp > 1:
             raise ConfigError(
                 f"--speculate {self.speculate} needs one rank, and --tp {self.tp} --ep {self.ep} "
-                "are several; choose --speculate suffix"
+                f"--cp {self.cp} are several; choose --speculate suffix"
             )
         _one_of("device", self.device, ("cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
@@ -286,15 +289,16 @@ class EngineConfig:
         _at_least("host_cache_size_bytes", self.host_cache_size_bytes, 0)
         _at_least("tp", self.tp, 1)
         _at_least("ep", self.ep, 1)
+        _at_least("cp", self.cp, 1)
         _at_least("threads", self.threads, 1)
         _positive("tps_floor", self.tps_floor)
         _positive("queue_timeout_s", self.queue_timeout_s)
         if self.overlap_depth not in (None, 0, 1):
             raise ConfigError(f"overlap_depth must be 0 or 1, but is {self.overlap_depth}")
-        if self.overlap_depth == 1 and self.tp > 1:
+        if self.overlap_depth == 1 and self.tp * self.cp > 1:
             raise ConfigError(
-                "--overlap-depth 1 needs one rank: with --tp, a step's tokens go to the other "
-                "ranks with the next plan"
+                "--overlap-depth 1 needs one rank: with --tp and --cp, a step's tokens go to the "
+                "other ranks with the next plan"
             )
         _at_least("dp", self.dp, 1)
         if not 0 <= self.dp_rank < self.dp:

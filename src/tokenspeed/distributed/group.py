@@ -73,6 +73,25 @@ class Group:
         parts = self._exchange([part] * self.size, [(size,) for size in sizes])
         return torch.cat(parts).view(x.shape)
 
+    def merge(self, parts: torch.Tensor) -> torch.Tensor:
+        """All members' parts of a softmax put together in the order of ranks, with the logarithm of
+        the whole sum behind them; see `PartialSoftmax`.
+
+        Args:
+            parts: float32 [..., X]: X - 1 elements of a mean, then the logarithm of its sum.
+        """
+        self.calls += 1
+        rows = parts.reshape(-1, parts.shape[-1])
+        if self.size == 2 or rows.nbytes <= SHORT_SIZE_BYTES:
+            return _merged(self._exchange([rows] * self.size, [rows.shape] * self.size)).view(
+                parts.shape
+            )
+        sizes = self.shares(len(rows))
+        pieces = _split(rows, sizes)
+        mine = _merged(self._exchange(pieces, [pieces[self.index].shape] * self.size))
+        shapes = [_with(rows.shape, 0, size) for size in sizes]
+        return torch.cat(self._exchange([mine] * self.size, shapes)).view(parts.shape)
+
     def reduce_scatter(self, x: torch.Tensor, *, dim: int, sizes: Sequence[int]) -> torch.Tensor:
         """This member's share of the sum; `sizes` are all members' shares of `dim`."""
         self.calls += 1
@@ -208,6 +227,21 @@ def _sum(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     for part in parts[1:]:
         total = total + part
     return total.to(dtype)
+
+
+def _merged(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Exponents in float64 and rounded once: PyTorch's of float32 may differ in their last bit by
+    # where in a tensor a number stands.
+    logs = [part[:, -1:].double() for part in parts]
+    most = torch.stack(logs).amax(0)
+    weights = [(log - most).exp() for log in logs]
+    total = weights[0]
+    for weight in weights[1:]:
+        total = total + weight
+    mean = parts[0][:, :-1] * (weights[0] / total).float()
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        mean = mean + part[:, :-1] * (weight / total).float()
+    return torch.cat((mean, (most + total.log()).float()), dim=1)
 
 
 def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:

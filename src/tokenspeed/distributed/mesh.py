@@ -73,6 +73,11 @@ class Mesh:
         return self.dp * self.cp * self.tp
 
     @property
+    def flags(self) -> str:
+        """The flags that make so many ranks."""
+        return f"--tp {self.tp}" + (f" --cp {self.cp}" if self.cp > 1 else "")
+
+    @property
     def _edges(self) -> set[int]:
         """How many ranks lie within each axis of either view, and all axes inside it."""
         return {1, self.world // self.ep, self.tp, self.cp * self.tp, self.world}

@@ -39,7 +39,7 @@ def main() -> int:
         return engine
 
     code = serve(build, arguments.socket, parent_pid=parent_pid)
-    if config.tp > 1:
+    if config.tp * config.cp > 1:
         # Threads that listen to other ranks, and Ray's, still hold what the interpreter would take
         # down, of which it would complain; everything that matters is closed.
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from tokenspeed.execution import Drafting, Runner, resolve_dtype, usable_cpu_cou
 from tokenspeed.kernels import QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.kv_formats import kv_formats
+from tokenspeed.kernels.rows import ContextShare
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
 __all__ = ["OpenedModel", "make_runner", "mesh_of", "open_model"]
@@ -52,7 +53,7 @@ def mesh_of(config: EngineConfig) -> Mesh:
     Raises:
         ConfigError: its degrees do not fit together.
     """
-    return Mesh(tp=config.tp, ep=config.ep)
+    return Mesh(tp=config.tp, ep=config.ep, cp=config.cp)
 
 
 def open_model(
@@ -152,13 +153,15 @@ def make_runner(
     )
     model.load_weights(opened.checkpoint.blocks(progress=progress))
     group = config.groups[0]
+    share = _context_share(mesh, place.rank)
     pools = KVPools(
         model.kv_specs(),
         pages=group.pages,
-        page_size=config.page_size,
+        page_size=config.page_size // mesh.cp,
         device=opened.device,
         host_pages=group.host_pages,
-        padded=opened.device.type == "cuda",
+        # What other ranks keep goes to a page of its own.
+        padded=opened.device.type == "cuda" or share is not None,
     )
     runner = Runner(
         model,
@@ -166,9 +169,16 @@ def make_runner(
         config,
         device=opened.device,
         threads=opened.threads,
+        share=share,
         drafting=drafting,
     )
     return model, pools, runner
+
+
+def _context_share(mesh: Mesh, rank: int) -> ContextShare | None:
+    if mesh.cp == 1:
+        return None
+    return ContextShare(index=mesh.index(rank, mesh.cells_of("cp")), ranks=mesh.cp)
 
 
 def _device(config: EngineConfig, place: Place) -> torch.device:

@@ -117,7 +117,8 @@ def _build(
             )
             for spec in specs
         ),
-        page_size=config.page_size,
+        # A page of all ranks that share a context.
+        page_size=config.page_size * config.cp,
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,
         context_max=context_max,
@@ -176,7 +177,7 @@ def _build(
         pad_token_id=special.pad,
         default_sampling=checkpoint.sampling_defaults,
         pages=pages,
-        page_size=config.page_size,
+        page_size=scheduler_config.page_size,
         slots_max=config.max_running,
         step_tokens_max=config.max_step_tokens,
         overlap_depth=overlap_depth,

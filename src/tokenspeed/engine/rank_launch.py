@@ -113,7 +113,7 @@ def check_torchrun(found: Torchrun, mesh: Mesh) -> None:
     """Raises ConfigError where torchrun started more or fewer ranks than the mesh has."""
     if found.world_size != mesh.world:
         raise ConfigError(
-            f"torchrun started {found.world_size} ranks (WORLD_SIZE), but --tp {mesh.tp} makes "
+            f"torchrun started {found.world_size} ranks (WORLD_SIZE), but {mesh.flags} makes "
             f"{mesh.world}: give --tp {found.world_size}, or start {mesh.world} with "
             "--nproc-per-node and --nnodes"
         )

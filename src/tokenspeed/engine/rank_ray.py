@@ -183,8 +183,8 @@ def _placed(ray: Any, wants: dict[str, float], mesh: Mesh) -> Any:
     )
     if fitting < mesh.world:
         raise ConfigError(
-            f"Ray's {len(nodes)} nodes have room for {fitting} ranks of {each} each, but --tp "
-            f"{mesh.tp} makes {mesh.world}. {remedy}."
+            f"Ray's {len(nodes)} nodes have room for {fitting} ranks of {each} each, but "
+            f"{mesh.flags} makes {mesh.world}. {remedy}."
         )
     here = ray.get_runtime_context().get_node_id()
     group = placement_group(

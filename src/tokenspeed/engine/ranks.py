@@ -46,7 +46,7 @@ __all__ = ["GroupRunner", "RankGroup"]
 LAST_WORDS_S = 1.0
 STOP_TIMEOUT_S = 5.0
 # What a rank that was started by hand must have been told as rank 0 was; the rest rank 0 tells it.
-_SAME_FLAGS = ("device", "tp", "ep", "kv_dtype", "page_size", "kernels")
+_SAME_FLAGS = ("device", "tp", "ep", "cp", "kv_dtype", "page_size", "kernels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

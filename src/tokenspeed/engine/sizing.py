@@ -80,7 +80,9 @@ def pages_that_fit(
             much is needed and which flag shrinks it.
     """
     page_size_bytes = sum(spec.token_size_bytes for spec in specs) * config.page_size
-    context_pages = -(-context_max // config.page_size)
+    # Ranks that share a context have each a part of every page.
+    page_size = config.page_size * config.cp
+    context_pages = -(-context_max // page_size)
     context_size_bytes = context_pages * page_size_bytes
     room = available_size_bytes - weights_size_bytes - RESERVE_SIZE_BYTES
     asked = config.kv_cache_size_bytes
@@ -99,7 +101,7 @@ def pages_that_fit(
             "model, --dtype bfloat16 or --kv-dtype int8."
         )
     if wanted < context_size_bytes:
-        fitting = wanted // page_size_bytes * config.page_size
+        fitting = wanted // page_size_bytes * page_size
         raise InsufficientMemory(
             f"a context of {context_max} tokens needs {format_size(context_size_bytes)} of KV "
             f"cache, but --kv-cache-memory gives {format_size(wanted)}, which holds {fitting} "

@@ -12,12 +12,12 @@ import torch
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.samples import Samples
-from tokenspeed.core.step import Int32Array, StepPlan
+from tokenspeed.core.step import GroupPlan, Int32Array, StepPlan
 from tokenspeed.execution.buffers import InputBuffer, PageTable
 from tokenspeed.execution.captured import Capture
 from tokenspeed.execution.launched import RecordedSteps
 from tokenspeed.execution.recorded import record_steps
-from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.rows import ContextShare, PagedRows
 from tokenspeed.modeling import ForwardBatch, Model
 
 __all__ = ["StepForward"]
@@ -33,6 +33,8 @@ class StepForward:
         tables: of each cache group; plans keep them up to date.
         device: where the model runs.
         capture: what records launches on a GPU; None on a CPU.
+        share: which positions of a context the pools hold, where ranks share one; they are padded
+            then. None for all.
 
     Attributes:
         last_token_X: int64 on the device, of every slot the token that its decode row begins with.
@@ -48,10 +50,14 @@ class StepForward:
         tables: Sequence[PageTable],
         device: torch.device,
         capture: Capture | None,
+        share: ContextShare | None = None,
     ) -> None:
         self._model = model
         self._pools = pools
         self._config = config
+        self._share = share
+        # Positions of a page on this rank.
+        self._page_size = config.page_size // (share.ranks if share else 1)
         self._tables = tables
         self._capture = capture
         self._device = device
@@ -108,8 +114,9 @@ class StepForward:
                     context_lens=plan.context_lens,
                     row_slots=plan.row_slots,
                     page_table_XP=table.pages_XP,
-                    kv_slots_T=kv_slots.fill(group.kv_slots),
-                    page_size=self._config.page_size,
+                    kv_slots_T=kv_slots.fill(self._slots(group)),
+                    page_size=self._page_size,
+                    share=self._share,
                 )
             )
         return ForwardBatch(
@@ -118,3 +125,10 @@ class StepForward:
             groups=tuple(groups),
             sample_token_indices_S=self._sampled.fill(Samples.of(plan).tokens_S),
         )
+
+    def _slots(self, group: GroupPlan) -> npt.NDArray[np.integer]:
+        """Where tokens' KV goes, of which other ranks may keep some."""
+        if self._share is None:
+            return group.kv_slots
+        elsewhere = self._pools.pools[0].pages * self._page_size
+        return self._share.slots(group.kv_slots, self._page_size, elsewhere)

@@ -33,6 +33,7 @@ from tokenspeed.execution.report import joined
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
 from tokenspeed.grammar import Grammar
+from tokenspeed.kernels.rows import ContextShare
 from tokenspeed.modeling import Model
 
 __all__ = ["LaunchedStep", "Runner"]
@@ -66,6 +67,8 @@ class Runner:
         config: the greatest sizes of a plan, and the overlap depth.
         device: where the model runs.
         threads: CPU threads of the forward, set for the whole process; None for all it may use.
+        share: which positions of a context the pools hold, where ranks share one; they are padded
+            then. None for all.
         capture: what records launches on a GPU, into pools that are padded; CUDA graphs if None.
         drafting: a model that proposes drafts, where there is one.
     """
@@ -78,6 +81,7 @@ class Runner:
         *,
         device: torch.device,
         threads: int | None,
+        share: ContextShare | None = None,
         capture: Capture | None = None,
         drafting: Drafting | None = None,
     ) -> None:
@@ -101,7 +105,13 @@ class Runner:
             for _ in pools.pools
         ]
         self._steps = StepForward(
-            model, pools, config, tables=self._tables, device=device, capture=capture
+            model,
+            pools,
+            config,
+            tables=self._tables,
+            device=device,
+            capture=capture,
+            share=share,
         )
         self._drafting = drafting
         self._draft_model: DraftModel | None = None

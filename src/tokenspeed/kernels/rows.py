@@ -13,7 +13,51 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["PagedRow", "PagedRows", "Refillable"]
+__all__ = ["ContextShare", "PagedRow", "PagedRows", "Refillable"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextShare:
+    """Which positions of every context a rank holds where several share it.
+
+    A page of all of them is a run of pages of theirs, one after the other: of `ranks * page_size`
+    positions each rank has `page_size`. So every rank has every page, a context is shared evenly
+    whatever its length, and who has a position follows from the position alone.
+
+    Attributes:
+        index: of this rank among them.
+        ranks: how many share a context.
+    """
+
+    index: int
+    ranks: int
+
+    def held(self, counts: npt.NDArray[np.int64], page_size: int) -> npt.NDArray[np.int64]:
+        """How many of the first `counts` positions of a context this rank has.
+
+        Args:
+            counts: any shape.
+            page_size: positions of a page on a rank.
+        """
+        whole, rest = np.divmod(counts, page_size * self.ranks)
+        found: npt.NDArray[np.int64] = whole * page_size + np.clip(
+            rest - self.index * page_size, 0, page_size
+        )
+        return found
+
+    def slots(
+        self, slots: npt.NDArray[np.int32], page_size: int, elsewhere: int
+    ) -> npt.NDArray[np.int64]:
+        """Where this rank writes what goes to some slots of all ranks.
+
+        Args:
+            slots: page * ranks * page_size + offset.
+            page_size: positions of a page on a rank.
+            elsewhere: a slot for what other ranks keep.
+        """
+        pages, offsets = np.divmod(slots.astype(np.int64), page_size * self.ranks)
+        owners, offsets = np.divmod(offsets, page_size)
+        return np.where(owners == self.index, pages * page_size + offsets, elsewhere)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +102,8 @@ class PagedRows:
             positions i * page_size and on.
         kv_slots_T: int64 tensor on the device; where each token's K and V are written:
             page * page_size + offset.
-        page_size: token positions of a page.
+        page_size: token positions of a page, on this rank.
+        share: which positions of a context the pages hold; None for all.
     """
 
     query_starts: npt.NDArray[np.int32]
@@ -67,6 +112,35 @@ class PagedRows:
     page_table_XP: torch.Tensor
     kv_slots_T: torch.Tensor
     page_size: int
+    share: ContextShare | None = None
+
+    def seen(self, window: int | None) -> npt.NDArray[np.int32]:
+        """Of each token, the first and the end of the positions here that it sees, which are
+        counted by this rank's own.
+
+        Args:
+            window: positions that a token sees, itself included; all if None.
+        """
+        found: npt.NDArray[np.int32] | None = self._seen.get(window)
+        if found is None:
+            share = self.share or ContextShare(index=0, ranks=1)
+            lengths = np.diff(self.query_starts)
+            ends_T = np.arange(1, 1 + int(self.query_starts[-1]), dtype=np.int64) + np.repeat(
+                self.context_lens - self.query_starts[:-1], lengths
+            )
+            firsts_T = np.zeros_like(ends_T) if window is None else np.maximum(0, ends_T - window)
+            held_T2 = share.held(np.stack((firsts_T, ends_T), axis=1), self.page_size)
+            found = self._seen[window] = held_T2.astype(np.int32)
+        return found
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether heads' sinks count here: of ranks that share a context, for the first alone."""
+        return self.share is None or self.share.index == 0
+
+    @cached_property
+    def _seen(self) -> dict[int | None, npt.NDArray[np.int32]]:
+        return {}
 
     @cached_property
     def kept(self) -> "dict[Hashable, Refillable]":

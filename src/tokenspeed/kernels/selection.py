@@ -84,6 +84,10 @@ class KernelSelector:
         platform: what the device offers; found out unless a test brings another.
         deterministic: whether kernels whose rows depend on the batch are out of the question.
 
+    Attributes:
+        device, dtype: as given.
+        context_shared: whether ranks have a part of each context.
+
     Raises:
         KernelError: an override names no op.
     """
@@ -112,6 +116,7 @@ class KernelSelector:
         self._kv_formats = tuple(kv_formats or (self._dtype_name,))
         self._activation_formats = tuple(activation_formats or ())
         self._runtime = runtime
+        self.context_shared = False
         for name in self._overrides:
             self._registry.op(name)
 
@@ -232,6 +237,13 @@ class KernelSelector:
         selector = copy.copy(self)
         selector._runtime = self.runtime
         selector._activation_formats = ()
+        return selector
+
+    def with_context_shared(self) -> "KernelSelector":
+        """The same choices for a model whose ranks have a part of each context."""
+        selector = copy.copy(self)
+        selector._runtime = self.runtime
+        selector.context_shared = True
         return selector
 
     def _reads(self, op: str, format_name: str) -> bool:

@@ -169,6 +169,7 @@ def compile_model(
         PlacementError: its modules do not fit together on this mesh.
         ConfigError: a dimension cannot be divided over so many ranks.
     """
+    kernels = _among(kernels, mesh)
     return compile_module(
         lambda rules: model_class(config.architecture)(config, rules),
         _symbols,
@@ -215,7 +216,7 @@ def build_model(
     if kernels.dtype != dtype:
         raise ConfigError(f"kernels were selected for {kernels.dtype}, but the model is {dtype}")
     if mesh is not None and mesh.world > 1:
-        kernels = kernels.with_tensors_only()
+        kernels = _among(kernels.with_tensors_only(), mesh)
     with device:
         model = model_class(config.architecture)(config, kernels)
     if mesh is not None and mesh.world > 1:
@@ -232,6 +233,10 @@ def build_model(
                 check_placements(model, program, groups, known)
             install(model, program, groups, counts=_counts, known=known)
     return model
+
+
+def _among(kernels: KernelSelector, mesh: Mesh) -> KernelSelector:
+    return kernels.with_context_shared() if mesh.cp > 1 else kernels
 
 
 class _Unplaced:

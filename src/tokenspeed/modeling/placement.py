@@ -17,6 +17,7 @@ __all__ = [
     "Boundary",
     "Layout",
     "Partial",
+    "PartialSoftmax",
     "PerToken",
     "Placement",
     "Replicate",
@@ -72,6 +73,19 @@ class Partial:
 
 
 @dataclass(frozen=True, slots=True)
+class PartialSoftmax:
+    """Each rank of the axis holds means over some of what a softmax goes over, and behind each, as
+    the last feature, the logarithm of the sum it was divided by. The tensor is their mean, weighted
+    by the exponents of these, and the logarithm of the sum of all.
+    """
+
+    axis: str
+
+    def __post_init__(self) -> None:
+        _check_axis(self.axis)
+
+
+@dataclass(frozen=True, slots=True)
 class PerToken:
     """Either the whole tensor, or a share of the tokens, whichever moves less.
 
@@ -86,7 +100,7 @@ class PerToken:
 
 
 SHARDED_DIMS = {"tokens": 0, "heads": -2, "features": -1, "vocabulary": -1}
-Placement = Replicate | Shard | Partial | PerToken
+Placement = Replicate | Shard | Partial | PartialSoftmax | PerToken
 Layout = Placement | tuple[Placement, ...]
 
 

@@ -33,6 +33,7 @@ ENGINE_FLAGS = {
     "--threads",
     "--tp",
     "--ep",
+    "--cp",
     "--distributed-executor-backend",
     "--ray-address",
     "--kernel",

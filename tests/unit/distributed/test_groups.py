@@ -76,6 +76,36 @@ def test_a_row_of_a_sum_is_the_same_bits_in_long_and_short_tensors(
     assert torch.equal(first, sum(values[1:], values[0]).to(dtype))
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_of_a_softmax_are_merged_into_the_whole_the_same_bits_in_any_batch(
+    ranks: int,
+) -> None:
+    rows, elements, positions = SHORT_SIZE_BYTES // 16, 8, 9 * ranks
+    draws = torch.Generator().manual_seed(ranks)
+    scores = 20 * torch.randn(rows, positions, generator=draws)
+    values = torch.randn(rows, positions, elements, generator=draws)
+    # Of the first row the last rank has nothing.
+    scores[0, 9 * (ranks - 1) :] = -torch.inf
+
+    def part(of: slice) -> torch.Tensor:
+        sums = scores[:, of].logsumexp(-1, keepdim=True)
+        weights = (scores[:, of] - sums).exp().nan_to_num(0.0)
+        return torch.cat((torch.einsum("rp,rpe->re", weights, values[:, of]), sums), dim=-1)
+
+    def run(rank: int, store: Store) -> torch.Tensor:
+        group = connect(Mesh(cp=ranks), rank, [(0,)], store=store)[(0,)]
+        mine = part(slice(9 * rank, 9 * rank + 9))
+        assert mine.nbytes > SHORT_SIZE_BYTES
+        merged = group.merge(mine.view(2, -1, elements + 1))
+        for row in (0, 7, rows - 1):
+            assert torch.equal(group.merge(mine[row : row + 1])[0], merged.flatten(0, 1)[row])
+        return merged
+
+    first, *others = in_threads(ranks, run)
+    assert all(torch.equal(first, other) for other in others)
+    assert torch.allclose(first.flatten(0, 1), part(slice(None)), rtol=2e-5, atol=2e-6)
+
+
 def test_a_rank_that_stays_alone_says_so(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"rank 0 did not find ranks 0, 1 within 0\.5 s"):
         connect(Mesh(tp=2), 0, [(0,)], store=file_store(tmp_path / "store", 2), timeout_s=0.5)

@@ -21,7 +21,7 @@ __all__ = ["append_rounded", "paged_mha_rounded", "read_rounded"]
 
 _FORMATS = ("interleaved_int8",)
 # What vectors of native kernels hold; pages are laid out for them.
-_HEAD_DIMS = range(16, 257, 16)
+HEAD_DIMS = range(16, 257, 16)
 _SCALE_SIZE_BYTES = 4
 _EXCESS = 128
 _LARGEST = 127
@@ -33,7 +33,7 @@ _LEAST = 1e-30
     "kvcache.append",
     solution="reference",
     formats=_FORMATS,
-    traits={"head_dim": _HEAD_DIMS},
+    traits={"head_dim": HEAD_DIMS},
     priority=Priority.REFERENCE,
 )
 def append_rounded(
@@ -66,7 +66,7 @@ def append_rounded(
     "attention.paged_mha",
     solution="reference",
     formats=_FORMATS,
-    traits={"head_dim": _HEAD_DIMS},
+    traits={"head_dim": HEAD_DIMS},
     priority=Priority.REFERENCE,
     batch_dependent=True,
 )
@@ -136,7 +136,7 @@ def _hadamard(x_XD: torch.Tensor) -> torch.Tensor:
     size = x_XD.shape[-1]
     apart = 1
     while apart < _size(size):
-        pairs_XB2A = x_XD.reshape(*x_XD.shape[:-1], -1, 2, apart)
+        pairs_XB2A = x_XD.reshape(*x_XD.shape[:-1], size // (2 * apart), 2, apart)
         first, second = pairs_XB2A.unbind(-2)
         x_XD = torch.stack((first + second, first - second), -2).flatten(-3)
         apart *= 2

@@ -11,7 +11,8 @@ Layout = tuple[Placement, ...]
 
 
 class Unsaid(PerToken):
-    """On an axis of which boundaries need not speak: as a tensor comes, a sum too."""
+    """On an axis of which boundaries need not speak: as a tensor comes, a sum too, but tokens of a
+    context are not divided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,8 @@ def apply_transition(
     group = groups[transition.cells]
     if transition.kind == "all_reduce":
         return group.all_reduce(x, wide=transition.wide)
+    if transition.kind == "merge":
+        return group.merge(x)
     if transition.kind == "slice":
         assert transition.split_dim is not None
         sizes = _sizes(transition, transition.split_dim, x, group, known)

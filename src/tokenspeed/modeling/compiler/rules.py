@@ -173,6 +173,22 @@ def _paged_mha(
     return made
 
 
+def _partial_mha(
+    tracer: Tracer, q_TQD: Symbol, sinks_Q: WeightSymbol | None = None, **others: Any
+) -> Symbol:
+    _whole_features(tracer, "attention.partial_mha", q_TQD)
+    if sinks_Q is not None:
+        tracer.divide(sinks_Q, {sinks_Q.weight.dims[0]: q_TQD.dims[-2].cells}, frozenset())
+    flow = Flow(
+        name="attention.partial_mha",
+        mixes_tokens=True,
+        makes_softmax=frozenset(tracer.mesh.cells_of("cp")),
+    )
+    dims = [*q_TQD.dims[:-1], Dim(size=q_TQD.dims[-1].size + 1)]
+    (made,) = tracer.record(flow, (q_TQD,), [(dims, torch.float32)])
+    return made
+
+
 def _route(
     tracer: Tracer, logits_TE: Symbol, bias_E: WeightSymbol | None, count: int, **how: Any
 ) -> tuple[Symbol, Symbol]:
@@ -271,6 +287,7 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "activation.silu_and_mul": _gated("activation.silu_and_mul"),
         "attention.paged_mha": _paged_mha,
         "attention.paged_mla": _paged_mla,
+        "attention.partial_mha": _partial_mha,
         "embedding.lookup": _lookup,
         "embedding.take": _take,
         "gemm.heads": _heads,

@@ -15,7 +15,13 @@ from tokenspeed.distributed import Mesh
 from tokenspeed.modeling.compiler.events import Crossing, Event, OpEvent, Unsaid
 from tokenspeed.modeling.compiler.symbol import Symbol
 from tokenspeed.modeling.compiler.transition import States, Transition, transitions_between
-from tokenspeed.modeling.placement import Partial, PerToken, Placement, Replicate
+from tokenspeed.modeling.placement import (
+    Partial,
+    PartialSoftmax,
+    PerToken,
+    Placement,
+    Replicate,
+)
 
 __all__ = ["Choice", "cost_of", "entries", "solve"]
 
@@ -115,8 +121,10 @@ def entries(mesh: Mesh, crossing: Crossing) -> Iterator[States]:
             options.append("R")
         elif isinstance(wanted, Partial):
             options.append("P")
+        elif isinstance(wanted, PartialSoftmax):
+            options.append("L")
         elif isinstance(wanted, Unsaid):
-            options.append("BRP")
+            options.append("BRP" if cell in own else "RP")
         elif isinstance(wanted, PerToken):
             options.append("BR" if cell in own else "RT")
         else:
@@ -183,6 +191,10 @@ def _through(
     carried: list[str] = []
     for cell in range(len(mesh.cells)):
         states = [states[cell] for states in inputs]
+        if "L" in states:
+            return {}, _illegal(
+                mesh, event, lying, states.index("L"), "cannot take parts that are not yet merged"
+            )
         partial = {index for index, state in enumerate(states) if state == "P"}
         together = partial == set(flow.sums)
         alone = len(partial) == 1 and partial <= flow.factors
@@ -201,6 +213,8 @@ def _through(
         shared = others - {"R"}
         if partial or cell in flow.makes_partial:
             carried.append("P")
+        elif cell in flow.makes_softmax:
+            carried.append("L")
         else:
             carried.append(shared.pop() if shared else "R")
     made = {
@@ -243,6 +257,7 @@ def _described(mesh: Mesh, symbol: Symbol, states: States) -> str:
             words = {
                 "R": f"Replicate({axis!r})",
                 "P": f"Partial({axis!r})",
+                "L": f"PartialSoftmax({axis!r})",
                 "T": f"Shard({axis!r}, 'tokens')",
                 "B": f"Shard({axis!r}, 'tokens')",
             }[state]

@@ -67,6 +67,7 @@ class Flow:
         mixes_tokens: whether tokens meet, or are picked by their place in the batch, so that each
             rank needs all of them.
         makes_partial: cells over which the result is a sum.
+        makes_softmax: cells over which it is parts of a softmax.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Flow:
     factors: frozenset[int] = frozenset()
     mixes_tokens: bool = False
     makes_partial: frozenset[int] = frozenset()
+    makes_softmax: frozenset[int] = frozenset()
 
 
 class Recorder(Protocol):

@@ -90,7 +90,7 @@ class Tracer:
         """Take down that all ranks are to have the model's result."""
         if not isinstance(result, Symbol):
             self.fail(f"the model gives a {type(result).__name__}, not a tensor")
-        everywhere = Boundary(inputs={"result": ()}, outputs=())
+        everywhere = Boundary(inputs={"result": (Replicate("cp"),)}, outputs=())
         self._enter("", None, everywhere, "result", result)
 
     def symbol(self, dims: Sequence[Dim], dtype: torch.dtype) -> Symbol:
@@ -328,8 +328,9 @@ def _by_cell(boundary: Boundary, layout: Layout, mesh: Mesh) -> list[tuple[Place
         axis = _axis_of(mesh, cell, experts=boundary.experts)
         placement = declared.get(axis)
         if placement is None:
-            # Tokens of other requests are no part of what a rank of attention sees.
-            placement = Unsaid(axis) if axis == "dp" else Replicate(axis)
+            # Tokens of other requests are no part of what a rank of attention sees, and ranks that
+            # share a context do the same but for attention itself; they may share experts.
+            placement = Unsaid(axis) if axis in ("dp", "cp") else Replicate(axis)
         divided = None
         if isinstance(placement, Shard) and placement.dim_index != 0:
             divided = placement.dim_index

@@ -1,8 +1,8 @@
 """What takes a tensor from one way of lying over the ranks to another, and what it moves.
 
 How a tensor lies along one cell of the mesh is a letter: R whole, P a partial sum, T a share of the
-step's tokens, F a share of features (or heads, or vocabulary), B the tokens of a rank's own
-requests, which is where attention's `dp` starts from.
+step's tokens, F a share of features (or heads, or vocabulary), L a part of a softmax, B the tokens
+of a rank's own requests, which is where attention's `dp` starts from.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ __all__ = ["KINDS", "States", "Transition", "transitions_between"]
 States = tuple[str, ...]
 
 # In this order, so that what moves over a group is as small as it can be.
-KINDS: Final = ("slice", "reduce_scatter", "all_to_all", "all_reduce", "all_gather")
+KINDS: Final = ("slice", "reduce_scatter", "all_to_all", "merge", "all_reduce", "all_gather")
 
 _KIND_OF: Final = {
     ("R", "T"): "slice",
@@ -28,6 +28,7 @@ _KIND_OF: Final = {
     ("P", "F"): "reduce_scatter",
     ("P", "B"): "reduce_scatter",
     ("P", "R"): "all_reduce",
+    ("L", "R"): "merge",
     ("T", "R"): "all_gather",
     ("F", "R"): "all_gather",
     ("B", "R"): "all_gather",
@@ -121,7 +122,7 @@ def transitions_between(
             held /= ranks
         elif kind == "all_to_all":
             moved = fraction * held
-        elif kind == "all_reduce":
+        elif kind in ("all_reduce", "merge"):
             moved = 2 * fraction * held
         else:
             held *= ranks

@@ -11,6 +11,7 @@ from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.kernels.kv_formats import ROUNDED
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.cut import Cut
+from tokenspeed.modeling.layers.context import ContextMerge, ContextPart
 from tokenspeed.modeling.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.modeling.layers.norm import HeadNorm
 from tokenspeed.modeling.layers.rotary import Angles, rotary_order
@@ -112,6 +113,17 @@ class Attention(Module):
         self._attend = kernels.select(
             ops.attention.paged_mha, format_name=self._kv_format, traits=traits
         )
+        self.part: ContextPart | None = None
+        self.merge: ContextMerge | None = None
+        if kernels.context_shared:
+            self.part = ContextPart(
+                head_dim,
+                scale=self._scale,
+                window=window,
+                format_name=self._kv_format,
+                kernels=kernels,
+            )
+            self.merge = ContextMerge(kernels)
 
     def kv_spec(self, dtype_name: str) -> KVSpec:
         """What this layer keeps of a token, in elements of a type."""
@@ -156,14 +168,17 @@ class Attention(Module):
         """out_TM; writes the tokens' K and V to kv = (k_PCHD, v_PCHD) on the way."""
         qkv_TXD = self.qkv(x_TM).unflatten(-1, (-1, self._head_dim))
         q_TQD = self._rotated(qkv_TXD, angles, rows, kv)
-        out_TQD = self._attend(
-            q_TQD,
-            *kv,
-            rows,
-            self._scale,
-            window=self.window,
-            sinks_Q=self.sinks.tensor if self.sinks else None,
-        )
+        if self.part is not None and self.merge is not None:
+            out_TQD = self.merge(self.part(q_TQD, rows, kv, self.sinks))
+        else:
+            out_TQD = self._attend(
+                q_TQD,
+                *kv,
+                rows,
+                self._scale,
+                window=self.window,
+                sinks_Q=self.sinks.tensor if self.sinks else None,
+            )
         out_TM: torch.Tensor = self.output(out_TQD.flatten(1))
         return out_TM
 

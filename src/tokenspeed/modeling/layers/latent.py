@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from tokenspeed.core.config import KVSpec
+from tokenspeed.core.errors import ConfigError
 from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling.config import LatentConfig
@@ -116,6 +117,9 @@ class LatentAttention(Module):
         bias: whether the projections down and out add one.
         scale: what products of queries and keys are multiplied by.
         kernels: chooses the ops.
+
+    Raises:
+        ConfigError: ranks are to share contexts.
     """
 
     window: int | None = None
@@ -130,6 +134,11 @@ class LatentAttention(Module):
         scale: float,
         kernels: KernelSelector,
     ) -> None:
+        if kernels.context_shared:
+            raise ConfigError(
+                "--cp needs layers of attention that are computed over parts of a context, and "
+                "there are none over latents; leave --cp out"
+            )
         self._config = config
         self._query_dim = config.plain_dim + config.rotated_dim
         cut = Cut(unit=self._query_dim)

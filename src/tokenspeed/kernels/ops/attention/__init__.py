@@ -1,7 +1,7 @@
 """Owns the declarations of attention over paged KV; never computes it.
 
-Legend: T tokens, Q query heads, H KV heads, D elements of a head, P pages, C positions of a page,
-E elements of a latent, V those of them that are its value.
+Legend: T tokens, Q query heads, H KV heads, D elements of a head, X elements of a part, P pages,
+C positions of a page, E elements of a latent, V those of them that are its value.
 """
 
 import torch
@@ -10,7 +10,7 @@ from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["paged_mha", "paged_mla"]
+__all__ = ["paged_mha", "paged_mla", "partial_mha"]
 
 
 @declare_op("attention.paged_mha", traits=("head_dim",))
@@ -42,6 +42,32 @@ def paged_mha(
     return kernel(
         q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q, soft_cap=soft_cap
     )
+
+
+@declare_op("attention.partial_mha", traits=("head_dim",))
+def partial_mha(
+    q_TQD: torch.Tensor,
+    k_PCHD: torch.Tensor,
+    v_PCHD: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    window: int | None = None,
+    sinks_Q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `paged_mha` gives of the positions that pages hold where ranks share a context
+    (`rows.share`); gives parts_TQX in float32, X = D + 1.
+
+    The first D elements are the mean of the values seen here, 0 where there are none, the last is
+    the logarithm of the sum that softmax divided by, -inf where there are none. Parts of all ranks
+    are the whole when means are weighted by their exponents. Pages hold this rank's positions of a
+    row one after the other. A head's sink counts as one position, and is the first rank's alone.
+
+    Traits:
+        head_dim: D.
+    """
+    kernel = partial_mha.best(q_TQD, format_name=pool_format(k_PCHD), head_dim=q_TQD.shape[2])
+    return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
 
 
 @declare_op("attention.paged_mla", traits=("latent_dim", "value_dim"))
