@@ -8,7 +8,8 @@ import numpy as np
 from tokenspeed.bench.config import SimulationConfig
 from tokenspeed.bench.hardware import StepTime
 from tokenspeed.bench.workload import GroupWorkload
-from tokenspeed.control import Scheduler, SchedulerStats
+from tokenspeed.control import Scheduler
+from tokenspeed.core.stats import SchedulerStats
 from tokenspeed.core.step import Int32Array, StepOutcome, StepPlan, StepWork
 
 __all__ = ["Replica"]

@@ -1,5 +1,5 @@
 """Decides what runs and who owns which KV page (in C++, typed here); never touches a tensor."""
 
-from tokenspeed.control.scheduler import CacheEvents, Scheduler, SchedulerStats
+from tokenspeed.control.scheduler import CacheEvents, Scheduler
 
-__all__ = ["CacheEvents", "Scheduler", "SchedulerStats"]
+__all__ = ["CacheEvents", "Scheduler"]

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from tokenspeed.core.stats import SchedulerStats
+
 __all__ = ["EngineInfo", "EngineStats", "LiveRequest", "RequestTimes", "StepTiming"]
 
 
@@ -103,36 +105,15 @@ class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
     accepted_tokens: int
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of the engine: the scheduler's, and time."""
+class EngineStats(SchedulerStats, frozen=True, kw_only=True):
+    """Counters of the engine: the scheduler's, and time.
 
-    running: int
-    waiting: int
-    parked: int
-    transferring: int
-    waiting_uncached_tokens: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
-    pages_active: int
-    host_pages_total: int
-    host_pages_cached: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    missed_evicted_tokens: int
-    missed_unseen_tokens: int
-    missed_other_salt_tokens: int
-    missed_tail_tokens: int
-    output_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    retractions: int
-    parkings: int
-    evictions: int
-    stores: int
-    loads: int
-    refusals: int
+    Attributes:
+        uptime_s: since the engine takes requests.
+        output_tokens_per_s: over the last seconds.
+        timing: where its time went.
+    """
+
     uptime_s: float
     output_tokens_per_s: float
     timing: StepTiming

@@ -10,10 +10,10 @@ from typing import Any, Self
 import msgspec
 
 from tokenspeed import loader
-from tokenspeed.control import SchedulerStats
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import InvalidParameter, RequestError
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.stats import SchedulerStats
 from tokenspeed.core.step import CacheReport
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.facts import EngineInfo

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -204,9 +205,8 @@ class _Server:
         return Reply(call.number, value)
 
     def _stats(self) -> EngineStats:
-        stats = self._core.control.stats()
         return EngineStats(
-            **{name: getattr(stats, name) for name in type(stats).__dataclass_fields__},
+            **msgspec.structs.asdict(self._core.control.stats()),
             uptime_s=time.monotonic() - self._started_s,
             output_tokens_per_s=self._rate.per_s(),
             timing=step_timing(self._core),

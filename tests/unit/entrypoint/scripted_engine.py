@@ -122,6 +122,7 @@ class ScriptedEngine:
             missed_other_salt_tokens=0,
             missed_tail_tokens=20,
             output_tokens=50,
+            proposed_tokens=0,
             retractions=0,
             drafted_tokens=0,
             accepted_tokens=0,
