@@ -43,6 +43,10 @@ class ModelConfig:
         window_rope: rotary embedding of those layers, where it is their own.
         attention_scale: what products of queries and keys are multiplied by; None for the inverse
             root of head_dim.
+        next_layers: blocks behind the model's own that predict tokens beyond the next one.
+        draft_vocab_size: of a head of drafts, how many tokens it proposes.
+        state_layers: of a head of drafts, in front of which blocks of its target the states are
+            that it reads; None for those of early, middle and late blocks that are usual.
         head_norm: whether query and key heads are normed, where a family has both kinds.
     """
 
@@ -67,6 +71,9 @@ class ModelConfig:
     windowed_layers: frozenset[int] = frozenset()
     window_rope: RopeConfig | None = None
     attention_scale: float | None = None
+    next_layers: int = 0
+    draft_vocab_size: int | None = None
+    state_layers: tuple[int, ...] | None = None
 
     @property
     def rotated_dim(self) -> int:
@@ -132,7 +139,29 @@ class ModelConfig:
             windowed_layers=windowed,
             window_rope=_window_rope(config),
             attention_scale=scale,
+            next_layers=_next_layers(config),
+            draft_vocab_size=(
+                read_count(config, "draft_vocab_size") if config.get("draft_vocab_size") else None
+            ),
+            state_layers=_state_layers(config),
         )
+
+
+def _next_layers(config: Mapping[str, Any]) -> int:
+    name = "num_nextn_predict_layers"
+    return read_count(config, name) if config.get(name) else 0
+
+
+def _state_layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    options = config.get("eagle_config")
+    layers = options.get("eagle_aux_hidden_state_layer_ids") if isinstance(options, dict) else None
+    if layers is None:
+        return None
+    if not isinstance(layers, list) or not all(
+        isinstance(layer, int) and layer >= 0 for layer in layers
+    ):
+        raise CorruptCheckpoint(f"config.json names no layers of states: {layers!r}")
+    return tuple(sorted(layers))
 
 
 def _refuse(config: Mapping[str, Any], architecture: str) -> None:

@@ -37,6 +37,7 @@ class Attention(Module):
         scale: what products of queries and keys are multiplied by; the inverse root of D if None.
         window: tokens that a query sees, itself included; all if None.
         sinks: whether each head has a score that takes its part of the softmax and gives nothing.
+        inputs: elements that queries, keys and values are made of; M if None.
         rotated: how many leading elements of a head are rotated; all if None.
         kernels: chooses the ops.
     """
@@ -55,6 +56,7 @@ class Attention(Module):
         scale: float | None = None,
         window: int | None = None,
         sinks: bool = False,
+        inputs: int | None = None,
         rotated: int | None = None,
         kernels: KernelSelector,
     ) -> None:
@@ -65,7 +67,7 @@ class Attention(Module):
         cut = Cut(unit=head_dim, groups=kv_heads, shared=frozenset({"k", "v"}))
         order = None if rotated in (None, head_dim) else rotary_order(head_dim, rotated or 0)
         self.qkv = ColumnLinear(
-            hidden_size,
+            inputs or hidden_size,
             (heads + 2 * kv_heads) * head_dim,
             kernels=kernels,
             bias=qkv_bias,

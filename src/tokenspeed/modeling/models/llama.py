@@ -177,10 +177,17 @@ class Llama(Model):
         angles = self.rotary(batch.positions_T)
         x_TM: torch.Tensor = self.embedding(batch.token_ids_T)
         residual_TM: torch.Tensor | None = None
-        for block, (group, layer) in zip(self.blocks, self.kv_places, strict=True):
+        kept = batch.kept
+        for index, (block, (group, layer)) in enumerate(
+            zip(self.blocks, self.kv_places, strict=True)
+        ):
+            if kept is not None and index in kept.layers:
+                kept.keep(index, block.attention_norm(x_TM, residual_TM)[1])
             pages = self.pages(kv, group, layer)
             x_TM, residual_TM = block(x_TM, residual_TM, angles, batch.groups[group], pages)
         assert residual_TM is not None
+        if kept is not None and len(self.blocks) in kept.layers:
+            kept.keep(len(self.blocks), self.norm(x_TM, residual_TM)[1])
         sampled_S = batch.sample_token_indices_S
         if sampled_S is not None:
             x_TM, residual_TM = self._take(x_TM, sampled_S), self._take(residual_TM, sampled_S)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from tokenspeed.core.errors import UnsupportedModel
 
 if TYPE_CHECKING:
+    from tokenspeed.modeling.head import Head
     from tokenspeed.modeling.model import Model
 
-__all__ = ["ARCHITECTURES", "model_class", "require_architecture"]
+__all__ = ["ARCHITECTURES", "head_class", "model_class", "require_architecture"]
 
 # Hugging Face's name of an architecture: our module in this package, and the class in it.
 # Names only, so that reading a configuration imports no model.
@@ -25,6 +26,11 @@ _MODELS = {
     "Qwen3MoeForCausalLM": ("qwen3", "Qwen3Moe"),
 }
 
+# What proposes drafts out of the states of another model.
+_HEADS = {
+    "LlamaForCausalLMEagle3": ("eagle3", "Eagle3"),
+}
+
 ARCHITECTURES = tuple(sorted(_MODELS))
 """Hugging Face's names of the architectures that can be run."""
 
@@ -35,7 +41,7 @@ def require_architecture(architecture: str) -> str:
     Raises:
         UnsupportedModel: no class computes it; names those that can be.
     """
-    if architecture not in _MODELS:
+    if architecture not in _MODELS and architecture not in _HEADS:
         raise UnsupportedModel(
             f"no model for architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
         )
@@ -48,6 +54,20 @@ def model_class(architecture: str) -> "type[Model]":
     Raises:
         UnsupportedModel: no class computes it; names those that can be.
     """
-    module, name = _MODELS[require_architecture(architecture)]
+    if require_architecture(architecture) in _HEADS:
+        raise UnsupportedModel(
+            f"{architecture} is a head that proposes drafts to another model: give that one as the "
+            "model, and this as --speculate draft:PATH"
+        )
+    module, name = _MODELS[architecture]
     found: type[Model] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return found
+
+
+def head_class(architecture: str) -> "type[Head] | None":
+    """The class of a head of drafts, by the name in its checkpoint; None for a whole model."""
+    if architecture not in _HEADS:
+        return None
+    module, name = _HEADS[architecture]
+    found: type[Head] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     return found
