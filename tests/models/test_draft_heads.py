@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear, silu, softmax
 
+from tests.models.test_draft_model import CONFIG, PROMPTS, Users, greedy, runner_of
 from tests.models.tiny import CONFIGS, build, read_tensors, write_tiny
 from tests.support.forward import Request, build_rows
 from tests.unit.execution.tiny import CPU
 from tokenspeed.cache import KVPools
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
+from tokenspeed.execution.graph import StepGraph
 from tokenspeed.modeling import ForwardBatch, Model, ModelConfig
 from tokenspeed.modeling.batch import GivenStates, HiddenStates
 from tokenspeed.modeling.head import Head, build_head
@@ -41,7 +43,7 @@ class Steps:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.kv = KVPools(model.kv_specs(), pages=16, page_size=4, device=CPU)
+        self.kv = KVPools(model.kv_specs(), pages=16, page_size=16, device=CPU)
         self.table = torch.zeros((1, 16), dtype=torch.int32)
         self.request = Request(slot=0, pages=[9, 2, 5, 11, 0, 3, 7, 1, 8])
 
@@ -49,7 +51,7 @@ class Steps:
         self, tokens: list[int], kept: HiddenStates, given: GivenStates | None = None
     ) -> Tensor:
         first, count = self.request.length, len(tokens)
-        rows = build_rows([(self.request, count)], self.table, 4)
+        rows = build_rows([(self.request, count)], self.table, 16)
         self.request.length += count
         batch = ForwardBatch(
             token_ids_T=torch.tensor(tokens),
@@ -162,20 +164,27 @@ def eagle3_formula(weights: dict[str, Tensor], theirs: Any) -> Tensor:
     return torch.stack(logits)
 
 
+def with_eagle3(
+    folder: Path, *, native: bool = False
+) -> tuple[Model, Head, dict[str, Tensor], Any]:
+    """A target and a head; the head's weights, and the target as transformers has it."""
+    theirs = write_tiny("llama", folder).theirs
+    target = build(json.loads((folder / "config.json").read_text()), native_formats=native)
+    target.load_weights(read_tensors(folder).items())
+    (folder / "head").mkdir()
+    weights = eagle3(folder / "head")
+    config = ModelConfig.from_hf(json.loads((folder / "head" / "config.json").read_text()))
+    head = build_head(config, device=CPU, kernels=target.kernels, target=target)
+    head.load_weights(read_tensors(folder / "head").items())
+    return target, head, weights, theirs
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_eagle3_is_its_formula(tmp_path: Path, chunk: int) -> None:
-    tiny = write_tiny("llama", tmp_path)
-    target = build(json.loads((tmp_path / "config.json").read_text()))
-    target.load_weights(read_tensors(tmp_path).items())
-    folder = tmp_path / "head"
-    folder.mkdir()
-    weights = eagle3(folder)
-    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    head = build_head(config, device=CPU, target=target)
+    target, head, weights, theirs = with_eagle3(tmp_path)
     assert head.state_layers == (0, 1, 2)
-    head.load_weights(read_tensors(folder).items())
     with torch.no_grad():
-        wanted = eagle3_formula(weights, tiny.theirs)
+        wanted = eagle3_formula(weights, theirs)
     torch.testing.assert_close(ours(target, head, chunk), wanted, atol=1e-4, rtol=1e-4)
     ids = torch.arange(50)
     assert torch.equal(head.tokens(ids), ids + weights["d2t"])
@@ -210,16 +219,16 @@ def next_token_formula(block: Any, weights: dict[str, Tensor], theirs: Any) -> T
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3-apart", "glm4-moe"])
-def test_a_next_token_layer_is_its_formula(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
-) -> None:
+def with_next_token(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, native: bool = False
+) -> tuple[Model, Head, Any, dict[str, Tensor], Any]:
+    """A target and its next-token layer; the layer's block and other weights, and the target, as
+    transformers has them."""
     # A checkpoint of one layer more, which is given to the head.
     layers = CONFIGS[name].num_hidden_layers
     longer = type(CONFIGS[name])(**{**CONFIGS[name].to_dict(), "num_hidden_layers": layers + 1})
     monkeypatch.setitem(CONFIGS, name, longer)
-    theirs = write_tiny(name, tmp_path).theirs
+    theirs = write_tiny(name, folder).theirs
     block, theirs.model.layers = theirs.model.layers[layers], theirs.model.layers[:layers]
     theirs.config.num_hidden_layers = layers
     features = theirs.config.hidden_size
@@ -232,18 +241,70 @@ def test_a_next_token_layer_is_its_formula(
         "embed_tokens.weight": theirs.model.embed_tokens.weight.detach(),
         "shared_head.head.weight": theirs.lm_head.weight.detach(),
     }
-    tensors = read_tensors(tmp_path)
+    tensors = read_tensors(folder)
     tensors |= {f"model.layers.{layers}.{key}": value for key, value in own.items()}
-    hf_config = json.loads((tmp_path / "config.json").read_text())
+    hf_config = json.loads((folder / "config.json").read_text())
     hf_config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
-    target = build(hf_config)
+    target = build(hf_config, native_formats=native)
     target.load_weights(tensors.items())
     assert target.config.next_layers == 1
-    head = build_head(target.config, device=CPU, target=target)
+    head = build_head(target.config, device=CPU, kernels=target.kernels, target=target)
     head.load_weights(tensors.items())
+    return target, head, block, own, theirs
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3-apart", "glm4-moe"])
+def test_a_next_token_layer_is_its_formula(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
+) -> None:
+    target, head, block, own, theirs = with_next_token(name, tmp_path, monkeypatch)
     with torch.no_grad():
         wanted = next_token_formula(block, own, theirs)
     torch.testing.assert_close(ours(target, head, chunk), wanted, atol=1e-4, rtol=1e-4)
+
+
+def proposed(target: Model, head: Head, text: list[int], count: int) -> list[tuple[int, float]]:
+    """What a head proposes behind a text, and the chances, each network run over all of it."""
+    kept, own = HiddenStates(head.state_layers), HiddenStates((0,))
+    of_target, of_head = Steps(target), Steps(head)
+    of_target.run(text[:-1], kept)
+    given = GivenStates(states_TF=kept.states(len(text) - 1), own=False)
+    found: list[tuple[int, float]] = []
+    tokens = text[1:]
+    while len(found) < count:
+        logits_V = of_head.run(tokens, own, given)[-1]
+        token = int(head.tokens(logits_V.argmax()[None]))
+        found.append((token, float(logits_V.softmax(-1).max())))
+        given = GivenStates(states_TF=own.states(len(tokens))[-1:], own=True)
+        tokens = [token]
+    return found
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("name", ["eagle3", "deepseek-v3"])
+def test_heads_propose_beside_their_target_what_they_propose_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, native: bool
+) -> None:
+    if name == "eagle3":
+        target, head = with_eagle3(tmp_path, native=native)[:2]
+    else:
+        target, head = with_next_token(name, tmp_path, monkeypatch, native=native)[:2]
+    runner = runner_of(target, head, CONFIG)
+    if name == "eagle3":
+        assert isinstance(runner._steps.recorded, StepGraph) == native
+    users = Users(runner, CONFIG, seed=5)
+    users.run(most=4)
+    checked = 0
+    for prompt, output, of_user in zip(PROMPTS, users.outputs, users.proposed, strict=True):
+        assert output == greedy(target, list(prompt), len(output))
+        for length, (tokens, chances) in of_user.items():
+            wanted = proposed(target, head, [*prompt, *output[:length]], len(tokens))
+            assert tokens == [token for token, _ in wanted]
+            assert chances == pytest.approx([chance for _, chance in wanted], abs=1e-4)
+            checked += len(tokens)
+    assert checked > 50
+    runner.close()
 
 
 def test_a_head_counts_no_weights_of_its_target(tmp_path: Path) -> None:
@@ -251,7 +312,7 @@ def test_a_head_counts_no_weights_of_its_target(tmp_path: Path) -> None:
     target = build(json.loads((tmp_path / "config.json").read_text()))
     weights = eagle3(tmp_path)
     config = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
-    head = build_head(config, device=CPU, target=target)
+    head = build_head(config, device=CPU, kernels=target.kernels, target=target)
     own = [weight for name, weight in weights.items() if name not in ("d2t", "t2d")]
     assert tiny.theirs is not None
     assert head.weights_size_bytes == 4 * sum(weight.numel() for weight in own) + 8 * 50
@@ -262,20 +323,20 @@ def test_what_does_not_fit_a_head_is_said(tmp_path: Path) -> None:
     llama_config = json.loads((tmp_path / "config.json").read_text())
     target = build(llama_config)
     with pytest.raises(UnsupportedModel, match="num_nextn_predict_layers"):
-        build_head(target.config, device=CPU, target=target)
+        build_head(target.config, device=CPU, kernels=target.kernels, target=target)
     eagle3(tmp_path)
     head_config = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(UnsupportedModel, match="--speculate draft:PATH"):
         build(head_config)
     other = ModelConfig.from_hf(head_config | {"vocab_size": 300})
     with pytest.raises(UnsupportedModel, match="72 features and 300 tokens"):
-        build_head(other, device=CPU, target=target)
+        build_head(other, device=CPU, kernels=target.kernels, target=target)
     layers = {"eagle_aux_hidden_state_layer_ids": [0, 1, 9]}
     other = ModelConfig.from_hf(head_config | {"eagle_config": layers})
     with pytest.raises(UnsupportedModel, match="states of three layers"):
-        build_head(other, device=CPU, target=target)
+        build_head(other, device=CPU, kernels=target.kernels, target=target)
     config = ModelConfig.from_hf(head_config)
-    head = build_head(config, device=CPU, target=target)
+    head = build_head(config, device=CPU, kernels=target.kernels, target=target)
     tensors = read_tensors(tmp_path)
     del tensors["fc.weight"]
     with pytest.raises(CorruptCheckpoint, match=r"missing: fc\.weight"):

@@ -61,7 +61,7 @@ def pools_of(model: Model, config: SchedulerConfig) -> KVPools:
     pools = KVPools(model.kv_specs(), pages=64, page_size=config.page_size, device=CPU)
     for pool in pools.pools:
         for layer in range(pool.spec.layers):
-            for part in pool.layer(layer):
+            for part in (pool.latents(layer),) if pool.spec.latent else pool.layer(layer):
                 part.fill_(float("nan") if part.is_floating_point() else 0)
     return pools
 

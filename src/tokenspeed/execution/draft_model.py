@@ -1,10 +1,14 @@
-"""A second model that proposes how requests go on, out of the same tokens.
+"""A second model, or a head of the first, that proposes how requests go on.
+
+A model reads the target's tokens. A head reads the token behind each position, too, and what the
+target made of the position; where the target has not been it reads what itself made. So a head's
+text begins with the target's second token, and is one position ahead of a model's.
 
 Its KV lie beside the target's, in the same pages: what is shared, moved or dropped there is so
 here. A proposal is verified as any draft is, so KV that is missing or wrong, as that of a page
 which was shared before the draft model had filled it, costs acceptance and never a token.
 
-Legend: R rows, S samples, P proposed tokens.
+Legend: R rows, T tokens, S samples, P proposed tokens, M and F features of hidden states.
 """
 
 from collections.abc import Sequence
@@ -22,7 +26,7 @@ from tokenspeed.execution.captured import Capture
 from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.launched import AwaitedTokens
 from tokenspeed.kernels import ops
-from tokenspeed.modeling import Model
+from tokenspeed.modeling import GivenStates, Head, Model
 
 __all__ = ["DraftModel", "Drafting", "Proposals"]
 
@@ -34,7 +38,7 @@ class Drafting:
     """A draft model that was loaded.
 
     Attributes:
-        model: one of the target's vocabulary.
+        model: one of the target's vocabulary, or a `Head` of the target.
         pools: its KV, with as many pages as the target's pools.
         groups: of each of its cache groups, whose pages of the target's it lies in.
         chance_min: a row's proposal ends where all of it is right with less than this chance.
@@ -69,11 +73,13 @@ class _Text:
         done: leading positions whose KV the draft model has.
         tail: tokens behind these, up to the last one known.
         guessed: tokens that were proposed, from position `done` on, and have KV.
+        states_TF: for a head, the target's states of the positions from `done` on.
     """
 
     done: int
     tail: list[int] = field(default_factory=list)
     guessed: list[int] = field(default_factory=list)
+    states_TF: torch.Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -91,6 +97,22 @@ class _Text:
             self.done += 1
             del self.tail[0]
 
+    def keep(self, states_TF: torch.Tensor) -> None:
+        """Take the states of further positions."""
+        kept = self.states_TF
+        self.states_TF = states_TF if kept is None else torch.cat([kept, states_TF])
+
+    def take(self, slot: int, count: int, *, sampled: bool) -> "_Row":
+        """The next tokens, which have KV from now on."""
+        states_TF = None
+        if self.states_TF is not None:
+            states_TF, self.states_TF = self.states_TF[:count], self.states_TF[count:]
+        row = _Row(slot, self.done, self.tail[:count], sampled, states_TF)
+        self.done += count
+        del self.tail[:count]
+        self.guessed = []
+        return row
+
 
 @dataclass(slots=True)
 class _Row:
@@ -100,6 +122,18 @@ class _Row:
     first: int
     tokens: list[int]
     sampled: bool
+    states_TF: torch.Tensor | None = None
+
+    def cut(self, count: int) -> "tuple[_Row, _Row]":
+        """Its first tokens, and the others."""
+        first_TF = rest_TF = None
+        if self.states_TF is not None:
+            first_TF, rest_TF = self.states_TF[:count], self.states_TF[count:]
+        head, tail = self.tokens[:count], self.tokens[count:]
+        return (
+            _Row(self.slot, self.first, head, self.sampled and not tail, first_TF),
+            _Row(self.slot, self.first + count, tail, self.sampled, rest_TF),
+        )
 
 
 @dataclass(slots=True)
@@ -112,6 +146,7 @@ class _Proposal:
     tokens: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     chance: float = 1.0
+    states_1M: torch.Tensor | None = None
 
     def take(self, token: int, chance: float) -> None:
         self.tokens.append(token)
@@ -153,6 +188,9 @@ class DraftModel:
         self._vocabulary = drafting.model.config.vocab_size
         self._known = vocabulary
         self._device = device
+        self._head = drafting.model if isinstance(drafting.model, Head) else None
+        # How far the positions of its text are ahead of the target's.
+        self._ahead = int(self._head is not None)
         self._tables = [tables[group] for group in drafting.groups]
         self._steps = StepForward(
             drafting.model,
@@ -161,6 +199,7 @@ class DraftModel:
             tables=self._tables,
             device=device,
             capture=capture,
+            state_layers=() if self._head is None else (0,),
         )
         kernels = drafting.model.kernels
         self._argmax = kernels.select(ops.sampling.argmax, format_name="float32")
@@ -169,19 +208,24 @@ class DraftModel:
 
     def record(self) -> None:
         """Record the forward where the device can; to be called once."""
-        self._steps.record()
+        # What a head does beside products, and that is little, is done by PyTorch.
+        if self._head is None:
+            self._steps.record()
 
     def forget(self, slot: int) -> None:
         """The slot is another request's from the next step on."""
         self._texts.pop(slot, None)
 
     @torch.inference_mode()
-    def follow(self, plan: StepPlan, tokens_S: Int32Array) -> Proposals:
+    def follow(
+        self, plan: StepPlan, tokens_S: Int32Array, states_TF: torch.Tensor | None = None
+    ) -> Proposals:
         """Go along with a step of the target.
 
         Args:
             plan: what ran; page tables are as it left them.
             tokens_S: what was sampled.
+            states_TF: for a head, the target's states of the step's tokens.
         """
         asked = plan.propose_counts.tolist() or [0] * len(plan.row_slots)
         rows: list[_Row] = []
@@ -190,25 +234,24 @@ class DraftModel:
         for row, (slot, tokens, most) in enumerate(
             zip(plan.row_slots.tolist(), said, asked, strict=True)
         ):
-            text = self._text(plan, row, slot, tokens)
+            text = self._text(plan, row, slot, tokens, states_TF)
             # The last token that was sampled has no KV in the target either, perhaps no page.
-            length = text.end - bool(tokens)
+            length = text.end + self._ahead - bool(tokens)
             if length > self._context_max:
                 del self._texts[slot]
                 continue
             pages = -(-length // self._config.page_size)
             room = min(pages * self._config.page_size, self._context_max) - length
-            wanted = length - text.done
-            if most and tokens and room > 0:
-                wanted += 1
-                proposals[row] = _Proposal(slot=slot, first=length, most=min(most, room))
+            wanted = min(length - text.done, len(text.tail))
+            if most and tokens and room + self._ahead > 0:
+                wanted = len(text.tail)
+                proposals[row] = _Proposal(
+                    slot=slot, first=length - self._ahead, most=min(most, room + self._ahead)
+                )
             elif row < plan.decode_count and not self._leaves_page(text.done, length):
                 continue
             if wanted > 0:
-                rows.append(_Row(slot, text.done, text.tail[:wanted], row in proposals))
-                text.done += wanted
-                del text.tail[:wanted]
-                text.guessed = []
+                rows.append(text.take(slot, wanted, sampled=row in proposals))
         self._propose(rows, proposals)
         counts = [len(proposals[row].tokens) if row in proposals else 0 for row in range(len(said))]
         return Proposals(
@@ -217,21 +260,34 @@ class DraftModel:
             chances=np.array([c for p in proposals.values() for c in p.chances], dtype=np.float32),
         )
 
-    def _text(self, plan: StepPlan, row: int, slot: int, said: Sequence[int]) -> _Text:
+    def _text(
+        self,
+        plan: StepPlan,
+        row: int,
+        slot: int,
+        said: Sequence[int],
+        states_TF: torch.Tensor | None,
+    ) -> _Text:
         """The text of a row's request, with what it ran and what was sampled behind it."""
         text = self._texts.get(slot)
         context = int(plan.context_lens[row])
+        start, end = plan.query_starts[row : row + 2].tolist()
         if row < plan.decode_count:
-            if text is None or text.end != context + 1:
+            known = context + 1 - self._ahead
+            if text is None or text.end != known:
                 # Its last token came to it elsewhere, and stays unknown here.
-                text = self._texts[slot] = _Text(done=context + 1)
+                text = self._texts[slot] = _Text(done=known)
             text.goes_on(said)
-            return text
-        if text is None or text.end != context:
-            text = self._texts[slot] = _Text(done=context)
-        start, end = plan.query_starts[row : row + 2]
-        text.guessed = []
-        text.tail += [*plan.token_ids[start:end].tolist(), *said]
+            end = start + len(said)
+        else:
+            tokens = plan.token_ids[start:end].tolist()
+            if text is None or text.end != context - self._ahead:
+                text = self._texts[slot] = _Text(done=context)
+                tokens = tokens[self._ahead :]
+            text.guessed = []
+            text.tail += [*tokens, *said]
+        if states_TF is not None:
+            text.keep(states_TF[start:end])
         return text
 
     def _leaves_page(self, done: int, length: int) -> bool:
@@ -241,12 +297,15 @@ class DraftModel:
         """Run rows, then what follows of those that were sampled, token by token."""
         going_on = list(proposals.values())
         by_slot = {proposal.slot: proposal for proposal in going_on}
+        own = False
         while rows:
-            for slot, token, chance in self._run(rows):
+            for slot, token, chance, states_1M in self._run(rows, own=own):
+                by_slot[slot].states_1M = states_1M
                 if token < self._known:
                     by_slot[slot].take(token, chance)
                 else:
                     by_slot[slot].most = 0
+            own = True
             going_on = [
                 proposal
                 for proposal in going_on
@@ -258,15 +317,20 @@ class DraftModel:
                     proposal.first + len(proposal.tokens),
                     proposal.tokens[-1:],
                     True,
+                    proposal.states_1M,
                 )
                 for proposal in going_on
             ]
-        for proposal in by_slot.values():
+        # The KV that a head made on its own states are made again on the target's.
+        for proposal in by_slot.values() if self._head is None else ():
             self._texts[proposal.slot].guessed = proposal.tokens[:-1]
 
-    def _run(self, rows: list[_Row]) -> list[tuple[int, int, float]]:
-        """Slot, likeliest token and its probability behind each row that is sampled."""
-        found: list[tuple[int, int, float]] = []
+    def _run(
+        self, rows: list[_Row], *, own: bool
+    ) -> list[tuple[int, int, float, torch.Tensor | None]]:
+        """Slot, likeliest token, its probability and a head's states behind each row that is
+        sampled."""
+        found: list[tuple[int, int, float, torch.Tensor | None]] = []
         left = rows
         while left:
             now: list[_Row] = []
@@ -275,19 +339,20 @@ class DraftModel:
             for row in left:
                 count = min(len(row.tokens), room)
                 room -= count
-                if count:
-                    whole = count == len(row.tokens)
-                    now.append(_Row(row.slot, row.first, row.tokens[:count], row.sampled and whole))
-                if count < len(row.tokens):
-                    rest = row.tokens[count:]
-                    later.append(_Row(row.slot, row.first + count, rest, row.sampled))
+                first, rest = row.cut(count)
+                now += [first] if first.tokens else []
+                later += [rest] if rest.tokens else []
             sampled = [row.slot for row in now if row.sampled]
-            tokens, chances = self._compute(now)
-            found += zip(sampled, tokens.tolist(), chances.tolist(), strict=True)
+            tokens, chances = self._compute(now, own=own)
+            states: Sequence[torch.Tensor | None] = [None] * len(sampled)
+            if self._head is not None:
+                states_SM = self._steps.states(len(sampled))
+                states = [states_SM[index : index + 1] for index in range(len(sampled))]
+            found += zip(sampled, tokens.tolist(), chances.tolist(), states, strict=True)
             left = later
         return found
 
-    def _compute(self, rows: list[_Row]) -> tuple[Int32Array, Float32Array]:
+    def _compute(self, rows: list[_Row], *, own: bool) -> tuple[Int32Array, Float32Array]:
         """The likeliest token, and its probability, behind each row that is sampled."""
         plan = self._plan(rows)
         slots_S = plan.row_slots[plan.sample_rows]
@@ -300,9 +365,12 @@ class DraftModel:
             tokens = chosen.result().tokens if isinstance(chosen, AwaitedTokens) else chosen
             tokens_S = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
         else:
-            logits_SV = self._steps.logits(plan)
+            states = [row.states_TF for row in rows if row.states_TF is not None]
+            given = GivenStates(states_TF=torch.cat(states), own=own) if states else None
+            logits_SV = self._steps.logits(plan, given)
             tokens_S = self._argmax(logits_SV)
-            tokens = tokens_S.cpu().numpy().astype(np.int32)
+            ids_S = tokens_S if self._head is None else self._head.tokens(tokens_S)
+            tokens = ids_S.cpu().numpy().astype(np.int32)
         if not len(slots_S):
             return tokens, np.zeros(0, dtype=np.float32)
         chances_S, _, _ = self._logprobs(logits_SV, tokens_S, 0)

@@ -15,10 +15,11 @@ from tokenspeed.core.samples import Samples
 from tokenspeed.core.step import GroupPlan, Int32Array, StepPlan
 from tokenspeed.execution.buffers import InputBuffer, PageTable
 from tokenspeed.execution.captured import Capture
+from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.launched import RecordedSteps
 from tokenspeed.execution.recorded import record_steps
 from tokenspeed.kernels.rows import ContextShare, PagedRows
-from tokenspeed.modeling import ForwardBatch, Model
+from tokenspeed.modeling import ForwardBatch, GivenStates, HiddenStates, Model
 
 __all__ = ["StepForward"]
 
@@ -35,6 +36,7 @@ class StepForward:
         capture: what records launches on a GPU; None on a CPU.
         share: which positions of a context the pools hold, where ranks share one; they are padded
             then. None for all.
+        state_layers: of `HiddenStates`, which every step keeps then.
 
     Attributes:
         last_token_X: int64 on the device, of every slot the token that its decode row begins with.
@@ -51,6 +53,7 @@ class StepForward:
         device: torch.device,
         capture: Capture | None,
         share: ContextShare | None = None,
+        state_layers: Sequence[int] = (),
     ) -> None:
         self._model = model
         self._pools = pools
@@ -72,6 +75,8 @@ class StepForward:
         slots = config.slots_max + (capture is not None)
         self.last_token_X = torch.zeros(slots, dtype=torch.int64, device=device)
         self.recorded: RecordedSteps | None = None
+        self._state_layers = tuple(state_layers)
+        self._states: HiddenStates | None = None
 
     def record(self) -> None:
         """Record what can be; to be called once."""
@@ -82,6 +87,7 @@ class StepForward:
             tables=self._tables,
             last_token_X=self.last_token_X,
             capture=self._capture,
+            state_layers=self._state_layers,
         )
 
     def set_last_tokens(self, slots: Int32Array, tokens: npt.NDArray[np.integer]) -> None:
@@ -90,11 +96,21 @@ class StepForward:
             self._device
         )
 
-    def logits(self, plan: StepPlan) -> torch.Tensor:
-        """logits_SV of a plan, float32, through Python."""
-        return self._model.forward(self._batch(plan), self._pools)
+    def logits(self, plan: StepPlan, given: GivenStates | None = None) -> torch.Tensor:
+        """logits_SV of a plan, float32, through Python; a head of drafts is given states."""
+        self._states = HiddenStates(self._state_layers) if self._state_layers else None
+        return self._model.forward(self._batch(plan, given), self._pools)
 
-    def _batch(self, plan: StepPlan) -> ForwardBatch:
+    def states(self, tokens: int) -> torch.Tensor:
+        """States that the last step kept of its first tokens, float32; to be asked for once."""
+        states, self._states = self._states, None
+        if states is None:
+            assert isinstance(self.recorded, StepGraph)
+            states = self.recorded.states
+        assert states is not None, "no states were asked for"
+        return states.states(tokens)
+
+    def _batch(self, plan: StepPlan, given: GivenStates | None) -> ForwardBatch:
         """The plan's values in the static buffers, with what only this side knows."""
         starts, ends = plan.query_starts[:-1], plan.query_starts[1:]
         # Token t of row r stands at context_lens[r] + t - query_starts[r].
@@ -124,6 +140,8 @@ class StepForward:
             positions_T=self._positions.fill(positions_T),
             groups=tuple(groups),
             sample_token_indices_S=self._sampled.fill(Samples.of(plan).tokens_S),
+            kept=self._states,
+            given=given,
         )
 
     def _slots(self, group: GroupPlan) -> npt.NDArray[np.integer]:

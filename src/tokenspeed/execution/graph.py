@@ -20,7 +20,7 @@ from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import CpuSampling, StepRecording, prefer_huge_pages
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.modeling import ForwardBatch, Model
+from tokenspeed.modeling import ForwardBatch, HiddenStates, Model
 
 __all__ = ["StepGraph"]
 
@@ -118,11 +118,20 @@ class StepGraph:
     """The forward of any step, decode rows and prefill chunks together, and the likeliest tokens.
 
     Its memory is that of a step with the most tokens.
+
+    Attributes:
+        states: hidden states of the last run, where they were asked for.
     """
 
     def __init__(
-        self, *, recording: StepRecording, logits_SV: torch.Tensor, kept: Sequence[object]
+        self,
+        *,
+        recording: StepRecording,
+        logits_SV: torch.Tensor,
+        states: HiddenStates | None,
+        kept: Sequence[object],
     ) -> None:
+        self.states = states
         self._recording = recording
         self._logits_SV = logits_SV
         self._kept = kept
@@ -136,6 +145,7 @@ class StepGraph:
         *,
         tables: Sequence[torch.Tensor],
         last_token_X: torch.Tensor,
+        state_layers: Sequence[int] = (),
     ) -> "StepGraph | None":
         """Record a model's forward; None where a part of it is not a native CPU kernel, or a kernel
         works on something else than the step's tokens, rows or samples.
@@ -149,6 +159,7 @@ class StepGraph:
                 size.
             tables: int32 [X, P] of each cache group, which runs keep up to date.
             last_token_X: int64, the last token of each slot, likewise.
+            state_layers: of `HiddenStates`, which are kept in `states` then.
         """
         # By its number of rows a recorded kernel is known to work on tokens, on rows or on samples,
         # so these must differ.
@@ -173,11 +184,13 @@ class StepGraph:
             )
             for table_XP in tables
         )
+        states = HiddenStates(state_layers) if state_layers else None
         batch = ForwardBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             groups=groups,
             sample_token_indices_S=sampled_S,
+            kept=states,
         )
         argmax = model.kernels.select(ops.sampling.argmax, format_name="float32")
         recording = StepRecording(
@@ -209,6 +222,7 @@ class StepGraph:
         return cls(
             recording=recording,
             logits_SV=logits_SV,
+            states=states,
             kept=(model, pools, batch, last_token_X, chosen_S, keeper.memory.blocks),
         )
 

@@ -30,6 +30,7 @@ def record_steps(
     tables: Sequence[PageTable],
     last_token_X: torch.Tensor,
     capture: Capture | None,
+    state_layers: Sequence[int] = (),
 ) -> RecordedSteps | None:
     """Steps that run without Python; None where a kernel of the model's cannot be recorded.
 
@@ -40,7 +41,11 @@ def record_steps(
         tables: of each cache group.
         last_token_X: int64, the last token of each slot.
         capture: what records launches on a GPU; None on a CPU.
+        state_layers: hidden states that steps are to keep.
     """
+    if capture is not None and state_layers:
+        _log.warning("steps run through Python: their states are kept for a head of drafts")
+        return None
     if capture is not None:
         try:
             return CapturedSteps(
@@ -52,4 +57,11 @@ def record_steps(
     if last_token_X.device.type != "cpu":
         return None
     pages = [table.pages_XP for table in tables]
-    return StepGraph.record(model, pools, config, tables=pages, last_token_X=last_token_X)
+    return StepGraph.record(
+        model,
+        pools,
+        config,
+        tables=pages,
+        last_token_X=last_token_X,
+        state_layers=state_layers,
+    )

@@ -34,7 +34,7 @@ from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.warm_up import WARM_UP_PARAMS, warm_up_plans
 from tokenspeed.grammar import Grammar
 from tokenspeed.kernels.rows import ContextShare
-from tokenspeed.modeling import Model
+from tokenspeed.modeling import Head, Model
 
 __all__ = ["LaunchedStep", "Runner"]
 
@@ -104,6 +104,8 @@ class Runner:
             )
             for _ in pools.pools
         ]
+        head = drafting.model if drafting is not None else None
+        self._state_layers = head.state_layers if isinstance(head, Head) else ()
         self._steps = StepForward(
             model,
             pools,
@@ -112,6 +114,7 @@ class Runner:
             device=device,
             capture=capture,
             share=share,
+            state_layers=self._state_layers,
         )
         self._drafting = drafting
         self._draft_model: DraftModel | None = None
@@ -263,7 +266,8 @@ class Runner:
             # What follows of tokens can only be proposed once they are there.
             if isinstance(result, AwaitedTokens):
                 result = result.result()
-            proposals = self._draft_model.follow(plan, result.tokens)
+            states_TF = self._steps.states(len(plan.token_ids)) if self._state_layers else None
+            proposals = self._draft_model.follow(plan, result.tokens, states_TF)
             return replace(
                 result,
                 proposed_starts=proposals.starts,

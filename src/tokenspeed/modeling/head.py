@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 
 from tokenspeed.core.errors import UnsupportedModel
+from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.model import Model
@@ -34,14 +35,15 @@ class Head(Model):
 
     Args:
         config: its own, or its target's where the target's checkpoint carries it.
+        kernels: chooses the ops.
         target: whose embedding, and perhaps head, it shares.
 
     Attributes:
         state_layers: of the target, as `HiddenStates` has them.
     """
 
-    def __init__(self, config: ModelConfig, target: Llama) -> None:
-        super().__init__(config, target.kernels)
+    def __init__(self, config: ModelConfig, kernels: KernelSelector, target: Llama) -> None:
+        super().__init__(config, kernels)
         self.target = Target(target)
         self.state_layers: tuple[int, ...] = ()
 
@@ -55,13 +57,16 @@ class Head(Model):
         return chosen_S
 
 
-def build_head(config: ModelConfig, *, device: torch.device, target: Model) -> Head:
+def build_head(
+    config: ModelConfig, *, device: torch.device, kernels: KernelSelector, target: Model
+) -> Head:
     """A head with its kernels chosen and its weights yet to load.
 
     Args:
         config: of the head's own checkpoint; or the target's, of which the next-token layer is
             wanted.
         device: where the target is.
+        kernels: chooses kernels for the head's own weights.
         target: whose states it is to read.
 
     Raises:
@@ -79,4 +84,4 @@ def build_head(config: ModelConfig, *, device: torch.device, target: Model) -> H
 
         found = NextToken
     with device:
-        return found(config, target)
+        return found(config, kernels, target)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from tokenspeed.core.errors import UnsupportedModel
-from tokenspeed.kernels import Stored, ops
+from tokenspeed.kernels import KernelSelector, Stored, ops
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.head import Head
@@ -45,9 +45,9 @@ _IGNORED = frozenset({"t2d", "embed_tokens.weight"})
 class Eagle3(Head):
     """States and embedding side by side, one block, norm, head."""
 
-    def __init__(self, config: ModelConfig, target: Llama) -> None:
-        super().__init__(config, target)
-        kernels, features = self.kernels, config.hidden_size
+    def __init__(self, config: ModelConfig, kernels: KernelSelector, target: Llama) -> None:
+        super().__init__(config, kernels, target)
+        features = config.hidden_size
         if (features, config.vocab_size) != (target.config.hidden_size, target.config.vocab_size):
             raise UnsupportedModel(
                 f"the EAGLE-3 head is for {features} features and {config.vocab_size} tokens, but "

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from tokenspeed.core.errors import UnsupportedModel
-from tokenspeed.kernels import Stored, ops
+from tokenspeed.kernels import KernelSelector, Stored, ops
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.config import ModelConfig
 from tokenspeed.modeling.head import Head
@@ -40,14 +40,14 @@ class NextToken(Head):
     own where it reads its own.
     """
 
-    def __init__(self, config: ModelConfig, target: Llama) -> None:
-        super().__init__(config, target)
+    def __init__(self, config: ModelConfig, kernels: KernelSelector, target: Llama) -> None:
+        super().__init__(config, kernels, target)
         if not config.next_layers:
             raise UnsupportedModel(
                 f"the checkpoint of {config.architecture} has no layers that predict further "
                 "tokens (num_nextn_predict_layers)"
             )
-        kernels, features, epsilon = self.kernels, config.hidden_size, config.norm_epsilon
+        features, epsilon = config.hidden_size, config.norm_epsilon
         self.state_layers = (config.layers,)
         self.rotary = RotaryEmbedding(config.rope, head_dim=config.rotated_dim, kernels=kernels)
         # One product over both side by side is the sum of two; the block's norm adds them.
