@@ -84,7 +84,7 @@ def main() -> None:
         mesh = mesh_of(config)
         opened = open_model(config, place=Place())
         longest = max(options.context) + 64
-        _, _, runner = make_runner(
+        _, _, _, runner = make_runner(
             opened,
             SchedulerConfig(
                 groups=(CacheGroup(pages=-(-longest // PAGE) + 1),),

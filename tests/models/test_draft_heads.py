@@ -220,7 +220,12 @@ def next_token_formula(block: Any, weights: dict[str, Tensor], theirs: Any) -> T
 
 
 def with_next_token(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, native: bool = False
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    native: bool = False,
+    save: bool = False,
 ) -> tuple[Model, Head, Any, dict[str, Tensor], Any]:
     """A target and its next-token layer; the layer's block and other weights, and the target, as
     transformers has them."""
@@ -245,6 +250,11 @@ def with_next_token(
     tensors |= {f"model.layers.{layers}.{key}": value for key, value in own.items()}
     hf_config = json.loads((folder / "config.json").read_text())
     hf_config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
+    if save:
+        save_file(
+            {k: v.clone().contiguous() for k, v in tensors.items()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(hf_config))
     target = build(hf_config, native_formats=native)
     target.load_weights(tensors.items())
     assert target.config.next_layers == 1

@@ -1,7 +1,7 @@
 """What every rank of an engine does alike: find the model, choose kernels, load, make a runner."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -124,9 +124,9 @@ def make_runner(
     mesh: Mesh,
     place: Place,
     progress: loader.Progress | None = None,
-    drafting: Drafting | None = None,
-) -> tuple[Model, KVPools, Runner]:
-    """Build and load a model, its KV pools and its runner.
+    load_draft: Callable[[Model], Drafting] | None = None,
+) -> tuple[Model, KVPools, Drafting | None, Runner]:
+    """Build and load a model, its KV pools, what proposes drafts to it, and its runner.
 
     Args:
         opened: the model.
@@ -134,7 +134,7 @@ def make_runner(
         mesh: the ranks.
         place: which of them this is, and where it finds the others.
         progress: told of the bytes read.
-        drafting: a model that proposes drafts to this one.
+        load_draft: loads what proposes drafts to this model, where something does.
 
     Raises:
         ModelError: the weights cannot be read, or do not fit the model.
@@ -163,6 +163,7 @@ def make_runner(
         # What other ranks keep goes to a page of its own.
         padded=opened.device.type == "cuda" or share is not None,
     )
+    drafting = load_draft and load_draft(model)
     runner = Runner(
         model,
         pools,
@@ -172,7 +173,7 @@ def make_runner(
         share=share,
         drafting=drafting,
     )
-    return model, pools, runner
+    return model, pools, drafting, runner
 
 
 def _context_share(mesh: Mesh, rank: int) -> ContextShare | None:

@@ -1,7 +1,7 @@
 """Puts an engine together: files, model, pool, planes."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -87,7 +87,7 @@ def _build(
     specs = shape.kv_specs()
     weights_size_bytes = shape.planned_size_bytes(checkpoint.size_bytes)
     draft = open_draft(
-        config, opened, specs, weights_size_bytes=weights_size_bytes, progress=progress
+        config, opened, shape, weights_size_bytes=weights_size_bytes, progress=progress
     )
     all_specs = specs if draft is None else (*specs, *draft.specs)
     memory_size_bytes = memory_share_size_bytes(config, place)
@@ -134,9 +134,17 @@ def _build(
     )
     if group is not None:
         group.set_up(scheduler_config)
-    drafting = None if draft is None else load_draft(draft, scheduler_config, progress=progress)
-    model, pools, own_runner = make_runner(
-        opened, scheduler_config, mesh=mesh, place=place, progress=progress, drafting=drafting
+    model, pools, drafting, own_runner = make_runner(
+        opened,
+        scheduler_config,
+        mesh=mesh,
+        place=place,
+        progress=progress,
+        load_draft=(
+            None
+            if draft is None
+            else partial(load_draft, draft, scheduler_config, progress=progress)
+        ),
     )
     runner: Runner | GroupRunner = own_runner
     if group is not None:

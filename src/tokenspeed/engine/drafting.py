@@ -13,7 +13,8 @@ from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Place
 from tokenspeed.engine.assembly import OpenedModel, open_model
 from tokenspeed.execution import Drafting
-from tokenspeed.modeling import build_model
+from tokenspeed.modeling import Model, build_head, build_model
+from tokenspeed.modeling.models.registry import head_class
 
 __all__ = ["OpenedDraft", "groups_within", "load_draft", "open_draft"]
 
@@ -26,7 +27,9 @@ class OpenedDraft:
     """A draft model that was found and not loaded.
 
     Attributes:
-        opened: its files, and where and how it will run.
+        opened: its files, and where and how it will run; the target's own for a head that the
+            target's checkpoint carries.
+        head: whether it is a head of the target.
         specs: what its cache groups keep of a token.
         groups: of each of them, whose pages of the target's it lies in.
         weights_size_bytes: what its weights will take.
@@ -34,6 +37,7 @@ class OpenedDraft:
     """
 
     opened: OpenedModel
+    head: bool
     specs: tuple[KVSpec, ...]
     groups: tuple[int, ...]
     weights_size_bytes: int
@@ -43,38 +47,44 @@ class OpenedDraft:
 def open_draft(
     config: EngineConfig,
     target: OpenedModel,
-    specs: Sequence[KVSpec],
+    shape: Model,
     *,
     weights_size_bytes: int,
     progress: loader.Progress | None = None,
 ) -> OpenedDraft | None:
-    """Find the draft model that `config.speculate` names; None where it names none.
+    """Find the draft model that `config.speculate` names, or with `auto` the head that the target's
+    checkpoint carries; None where there is none.
 
     Args:
         config: the engine's.
         target: the model that verifies.
-        specs: of the target's cache groups.
-        weights_size_bytes: what the target's weights will take.
+        shape: the same, without memory.
+        weights_size_bytes: what its weights will take.
         progress: told how far it is.
 
     Raises:
         ModelError: it cannot be had, read or run.
         ConfigError: it is of another vocabulary, or keeps a past that the target has no pages for.
     """
-    if (name := config.draft_model) is None:
-        return None
-    own_config = replace(config, model=name)
-    opened = open_model(own_config, place=Place(), progress=progress, beside=target)
-    _check_vocabulary(opened, target)
-    shape = build_model(
-        opened.config, dtype=opened.dtype, device=torch.device("meta"), kernels=opened.kernels
-    )
-    size_bytes = shape.planned_size_bytes(opened.checkpoint.size_bytes)
-    own = shape.kv_specs()
+    name = config.draft_model
+    if name is None:
+        if config.speculate != "auto" or shape.ranks > 1 or not _carries_head(target):
+            return None
+        opened, size_bytes = target, target.checkpoint.size_bytes // (target.config.layers + 1)
+    else:
+        own_config = replace(config, model=name)
+        opened = open_model(own_config, place=Place(), progress=progress, beside=target)
+        size_bytes = opened.checkpoint.size_bytes
+    head = opened is target or head_class(opened.config.architecture) is not None
+    if not head:
+        _check_vocabulary(opened, target)
+    own = _build(opened, head=head, device=torch.device("meta"), target=shape)
+    size_bytes = own.planned_size_bytes(size_bytes)
     return OpenedDraft(
         opened=opened,
-        specs=own,
-        groups=groups_within(own, specs, name=name),
+        head=head,
+        specs=own.kv_specs(),
+        groups=groups_within(own.kv_specs(), shape.kv_specs(), name=name or opened.files.name),
         weights_size_bytes=size_bytes,
         # Both read their weights once for a token of one request. A guess that is right less often
         # than it costs of a step of the target is not worth its making.
@@ -83,18 +93,26 @@ def open_draft(
 
 
 def load_draft(
-    draft: OpenedDraft, config: SchedulerConfig, *, progress: loader.Progress | None = None
+    draft: OpenedDraft,
+    config: SchedulerConfig,
+    target: Model,
+    *,
+    progress: loader.Progress | None = None,
 ) -> Drafting:
     """Load a draft model, and make room for its KV in as many pages as the target has.
+
+    Args:
+        draft: which.
+        config: sizes of pools.
+        target: loaded.
+        progress: told of the bytes read.
 
     Raises:
         ModelError: its weights cannot be read.
         InsufficientMemory: there is no room.
     """
     opened = draft.opened
-    model = build_model(
-        opened.config, dtype=opened.dtype, device=opened.device, kernels=opened.kernels
-    )
+    model = _build(opened, head=draft.head, device=opened.device, target=target)
     model.load_weights(opened.checkpoint.blocks(progress=progress))
     group = config.groups[0]
     pools = KVPools(
@@ -106,6 +124,21 @@ def load_draft(
         padded=opened.device.type == "cuda",
     )
     return Drafting(model=model, pools=pools, groups=draft.groups, chance_min=draft.chance_min)
+
+
+def _build(opened: OpenedModel, *, head: bool, device: torch.device, target: Model) -> Model:
+    if head:
+        return build_head(opened.config, device=device, kernels=opened.kernels, target=target)
+    return build_model(opened.config, dtype=opened.dtype, device=device, kernels=opened.kernels)
+
+
+def _carries_head(target: OpenedModel) -> bool:
+    """Whether a checkpoint has the next-token layer that its configuration speaks of: many were
+    written without it."""
+    wanted = f"model.layers.{target.config.layers}.eh_proj.weight"
+    return target.config.next_layers > 0 and any(
+        name == wanted for name, _ in target.checkpoint.blocks()
+    )
 
 
 def groups_within(

@@ -179,7 +179,7 @@ def _run(leader: "Link", config: EngineConfig, place: "Place") -> None:
     if isinstance(setup, Stop):
         return
     assert isinstance(setup, Setup)
-    _, _, runner = make_runner(opened, setup.config, mesh=mesh, place=place)
+    _, _, _, runner = make_runner(opened, setup.config, mesh=mesh, place=place)
     leader.send(encode(Loaded()))
     while True:
         match decode_to_follower(leader.receive()):

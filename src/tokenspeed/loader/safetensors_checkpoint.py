@@ -18,6 +18,8 @@ from tokenspeed.loader.schemes import read_scheme
 __all__ = ["SafetensorsCheckpoint"]
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+# Which tokens a head of drafts knows.
+_TOKEN_TABLES = {"d2t": {"I64": 8}, "t2d": {"BOOL": 1}}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -115,7 +117,7 @@ class SafetensorsCheckpoint:
         """What is no part of a quantised matrix must be a number as it stands."""
         for name, parts in self._parts.items():
             dtype, _ = self._shards[self._file_of[name]][name] if "" in parts else ("F32", 4)
-            if dtype not in _DTYPES:
+            if dtype not in {**_DTYPES, **_TOKEN_TABLES.get(name, {})}:
                 raise CorruptCheckpoint(
                     f"tensor {name!r} of {self._path} has the type {dtype}, but nothing beside it "
                     "says what its numbers stand for"
@@ -171,7 +173,11 @@ class SafetensorsCheckpoint:
     def _tensor(self, weights: Any, file: str, name: str) -> tuple[str, int]:
         part = weights.get_slice(name)
         dtype = part.get_dtype()
-        supported = {**_DTYPES, **(self._scheme.dtypes if self._scheme else {})}
+        supported = {
+            **_DTYPES,
+            **(self._scheme.dtypes if self._scheme else {}),
+            **_TOKEN_TABLES.get(name, {}),
+        }
         if dtype not in supported:
             raise UnsupportedModel(
                 f"tensor {name!r} of {self._path / file} has the type {dtype}; the supported types "
