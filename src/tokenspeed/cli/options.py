@@ -159,6 +159,10 @@ def _engine_flags(
             "is whatever it can. The text is the same.",
         ),
     ] = "auto",
+    draft_memory: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Memory of the texts that suffix guesses come from."),
+    ] = "512MiB",
     tp: Annotated[int, typer.Option(min=1, help="Ranks, each a process, that share a layer.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="How many of them share the experts.")] = 1,
     cp: Annotated[
@@ -213,6 +217,7 @@ def _engine_flags(
         "overlap_depth": overlap_depth,
         "prefix_cache": prefix_cache,
         "speculate": speculate,
+        "draft_memory_size_bytes": parse_size(draft_memory, "--draft-memory"),
         "tp": tp,
         "ep": ep,
         "cp": cp,

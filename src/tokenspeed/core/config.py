@@ -240,6 +240,7 @@ class EngineConfig:
         speculate: where drafts come from, which steps verify: "suffix", out of what was said
             before; "draft:MODEL", also from a smaller model of the same tokenizer; "auto",
             wherever they can; "off", nowhere. They change no token.
+        draft_memory_size_bytes: what the texts that suffix drafts come from may take.
     """
 
     model: str
@@ -269,6 +270,7 @@ class EngineConfig:
     tps_floor: float | None = None
     queue_timeout_s: float | None = None
     speculate: str = "auto"
+    draft_memory_size_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
         if self.draft_model is None:
@@ -287,6 +289,7 @@ class EngineConfig:
         _at_least("page_size", self.page_size, 1)
         _at_least("kv_cache_size_bytes", self.kv_cache_size_bytes, 1)
         _at_least("host_cache_size_bytes", self.host_cache_size_bytes, 0)
+        _at_least("draft_memory_size_bytes", self.draft_memory_size_bytes, 0)
         _at_least("tp", self.tp, 1)
         _at_least("ep", self.ep, 1)
         _at_least("cp", self.cp, 1)

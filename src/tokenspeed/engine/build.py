@@ -129,6 +129,7 @@ def _build(
             None if config.queue_timeout_s is None else int(config.queue_timeout_s * 1e6)
         ),
         step_drafts_max=step_drafts_max(config),
+        draft_memory_size_bytes=config.draft_memory_size_bytes,
         step_proposals_max=step_drafts_max(config) if draft else 0,
         proposal_length_max=min(PROPOSAL_LENGTH_MAX, step_drafts_max(config)) if draft else 0,
     )

@@ -338,6 +338,7 @@ class EngineCore:
             cache_reports=outcome.cache_reports.tobytes(),
             times=self.ledger.close(finished, _now_us()).tobytes(),
             logprobs=None if logprobs is None else _columns(outcome, logprobs),
+            drafts=self.ledger.take_drafts().tobytes(),
         )
 
 

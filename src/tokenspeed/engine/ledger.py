@@ -31,6 +31,7 @@ _BOUNDS = np.array(INTERVAL_BOUNDS_US, dtype=np.int64)
 # Weight of the newest interval in a request's usual one.
 _PACE_WEIGHT = 0.1
 _ROWS_AT_FIRST = 64
+_NO_DRAFTS = np.zeros((0, 3), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,9 @@ class Ledger:
         self._pace_us = np.zeros(0, dtype=np.float64)
         self._drafted = np.zeros(0, dtype=np.int64)
         self._accepted = np.zeros(0, dtype=np.int64)
+        self._request = np.zeros(0, dtype=np.int64)
+        # Rows that had drafts in the step that retired last.
+        self._guessed: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -102,6 +106,7 @@ class Ledger:
         self._context[row] = prompt_count
         self._pace_us[row] = 0.0
         self._drafted[row] = self._accepted[row] = 0
+        self._request[row] = request
 
     def queue(self, request: int, now_us: int) -> None:
         """The request's constraint is there: it waits for a slot from now on."""
@@ -163,6 +168,16 @@ class Ledger:
         while self._resting and self._resting[0][0] <= plan.step:
             self._free.append(self._resting.popleft()[1])
 
+    def take_drafts(self) -> Int64Array:
+        """Of each request that had a draft in the step that retired last, [D, 3]: which it is, and
+        how many tokens were drafted for it so far and how many of them were right."""
+        guessed, self._guessed = self._guessed, None
+        if guessed is None:
+            return _NO_DRAFTS
+        return np.stack(
+            [self._request[guessed], self._drafted[guessed], self._accepted[guessed]], axis=1
+        )
+
     def close(self, requests: list[int], now_us: int) -> Int64Array:
         """End accounts, [F]. Returns [F, TIMES_COLUMNS]."""
         times = np.zeros((len(requests), TIMES_COLUMNS), dtype=np.int64)
@@ -215,6 +230,7 @@ class Ledger:
         decoding = rows[: plan.decode_count]
         self._drafted[decoding] += drafted
         self._accepted[decoding] += counts[: plan.decode_count] - 1
+        self._guessed = decoding[drafted > 0]
         sampled = np.flatnonzero(counts)
         self._book_tokens(rows[sampled], now_us, counts[sampled])
 
@@ -275,7 +291,7 @@ class Ledger:
             for name in (
                 *("_spent", "_mark_us", "_outside", "_inside", "_step"),
                 *("_tokens", "_context", "_first_us", "_last_us", "_pace_us"),
-                *("_drafted", "_accepted"),
+                *("_drafted", "_accepted", "_request"),
             ):
                 setattr(self, name, _grown(getattr(self, name), size))
         self._rows += 1

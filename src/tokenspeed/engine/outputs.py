@@ -52,8 +52,7 @@ class GenerationOutput:
 class TextDelta:
     """Text and tokens generated since the last delta; `finish_reason` is set on the last.
 
-    `drafted_tokens` and `accepted_tokens` are those of the whole request, on the last delta, unless
-    a stop string ended it; 0 before.
+    `drafted_tokens` and `accepted_tokens` are those of the request so far.
     """
 
     text: str

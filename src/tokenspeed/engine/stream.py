@@ -90,8 +90,8 @@ class TokenStream:
         finish_reason: how the stream ended; None while it has not, and where an error ended it.
         times: where its time went in the engine; there when the engine is through with it, which
             is a moment after the end of a stream that was ended on this side.
-        drafted_tokens, accepted_tokens: guesses that the engine verified for it, and those that
-            were right; there when `times` are.
+        drafted_tokens, accepted_tokens: guesses that the engine verified for it so far, and those
+            that were right.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class TokenStream:
         self.times: RequestTimes | None = None
         self.drafted_tokens = 0
         self.accepted_tokens = 0
+        self._before_drafts = (0, 0)
         self.cache: CacheReport | None = None
         self.done = False
         self._stop_strings = stop_strings
@@ -125,6 +126,13 @@ class TokenStream:
         if not self.done:
             self._abort()
             self.push_end(FinishReason.ABORT)
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """Take note of the request's guesses so far, before the tokens of the step that verified
+        the last of them."""
+        if not self.done:
+            self._before_drafts = self.tokens, self.accepted_tokens
+            self.drafted_tokens, self.accepted_tokens = drafted, accepted
 
     def push(self, token_id: int, cached_tokens: int, *, is_stop: bool = False) -> None:
         """Add a token. One that completes a stop string ends the stream and the request.
@@ -146,6 +154,9 @@ class TokenStream:
             delta.stop_string = self._stop_strings.push(token_id)
             if delta.stop_string is not None:
                 delta.finish_reason = self.finish_reason = FinishReason.STOP
+                # Right guesses are a step's first tokens; those behind the string are dropped.
+                tokens, accepted = self._before_drafts
+                self.accepted_tokens = min(self.accepted_tokens, accepted + self.tokens - tokens)
                 self._end()
                 self._abort()
         self._wake()
@@ -264,6 +275,8 @@ class StreamTable:
         tokens = memoryview(outputs.tokens).cast("i").tolist()
         cached = memoryview(outputs.cached_counts).cast("i").tolist()
         entries = zip(requests, tokens, cached, strict=True)
+        if outputs.drafts:
+            self._count(outputs.drafts)
         if not outputs.admitted and not outputs.finished and outputs.logprobs is None:
             # Nearly every step is one of these, and the rest below takes as long as 16 tokens do.
             self._push(entries)
@@ -304,6 +317,11 @@ class StreamTable:
                 stream.fail(_refusal(retry_ms / 1000))
             else:
                 stream.push_end(FinishReason(reason), stop_token_id=stop_tokens.get(request))
+
+    def _count(self, drafts: bytes) -> None:
+        for request, drafted, accepted in np.frombuffer(drafts, np.int64).reshape(-1, 3).tolist():
+            if (stream := self._streams.get(request)) is not None:
+                stream.count_drafts(drafted, accepted)
 
     def _push(self, entries: Iterable[tuple[int, int, int]]) -> None:
         for request, token, cached_tokens in entries:

@@ -151,6 +151,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
         draft_reports: int32 [F, 2], tokens drafted for the request and those accepted.
         admitted, cache_reports: int64 [A], int32 [A, 5], as in `core.step.StepOutcome`.
         times: int64 [F, 8], as `engine.ledger.Ledger.close` gives them.
+        drafts: int64 [D, 3], as `engine.ledger.Ledger.take_drafts` gives them: who ends its stream
+            itself, on a stop string, has its account so far.
     """
 
     requests: bytes
@@ -164,6 +166,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     cache_reports: bytes
     times: bytes
     logprobs: LogprobColumns | None
+    drafts: bytes = b""
 
 
 class CacheEventBatch(msgspec.Struct, frozen=True, tag="cache", array_like=True):

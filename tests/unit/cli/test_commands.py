@@ -30,6 +30,7 @@ ENGINE_FLAGS = {
     "--prefix-cache",
     "--no-prefix-cache",
     "--speculate",
+    "--draft-memory",
     "--threads",
     "--tp",
     "--ep",
@@ -240,7 +241,7 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
         "--max-context 100 --max-running 3 "
         "--max-step-tokens 5 --page-size 16 --kv-cache-memory 1.5GiB "
         "--host-cache-memory 1GiB --overlap-depth 1 "
-        "--no-prefix-cache --speculate draft:small --threads 2 "
+        "--no-prefix-cache --speculate draft:small --draft-memory 64MiB --threads 2 "
         "--kernel a.b=c --kernel d.e=f --seed 9"
     )
     result = CliRunner().invoke(probe, line.split())
@@ -261,6 +262,7 @@ def test_every_engine_flag_reaches_the_configuration() -> None:
             overlap_depth=1,
             prefix_cache=False,
             speculate="draft:small",
+            draft_memory_size_bytes=64 * 2**20,
             threads=2,
             kernels={"a.b": "c", "d.e": "f"},
             seed=9,

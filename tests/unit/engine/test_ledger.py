@@ -137,7 +137,10 @@ def test_tokens_of_one_step_come_together() -> None:
         sample_rows=np.array([0, 0, 0, 0, 1, 1], dtype=np.int32),
         sample_positions=np.array([1, 2, 3, 4, 1, 2], dtype=np.int32),
     )
+    assert ledger.take_drafts().tolist() == []
     run(ledger, made, 2_000, 7_000)
+    assert ledger.take_drafts().tolist() == [[1, 3, 2], [2, 1, 0]]
+    assert ledger.take_drafts().tolist() == []
     counts = dict(zip(INTERVAL_BOUNDS_US, ledger.intervals.tolist(), strict=False))
     assert counts[1_000] == 2
     assert counts[7_000] == 2

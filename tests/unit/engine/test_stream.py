@@ -37,6 +37,7 @@ def step(
     finished: list[tuple[int, FinishReason]] | None = None,
     logprobs: LogprobColumns | None = None,
     admitted: tuple[int, ...] = (),
+    drafts: tuple[tuple[int, int, int], ...] = (),
 ) -> StepOutputs:
     ended = finished or []
     return StepOutputs(
@@ -51,7 +52,27 @@ def step(
         np.array([[r, 1, 2, 3, 4] for r in admitted], dtype=np.int32).tobytes(),
         np.array([[1, 2, 3, 4, 5, 6, 0, r] for r, _ in ended], dtype=np.int64).tobytes(),
         logprobs,
+        np.array(drafts, dtype=np.int64).tobytes(),
     )
+
+
+def test_a_stream_that_a_stop_string_ends_knows_its_guesses_up_to_there() -> None:
+    table = StreamTable()
+    stream, aborts = stream_with("d<")
+    table.add(5, stream)
+    table.take(step([(5, ord("a"))], admitted=(5,)))
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (0, 0)
+    table.take(step([(5, ord(letter)) for letter in "bc"], drafts=((5, 4, 1),)))
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (4, 1)
+    # Five guesses are right, of which two come before the string's end or are it.
+    table.take(step([(5, ord(letter)) for letter in "d<efgh"], drafts=((5, 10, 6), (9, 1, 1))))
+    delta = stream.take()
+    assert delta is not None
+    assert delta.stop_string == "d<"
+    assert aborts.count == 1
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (10, 3)
+    table.take(step([(5, ord("i"))], drafts=((5, 12, 8),)))
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (10, 3)
 
 
 def test_a_stream_learns_once_where_its_prompt_came_from() -> None:
