@@ -54,14 +54,20 @@ def test_any_rows_get_what_the_reference_gives(turn: int) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("heads", "new"), [(16, 4), (128, 1), (5, 7), (70, 2)])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("page_size", [32, 64])
-def test_drafted_tokens_and_heads_fold_into_tiles(heads: int, new: int, page_size: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "new"),
+    [(16, 1), (16, 2), (16, 3), (16, 4), (16, 5), (16, 6), (16, 7), (16, 8), (128, 1), (70, 2)],
+)
+def test_drafted_tokens_and_heads_fold_into_tiles(
+    heads: int, new: int, page_size: int, stored: torch.dtype
+) -> None:
     torch.manual_seed(SEED + heads)
     lengths = [(random.Random(SEED + row).randrange(260), new) for row in range(3)]
     rows, pages = scattered_rows(lengths, page_size=page_size, seed=SEED % 1000)
     q_TQE = torch.randn(3 * new, heads, 48).bfloat16()
-    pool_PCE = torch.randn(pages, page_size, 48).bfloat16()
+    pool_PCE = torch.randn(pages, page_size, 48).to(stored)
     wanted = reference.latent.paged_mla(q_TQE, pool_PCE, rows, 0.2, value_dim=32)
     found = latent.paged_mla(q_TQE, pool_PCE, rows, 0.2, value_dim=32)
     off = (found.float() - wanted.float()).norm() / wanted.float().norm()

@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["ContextShare", "PagedRow", "PagedRows", "Refillable"]
+__all__ = [
+    "ContextShare",
+    "PagedRow",
+    "PagedRows",
+    "PartedRows",
+    "PromptRow",
+    "Refillable",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +154,52 @@ class PagedRows:
         """What kernels made once for the step, each by a key of its own."""
         return {}
 
+    def parted(self, seen_by_min: float) -> "PartedRows | None":
+        """Rows that are long prompts, and the others; None where there is no such prompt.
+
+        Made once per step.
+
+        Args:
+            seen_by_min: by how many of a prompt's tokens a position of it must be seen in the mean.
+        """
+        if seen_by_min not in self._parted:
+            self._parted[seen_by_min] = self._part(seen_by_min)
+        return self._parted[seen_by_min]
+
+    @cached_property
+    def _parted(self) -> "dict[float, PartedRows | None]":
+        return {}
+
+    def _part(self, seen_by_min: float) -> "PartedRows | None":
+        starts, ends = self.query_starts[:-1], self.query_starts[1:]
+        new_R = (ends - starts).astype(np.int64)
+        pairs_R = new_R * self.context_lens + new_R * (new_R + 1) // 2
+        long_R = pairs_R >= seen_by_min * (self.context_lens + new_R)
+        if not long_R.any():
+            return None
+        prompts = tuple(
+            PromptRow(
+                start=int(starts[row]),
+                end=int(ends[row]),
+                context_len=int(self.context_lens[row]),
+                slot=int(self.row_slots[row]),
+            )
+            for row in np.flatnonzero(long_R)
+        )
+        if long_R.all():
+            return PartedRows(prompts=prompts)
+        device = self.kv_slots_T.device
+        tokens_T = torch.from_numpy(np.flatnonzero(np.repeat(~long_R, new_R))).to(device)
+        others = PagedRows(
+            query_starts=np.concatenate(([0], np.cumsum(new_R[~long_R]))).astype(np.int32),
+            context_lens=self.context_lens[~long_R],
+            row_slots=self.row_slots[~long_R],
+            page_table_XP=self.page_table_XP,
+            kv_slots_T=self.kv_slots_T[tokens_T],
+            page_size=self.page_size,
+        )
+        return PartedRows(prompts=prompts, others=others, tokens_T=tokens_T)
+
     @cached_property
     def by_row(self) -> Sequence[PagedRow]:
         """The rows one by one, made once per step for kernels that loop over rows."""
@@ -167,6 +220,37 @@ class PagedRows:
                 )
             )
         return tuple(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRow:
+    """A row that is computed by itself.
+
+    Attributes:
+        start, end: its tokens in the flat batch.
+        context_len: positions before the first.
+        slot: its row of the page table.
+    """
+
+    start: int
+    end: int
+    context_len: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartedRows:
+    """Rows of a step in two kinds.
+
+    Attributes:
+        prompts: those that are computed by themselves.
+        others: the others, as of a step of their own; None if there are none.
+        tokens_T: int64 on the device, which tokens of the step the others' are.
+    """
+
+    prompts: tuple[PromptRow, ...]
+    others: PagedRows | None = None
+    tokens_T: torch.Tensor | None = None
 
 
 def _causal(context_len: int, length: int, device: torch.device) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from tokenspeed.kernels.reference.kvcache import scatter
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["append_latents", "paged_mla"]
+__all__ = ["append_latents", "paged_mla", "prompt_mla"]
 
 _FORMATS = (*DENSE, FLOAT8)
 _TRAITS = {"latent_dim": ANY, "value_dim": ANY}
@@ -58,3 +58,37 @@ def append_latents(
 ) -> None:
     """A scatter into the pool seen as one long row of slots, which may be of another type."""
     scatter(latents_TE, latents_PCE, kv_slots_T)
+
+
+@kernel(
+    "attention.prompt_mla",
+    solution="reference",
+    formats=_FORMATS,
+    traits=_TRAITS,
+    priority=Priority.REFERENCE,
+    batch_dependent=True,
+)
+def prompt_mla(
+    q_LHD: torch.Tensor,
+    k_up_HKN: torch.Tensor,
+    v_up_HVK: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    pages_A: torch.Tensor,
+    *,
+    context_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """All keys and values at once, in float32."""
+    tokens, heads, query_dim = q_LHD.shape
+    rank, plain_dim = k_up_HKN.shape[1:]
+    latents_NE = latents_PCE[pages_A.long()].flatten(0, 1)[: context_len + tokens].float()
+    compressed_NK, rotated_NR = latents_NE[:, :rank], latents_NE[:, rank:]
+    plain_HNN = torch.matmul(compressed_NK, k_up_HKN.float())
+    keys_HND = torch.cat((plain_HNN, rotated_NR.expand(heads, -1, -1)), dim=-1)
+    assert keys_HND.shape[2] == query_dim == plain_dim + rotated_NR.shape[1]
+    scores_HLN = torch.matmul(q_LHD.float().transpose(0, 1), keys_HND.transpose(1, 2)) * scale
+    at_N = torch.arange(context_len + tokens, device=q_LHD.device)
+    scores_HLN = scores_HLN.masked_fill(at_N > at_N[context_len:, None], -torch.inf)
+    values_HNV = torch.matmul(compressed_NK, v_up_HVK.float().transpose(1, 2))
+    out_HLV = torch.matmul(scores_HLN.softmax(-1), values_HNV)
+    return out_HLV.transpose(0, 1).to(q_LHD.dtype)

@@ -26,6 +26,7 @@ from tokenspeed.kernels.triton import (
     gemm,
     kvcache,
     latent,
+    latent_prompt,
     moe,
     norm,
     quantised,
@@ -159,6 +160,18 @@ def _latents() -> Iterator[Sample]:
             call = partial(latent.paged_mla, q_TQE, pool, rows, 0.1, value_dim=512)
             name = f"{heads} heads, q_len {new}, pages of {page_size}"
             yield Sample(op="attention.paged_mla", name=name, call=call)
+    heads = 2
+    prompt = partial(
+        latent_prompt.prompt_mla,
+        torch.zeros(90, heads, 192, dtype=_BFLOAT16),
+        torch.zeros(heads, 512, 128, dtype=_BFLOAT16),
+        torch.zeros(heads, 128, 512, dtype=_BFLOAT16),
+        pool,
+        torch.zeros(3, dtype=torch.int32),
+        context_len=100,
+        scale=0.1,
+    )
+    yield Sample(op="attention.prompt_mla", name="keys of 192, values of 128", call=prompt)
     yield _sample(
         "kvcache.append_latents", "576", kvcache.append_latents, latents_TE, pool, slots_T
     )

@@ -5,6 +5,7 @@ Legend: R rows, T tokens, Q query heads, H KV heads, D elements of a head, E ele
 V those that are its value, P pages, C positions of a page, M model features.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 
 from tokenspeed.kernels import reference
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.kernels.triton import attention, latent, moe, norm, sampling
+from tokenspeed.kernels.triton import attention, latent, latent_prompt, moe, norm, sampling
 
 __all__ = ["Attended", "Call", "Workload", "workloads"]
 
@@ -93,6 +94,8 @@ def workloads(*, scale: int = 1) -> Iterator[Workload]:
     yield _mha(1, 0, 8192 // scale)
     yield _mha(1, 50_000 // scale, 1024 // scale)
     yield _mla(1, 50_000 // scale, 16, 1024 // scale, page_size=64)
+    for heads in (16, 128):
+        yield _mla_prompt(50_000 // scale, heads, 1024 // scale, page_size=64)
     yield from _experts(scale)
     yield from _rowwise(scale)
 
@@ -118,6 +121,35 @@ def _mla(batch: int, context: int, heads: int, new: int, *, page_size: int) -> W
         name=f"{batch} x {context}, {heads} heads, q_len {new}",
         size_bytes=_BYTES * batch * (positions * _LATENT + new * heads * (_LATENT + _VALUE)),
         operations=2 * pairs * heads * (_LATENT + _VALUE),
+        make=make,
+    )
+
+
+def _mla_prompt(context: int, heads: int, new: int, *, page_size: int) -> Workload:
+    positions = context + new
+    pairs = sum(context + token + 1 for token in range(new))
+    plain, value, rank, rotated = 128, 128, _VALUE, _LATENT - _VALUE
+
+    def make(device: torch.device, seed: int) -> Call:
+        rows, pages = _rows(1, context, new, page_size=page_size, device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        operands = (
+            _normal(new, heads, plain + rotated, generator=generator),
+            _normal(heads, rank, plain, generator=generator) / math.sqrt(rank),
+            _normal(heads, value, rank, generator=generator) / math.sqrt(rank),
+            _normal(pages, page_size, _LATENT, generator=generator),
+            rows.page_table_XP[0],
+        )
+        run = partial(latent_prompt.prompt_mla, *operands, context_len=context, scale=_SCALE)
+        return Call(run=run)
+
+    return Workload(
+        op="attention.prompt_mla",
+        name=f"1 x {context}, {heads} heads, q_len {new}",
+        size_bytes=_BYTES * (positions * _LATENT + new * heads * (plain + rotated + value)),
+        operations=2
+        * heads
+        * (pairs * (plain + rotated + value) + positions * rank * (plain + value)),
         make=make,
     )
 

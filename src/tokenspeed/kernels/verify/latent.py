@@ -27,7 +27,7 @@ from tokenspeed.kernels.verify.case import (
     stored,
 )
 
-__all__ = ["append_latents_cases", "paged_mla_cases"]
+__all__ = ["append_latents_cases", "paged_mla_cases", "prompt_mla_cases"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,31 @@ def paged_mla_cases() -> Iterator[Case]:
                     name=f"{name}, {shape}",
                     traits={"latent_dim": shape.latent, "value_dim": shape.value},
                     check=partial(_paged_mla, shape, (format_name, dtype), lengths),
+                )
+
+
+# Heads, elements not rotated and rotated, compressed KV, elements of a value; positions of a page.
+_PROMPT_SHAPES = (((1, 4, 4, 8, 6), 5), ((3, 20, 12, 32, 24), 16), ((2, 128, 64, 512, 128), 64))
+# Tokens before, and new ones.
+_PROMPTS = ((0, 1), (0, 37), (70, 33), (300, 130))
+
+
+def prompt_mla_cases() -> Iterator[Case]:
+    """Prompts with and without a cached part; what no row has written is NaN."""
+    for sizes, page_size in _PROMPT_SHAPES:
+        heads, _, rotated, rank, _ = sizes
+        for format_name, dtype in _FORMATS:
+            for context, new in _PROMPTS:
+                yield Case(
+                    op="attention.prompt_mla",
+                    format_name=format_name,
+                    dtype=dtype,
+                    name=f"{new} behind {context}, {heads} heads, latents of {rank} + {rotated}, "
+                    f"pages of {page_size}",
+                    traits={"latent_dim": rank + rotated, "value_dim": rank},
+                    check=partial(
+                        _prompt_mla, sizes, (format_name, dtype), (context, new, page_size)
+                    ),
                 )
 
 
@@ -123,6 +148,44 @@ def _exact(
         weights_QLN = scores_QLN.masked_fill(later_LN, -torch.inf).softmax(-1)
         found.append(torch.einsum("qln,nv->lqv", weights_QLN, latents_NE[:, :value_dim]))
     return torch.cat(found)
+
+
+def _prompt_mla(
+    sizes: tuple[int, int, int, int, int],
+    kind: tuple[str, torch.dtype],
+    places: tuple[int, int, int],
+    kernel: Call,
+    runtime: CpuRuntime,
+) -> Iterator[Compared]:
+    heads, plain, rotated, rank, value = sizes
+    format_name, dtype = kind
+    context, new, page_size = places
+    rows, count = scattered_rows(((context, new),), page_size=page_size, seed=new)
+    latents_PCE = torch.full((count, page_size, rank + rotated), torch.nan, dtype=dtype)
+    written = written_slots(rows)
+    latents_NE = noise(len(written), rank + rotated, dtype=dtype, seed=1)
+    latents_PCE.flatten(0, 1)[written] = stored(latents_NE, format_name).to(dtype)
+    q_LHD = noise(new, heads, plain + rotated, dtype=dtype)
+    k_up_HKN = noise(heads, rank, plain, dtype=dtype, seed=2) / math.sqrt(rank)
+    v_up_HVK = noise(heads, value, rank, dtype=dtype, seed=3) / math.sqrt(rank)
+    scale = 1.3 / math.sqrt(plain + rotated)
+    in_order_NE = latents_PCE.flatten(0, 1)[written].double()
+    keys_NHN = torch.einsum("nk,hkp->nhp", in_order_NE[:, :rank], k_up_HKN.double())
+    shared_NHR = in_order_NE[:, None, rank:].expand(-1, heads, -1)
+    keys_NHD = torch.cat((keys_NHN, shared_NHR), dim=-1)
+    scores_HLN = torch.einsum("lhd,nhd->hln", q_LHD.double(), keys_NHD) * scale
+    at_N = torch.arange(context + new)
+    scores_HLN = scores_HLN.masked_fill(at_N > at_N[context:, None], -torch.inf)
+    values_NHV = torch.einsum("nk,hvk->nhv", in_order_NE[:, :rank], v_up_HVK.double())
+    exact_LHV = torch.einsum("hln,nhv->lhv", scores_HLN.softmax(-1), values_NHV)
+    found_LHV = kernel(
+        *(q_LHD, k_up_HKN, v_up_HVK),
+        stored(latents_PCE, format_name),
+        rows.page_table_XP[int(rows.row_slots[0])],
+        context_len=context,
+        scale=scale,
+    )
+    yield compare("out", found_LHV, exact_LHV, dtype)
 
 
 def _append_latents(

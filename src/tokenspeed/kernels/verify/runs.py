@@ -41,6 +41,7 @@ CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "attention.paged_mha": _all(attention.paged_mha_cases, rounded.paged_mha_cases),
     "attention.paged_mla": latent.paged_mla_cases,
     "attention.partial_mha": partial.partial_mha_cases,
+    "attention.prompt_mla": latent.prompt_mla_cases,
     "embedding.lookup": gemm.lookup_cases,
     "embedding.take": rowwise.take_cases,
     "gemm.heads": gemm.heads_cases,

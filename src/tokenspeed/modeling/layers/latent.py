@@ -12,7 +12,7 @@ import torch
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.kernels import Activations, KernelSelector, ops
-from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.rows import PagedRows, PartedRows
 from tokenspeed.modeling.config import LatentConfig
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.head_weight import HeadWeight
@@ -38,7 +38,8 @@ class LatentHeads(Module):
     """What heads do with latents: the latents of all tokens, the heads of this rank.
 
     Attention is computed on compressed KV. A head's up-projection of K goes to its query, that of V
-    to what comes out, so that neither K nor V of a position is ever made.
+    to what comes out, so that neither K nor V of a position is ever made. Of a long prompt they are
+    where there is a kernel for that and it takes fewer operations.
 
     Args:
         heads: H.
@@ -81,6 +82,10 @@ class LatentHeads(Module):
             traits={"latent_dim": config.latent_dim},
         )
         self._attend = kernels.select(ops.attention.paged_mla, format_name=kv_format, traits=traits)
+        self._attend_prompt = kernels.select_beyond_reference(
+            ops.attention.prompt_mla, format_name=kv_format, traits=traits
+        )
+        self._seen_by_min = _seen_by_min(config)
 
     def forward(
         self,
@@ -97,10 +102,66 @@ class LatentHeads(Module):
         k_TR = self._rotate(k_T1R, *angles).flatten(1)
         latents_TE = torch.cat((self.kv_norm(kv_TE[:, :rank]), k_TR), dim=-1)
         self._append(latents_TE, latents_PCE, rows.kv_slots_T)
-        q_THL = self._heads(q_THD[..., :plain], self.k_up.data)
-        q_THE = torch.cat((q_THL, self._rotate(q_THD[..., plain:], *angles)), dim=-1)
+        turned_THR = self._rotate(q_THD[..., plain:], *angles)
+        parted = None
+        # Where a program for ranks is compiled, rows are nobody's yet.
+        if self._attend_prompt is not None and isinstance(rows, PagedRows):
+            parted = rows.parted(self._seen_by_min)
+        if parted is None:
+            return self._absorbed(q_THD[..., :plain], turned_THR, rows, latents_PCE)
+        return self._in_two_ways(q_THD[..., :plain], turned_THR, rows, parted, latents_PCE)
+
+    def _absorbed(
+        self,
+        plain_THN: torch.Tensor,
+        turned_THR: torch.Tensor,
+        rows: PagedRows,
+        latents_PCE: torch.Tensor,
+    ) -> torch.Tensor:
+        """out_THV, with heads' up-projections before and behind attention."""
+        q_THL = self._heads(plain_THN, self.k_up.data)
+        q_THE = torch.cat((q_THL, turned_THR), dim=-1)
+        rank = self._config.kv_rank
         out_THL = self._attend(q_THE, latents_PCE, rows, self._scale, value_dim=rank)
         return self._heads(out_THL, self.v_up.data)
+
+    def _in_two_ways(
+        self,
+        plain_THN: torch.Tensor,
+        turned_THR: torch.Tensor,
+        rows: PagedRows,
+        parted: PartedRows,
+        latents_PCE: torch.Tensor,
+    ) -> torch.Tensor:
+        """out_THV: of long prompts over keys and values that are made, of other rows absorbed."""
+        assert self._attend_prompt is not None
+        out_THV = plain_THN.new_empty(*plain_THN.shape[:2], self._config.value_dim)
+        for prompt in parted.prompts:
+            of = slice(prompt.start, prompt.end)
+            pages = -(-(prompt.context_len + prompt.end - prompt.start) // rows.page_size)
+            out_THV[of] = self._attend_prompt(
+                torch.cat((plain_THN[of], turned_THR[of]), dim=-1),
+                self.k_up.data,
+                self.v_up.data,
+                latents_PCE,
+                rows.page_table_XP[prompt.slot, :pages],
+                context_len=prompt.context_len,
+                scale=self._scale,
+            )
+        if parted.others is not None and parted.tokens_T is not None:
+            at_T = parted.tokens_T
+            out_THV[at_T] = self._absorbed(
+                plain_THN[at_T], turned_THR[at_T], parted.others, latents_PCE
+            )
+        return out_THV
+
+
+def _seen_by_min(config: LatentConfig) -> float:
+    """From how many tokens on that see a position its keys and values are worth being made: what
+    that takes, over what it saves for each of the tokens."""
+    made = config.kv_rank * (config.plain_dim + config.value_dim)
+    absorbed = config.latent_dim + config.kv_rank
+    return made / (absorbed - config.plain_dim - config.rotated_dim - config.value_dim)
 
 
 @boundary(x_TM=PerToken("tp"), out=Partial("tp"))

@@ -10,7 +10,7 @@ from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["paged_mha", "paged_mla", "partial_mha"]
+__all__ = ["paged_mha", "paged_mla", "partial_mha", "prompt_mla"]
 
 
 @declare_op("attention.paged_mha", traits=("head_dim",))
@@ -105,3 +105,46 @@ def paged_mla(
         value_dim=value_dim,
     )
     return kernel(q_TQE, latents_PCE, rows, scale, value_dim=value_dim)
+
+
+@declare_op("attention.prompt_mla", traits=("latent_dim", "value_dim"))
+def prompt_mla(
+    q_LHD: torch.Tensor,
+    k_up_HKN: torch.Tensor,
+    v_up_HVK: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    pages_A: torch.Tensor,
+    *,
+    context_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """The attention of one prompt's new tokens that `paged_mla` and the up-projections around it
+    give, over keys and values that are made of latents; gives out_LHV, of the type of q.
+
+    A query of D = N + E - K elements is not absorbed: its head's part, and behind it the rotated
+    one. Of each position every head gets a key, its up-projection of the K elements of compressed
+    KV with the rotated key behind, and a value [V]. Fewer operations are needed for each pair of a
+    token and a position, and some for each position: it pays where many tokens see each. Bits are
+    not those that `paged_mla` gives. A model calls it where a kernel does better than absorbed
+    queries, and does without elsewhere.
+
+    Args:
+        q_LHD: of L tokens, whose latents are in the pages already.
+        k_up_HKN, v_up_HVK: up-projections of each head.
+        latents_PCE: the pool.
+        pages_A: integers, the prompt's pages in order.
+        context_len: positions before the first token.
+        scale: of scores.
+
+    Traits:
+        latent_dim: E.
+        value_dim: K, elements of compressed KV.
+    """
+    kernel = prompt_mla.best(
+        q_LHD,
+        format_name=pool_format(latents_PCE),
+        latent_dim=latents_PCE.shape[2],
+        value_dim=k_up_HKN.shape[1],
+    )
+    operands = (q_LHD, k_up_HKN, v_up_HVK, latents_PCE, pages_A)
+    return kernel(*operands, context_len=context_len, scale=scale)
