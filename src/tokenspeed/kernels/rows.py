@@ -5,7 +5,7 @@ N positions a row has once the step is done.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -190,13 +190,12 @@ class PagedRows:
             return PartedRows(prompts=prompts)
         device = self.kv_slots_T.device
         tokens_T = torch.from_numpy(np.flatnonzero(np.repeat(~long_R, new_R))).to(device)
-        others = PagedRows(
+        others = replace(
+            self,
             query_starts=np.concatenate(([0], np.cumsum(new_R[~long_R]))).astype(np.int32),
             context_lens=self.context_lens[~long_R],
             row_slots=self.row_slots[~long_R],
-            page_table_XP=self.page_table_XP,
             kv_slots_T=self.kv_slots_T[tokens_T],
-            page_size=self.page_size,
         )
         return PartedRows(prompts=prompts, others=others, tokens_T=tokens_T)
 
