@@ -16,8 +16,8 @@ from tokenspeed.kernels.cpu.attention import append
 from tokenspeed.kernels.reference.rounded import append_rounded, read_rounded
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify import TOLERANCES
-from tokenspeed.kernels.verify.attention import scattered_rows
 from tokenspeed.kernels.verify.case import compare, named, noise
+from tokenspeed.kernels.verify.paging import scattered_rows
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Types of rows and of pages.

@@ -14,8 +14,8 @@ from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
 from tokenspeed.kernels.cpu.latent import append_latents, paged_mla
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.kernels.verify.attention import scattered_rows
 from tokenspeed.kernels.verify.case import noise
+from tokenspeed.kernels.verify.paging import scattered_rows
 
 # As DeepSeek-V2-Lite has them, but for the number of heads.
 HEADS, NOPE, ROPE, VALUE, RANK = 6, 128, 64, 128, 512

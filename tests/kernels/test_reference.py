@@ -6,8 +6,8 @@ import torch
 
 from tokenspeed.kernels import KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.kernels.verify.attention import scattered_rows
 from tokenspeed.kernels.verify.case import noise
+from tokenspeed.kernels.verify.paging import scattered_rows
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [(15, 1), (16, 1), (0, 1), (63, 2), (0, 9), (7, 18)]

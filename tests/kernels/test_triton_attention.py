@@ -15,7 +15,7 @@ from tests.support.triton_interpreter import needs_interpreter
 from tokenspeed.kernels import reference
 from tokenspeed.kernels.triton import attention, latent
 from tokenspeed.kernels.triton.schedule import Schedule, fold_of, make_schedule
-from tokenspeed.kernels.verify.attention import scattered_rows
+from tokenspeed.kernels.verify.paging import scattered_rows
 
 __all__ = ["interpreting"]
 

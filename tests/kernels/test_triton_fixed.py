@@ -12,7 +12,7 @@ from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels import KernelSelector, ops, registry
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton import attention, gemm, latent, moe
-from tokenspeed.kernels.verify.attention import scattered_rows
+from tokenspeed.kernels.verify.paging import scattered_rows
 
 pytestmark = needs_interpreter
 __all__ = ["interpreting"]

@@ -10,7 +10,7 @@ from tests.support.triton_interpreter import needs_interpreter
 from tokenspeed.kernels import KernelSelector, Platform
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton import latent_prompt
-from tokenspeed.kernels.verify.attention import scattered_rows
+from tokenspeed.kernels.verify.paging import scattered_rows
 from tokenspeed.modeling.config import LatentConfig
 from tokenspeed.modeling.layers.latent import LatentHeads
 from tokenspeed.modeling.layers.rotary import Angles

@@ -5,12 +5,11 @@ a head, P pages, C positions of a page.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
@@ -27,6 +26,7 @@ from tokenspeed.kernels.verify.case import (
     noise,
     stored,
 )
+from tokenspeed.kernels.verify.paging import row_lengths, scattered_rows
 
 __all__ = [
     "APPENDED",
@@ -39,8 +39,6 @@ __all__ = [
     "interleaved",
     "paged_mha_cases",
     "rotate_and_append_cases",
-    "scattered_rows",
-    "written_slots",
 ]
 
 # Types whose elements come whole into 32 bits, which interleaving needs.
@@ -211,48 +209,6 @@ def _formats() -> Iterator[tuple[str, torch.dtype, _Heads]]:
                 yield f"interleaved_{named(dtype)}", dtype, heads
 
 
-def scattered_rows(
-    lengths: Sequence[tuple[int, int]], *, page_size: int, seed: int
-) -> tuple[PagedRows, int]:
-    """Rows of (context, new) tokens over pages in random order, and how many pages there are."""
-    choose = np.random.default_rng(seed)
-    counts = [-(-(context + new) // page_size) for context, new in lengths]
-    pages = sum(counts) + 3
-    order = choose.permutation(pages).astype(np.int32)
-    slots = choose.permutation(len(lengths) + 2).astype(np.int32)[: len(lengths)]
-    table_XP = np.full((len(lengths) + 2, max(counts)), -1, dtype=np.int32)
-    kv_slots = []
-    used = 0
-    for (context, new), count, slot in zip(lengths, counts, slots, strict=True):
-        own = order[used : used + count]
-        used += count
-        table_XP[slot, :count] = own
-        at = np.arange(context, context + new)
-        kv_slots.append(own[at // page_size].astype(np.int64) * page_size + at % page_size)
-    return (
-        PagedRows(
-            query_starts=np.cumsum([0, *(new for _, new in lengths)], dtype=np.int32),
-            context_lens=np.array([context for context, _ in lengths], dtype=np.int32),
-            row_slots=slots,
-            page_table_XP=torch.from_numpy(table_XP),
-            kv_slots_T=torch.from_numpy(np.concatenate(kv_slots)),
-            page_size=page_size,
-        ),
-        pages,
-    )
-
-
-def written_slots(rows: PagedRows) -> torch.Tensor:
-    """KV slots of all positions that rows have once the step is done."""
-    lengths = rows.context_lens + np.diff(rows.query_starts)
-    found = []
-    for slot, length in zip(rows.row_slots.tolist(), lengths.tolist(), strict=True):
-        at_N = torch.arange(length)
-        pages_N = rows.page_table_XP[slot][at_N // rows.page_size].long()
-        found.append(pages_N * rows.page_size + at_N % rows.page_size)
-    return torch.cat(found)
-
-
 def interleaved(k_PCHD: torch.Tensor, v_PCHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain pools as interleaved ones; the layout stands in `csrc/cpu/kernels.h`."""
     pages, page_size, heads, dim = k_PCHD.shape
@@ -314,7 +270,7 @@ def _paged_mha(of: Operands, kernel: Call, runtime: CpuRuntime) -> Iterator[Comp
     # Rounding is no error of attention's: numbers are those that the pages hold.
     k_PCHD, v_PCHD = (of.stored(pool).to(of.dtype) for pool in (k_PCHD, v_PCHD))
     unwritten_PC = torch.ones(shape[:2], dtype=torch.bool)
-    for slot, length in _row_lengths(rows):
+    for slot, length in row_lengths(rows):
         at_N = torch.arange(length)
         # Pages that a window has left behind are gone.
         context = dict(zip(rows.row_slots.tolist(), rows.context_lens.tolist(), strict=True))[slot]
@@ -381,12 +337,6 @@ def _rotate_and_append(of: Operands, kernel: Call, runtime: CpuRuntime) -> Itera
         yield equal(f"the pool of {what}", pool, wanted)
 
 
-def _row_lengths(rows: PagedRows) -> Iterator[tuple[int, int]]:
-    """Slot and length of each row once the step is done."""
-    new = np.diff(rows.query_starts)
-    yield from zip(rows.row_slots.tolist(), (rows.context_lens + new).tolist(), strict=True)
-
-
 def _laid_out(
     of: Operands, k_PCHD: torch.Tensor, v_PCHD: torch.Tensor, rows: PagedRows
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,7 +347,7 @@ def _laid_out(
         # Two positions of V share 32 bits, so attention reads the one behind a row's last and
         # multiplies it by 0: the format wants a number there, and that it is zero.
         v_PCHD = v_PCHD.clone()
-        for slot, length in _row_lengths(rows):
+        for slot, length in row_lengths(rows):
             if length % 2:
                 page = rows.page_table_XP[slot][length // rows.page_size]
                 v_PCHD[page, length % rows.page_size] = 0

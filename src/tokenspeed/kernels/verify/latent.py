@@ -14,7 +14,7 @@ import torch
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.kv_formats import FLOAT8
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.kernels.verify.attention import APPENDED, ROWS, scattered_rows, written_slots
+from tokenspeed.kernels.verify.attention import APPENDED, ROWS
 from tokenspeed.kernels.verify.case import (
     TYPES,
     Call,
@@ -26,6 +26,7 @@ from tokenspeed.kernels.verify.case import (
     noise,
     stored,
 )
+from tokenspeed.kernels.verify.paging import scattered_rows, written_slots
 
 __all__ = ["append_latents_cases", "paged_mla_cases", "prompt_mla_cases"]
 

@@ -15,14 +15,7 @@ from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.kv_formats import FLOAT8, ROUNDED
 from tokenspeed.kernels.reference.rounded import append_rounded, read_rounded
 from tokenspeed.kernels.rows import ContextShare, PagedRows
-from tokenspeed.kernels.verify.attention import (
-    INTERLEAVED_HEADS,
-    ROWS,
-    Operands,
-    interleaved,
-    scattered_rows,
-    written_slots,
-)
+from tokenspeed.kernels.verify.attention import INTERLEAVED_HEADS, ROWS, Operands, interleaved
 from tokenspeed.kernels.verify.case import (
     TYPES,
     Call,
@@ -33,6 +26,7 @@ from tokenspeed.kernels.verify.case import (
     named,
     noise,
 )
+from tokenspeed.kernels.verify.paging import scattered_rows, written_slots
 
 __all__ = ["partial_mha_cases"]
 

@@ -20,10 +20,9 @@ from tokenspeed.kernels.verify.attention import (
     WINDOWS,
     Operands,
     exact_attention,
-    scattered_rows,
-    written_slots,
 )
 from tokenspeed.kernels.verify.case import Call, Case, Compared, compare, equal, noise
+from tokenspeed.kernels.verify.paging import scattered_rows, written_slots
 
 __all__ = ["append_cases", "paged_mha_cases"]
 
