@@ -13,13 +13,14 @@ from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place, share
 from tokenspeed.execution import Drafting, Runner, resolve_dtype, usable_cpu_count
-from tokenspeed.kernels import QUANTISED_ROWS, KernelSelector, load_plugins
+from tokenspeed.kernels import PACKED_GROUPS, QUANTISED_ROWS, KernelSelector, load_plugins
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.kv_formats import kv_formats
+from tokenspeed.kernels.quantised import INT4_GROUPS
 from tokenspeed.kernels.rows import ContextShare
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
-__all__ = ["OpenedModel", "make_runner", "mesh_of", "open_model"]
+__all__ = ["OpenedModel", "make_runner", "mesh_of", "open_model", "packed_formats"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ def open_model(
         dtype=dtype,
         overrides=config.kernels,
         weight_formats=(
-            *((checkpoint.packed_format,) if checkpoint.packed_format else ()),
+            *packed_formats(checkpoint),
             f"{dtype_name}_panels",
             dtype_name,
         ),
@@ -189,6 +190,14 @@ def _device(config: EngineConfig, place: Place) -> torch.device:
     device = torch.device(config.device, place.device_index)
     torch.cuda.set_device(device)
     return device
+
+
+def packed_formats(checkpoint: loader.Checkpoint) -> tuple[str, ...]:
+    """In which a checkpoint's matrices can be had beside dense ones, best first."""
+    name = checkpoint.packed_format
+    if name is None:
+        return ()
+    return (name, PACKED_GROUPS) if name == INT4_GROUPS else (name,)
 
 
 def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:

@@ -15,7 +15,16 @@ from tokenspeed.kernels.registry import (
     registry,
 )
 from tokenspeed.kernels.selection import Explanation, KernelSelector, Verdict, explain
-from tokenspeed.kernels.weights import PACKED, PANELS, BlockMatrix, Matrix, PackedWeight, Stored
+from tokenspeed.kernels.weights import (
+    PACKED,
+    PACKED_GROUPS,
+    PANELS,
+    BlockMatrix,
+    Matrix,
+    PackedGroups,
+    PackedWeight,
+    Stored,
+)
 
 # Importing these fills the registry: first the ops, then our own kernels for them.
 from tokenspeed.kernels import ops, reference  # isort: skip
@@ -25,6 +34,7 @@ from tokenspeed.kernels.triton import solution as _triton_solution  # noqa: F401
 __all__ = [
     "ANY",
     "PACKED",
+    "PACKED_GROUPS",
     "PANELS",
     "QUANTISED",
     "QUANTISED_ROWS",
@@ -36,6 +46,7 @@ __all__ = [
     "KernelSelector",
     "Matrix",
     "Op",
+    "PackedGroups",
     "PackedWeight",
     "Platform",
     "Priority",

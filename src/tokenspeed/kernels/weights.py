@@ -8,18 +8,31 @@ from typing import Final, Protocol, TypeAlias
 
 import torch
 
+from tokenspeed.kernels.cpu.groups import PackedGroups
 from tokenspeed.kernels.cpu.weights import PackedWeight
 from tokenspeed.kernels.quantised import QuantisedWeight
 
-__all__ = ["PACKED", "PANELS", "BlockMatrix", "Matrix", "PackedWeight", "Stored"]
+__all__ = [
+    "PACKED",
+    "PACKED_GROUPS",
+    "PANELS",
+    "BlockMatrix",
+    "Matrix",
+    "PackedGroups",
+    "PackedWeight",
+    "Stored",
+]
 
 PACKED: Final = "packed"
 """The name of the format of quantised weights that native CPU kernels read; see `PackedWeight`."""
 
+PACKED_GROUPS: Final = "packed_groups"
+"""The same of what safetensors checkpoints keep in groups of inputs; see `PackedGroups`."""
+
 PANELS: Final = ("bfloat16_panels", "float32_panels")
 """Names of the formats of dense weights that native CPU kernels read, one for each element type."""
 
-Matrix: TypeAlias = torch.Tensor | PackedWeight | QuantisedWeight
+Matrix: TypeAlias = torch.Tensor | PackedWeight | PackedGroups | QuantisedWeight
 """A matrix of weights [O, I] in a format that its kernel reads."""
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import LOOPBACK, Mesh, Store, connect
-from tokenspeed.kernels import PACKED, PANELS, QUANTISED, KernelSelector, Stored
+from tokenspeed.kernels import PACKED, PACKED_GROUPS, PANELS, QUANTISED, KernelSelector, Stored
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.compiler import (
     Program,
@@ -39,6 +39,8 @@ __all__ = ["Model", "build_model", "compile_model"]
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # No type of a checkpoint's weights grows by more when it is packed.
 PACKING_GROWTH_MAX = 1.06
+# Bytes of an element of a checkpoint's groups where it takes five bits.
+GROUP_ELEMENT_SIZE = 22 / 32
 
 
 class Model(Module):
@@ -123,8 +125,13 @@ class Model(Module):
             for weight in distinct
             if weight.format_name in PANELS
         )
+        groups = sum(
+            math.prod(weight.local_shape) * GROUP_ELEMENT_SIZE
+            for weight in distinct
+            if weight.format_name == PACKED_GROUPS
+        )
         return self.weights_size_bytes + int(
-            PACKING_GROWTH_MAX * (packed * checkpoint_size_bytes + panels_size_bytes)
+            PACKING_GROWTH_MAX * (packed * checkpoint_size_bytes + panels_size_bytes + groups)
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Stored]]) -> None:

@@ -9,11 +9,13 @@ import torch
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels import (
     PACKED,
+    PACKED_GROUPS,
     PANELS,
     QUANTISED,
     BlockMatrix,
     KernelSelector,
     Matrix,
+    PackedGroups,
     PackedWeight,
     QuantisedStored,
     QuantisedWeight,
@@ -96,6 +98,14 @@ class Weight:
                 dtype=self._kernels.dtype,
                 runtime=self._kernels.runtime,
             )
+        if self.format_name == PACKED_GROUPS:
+            outputs, inputs = self.local_shape
+            return PackedGroups(
+                (outputs, inputs),
+                parts=tuple(self.local_parts.values()) or (outputs,),
+                dtype=self._kernels.dtype,
+                runtime=self._kernels.runtime,
+            )
         if self.format_name in QUANTISED:
             outputs, inputs = self.local_shape
             return QuantisedWeight(
@@ -111,7 +121,7 @@ class Weight:
     @property
     def tensor(self) -> torch.Tensor:
         """The weight of an op that takes none but tensors."""
-        assert not isinstance(self.data, PackedWeight | QuantisedWeight)
+        assert not isinstance(self.data, PackedWeight | PackedGroups | QuantisedWeight)
         return self.data
 
     @property
@@ -173,13 +183,14 @@ class Weight:
         places = tuple(slice(*span) for span in spans)
         order = self._orders.get(name)
         index = 0 if name is None else list(self._parts).index(name)
-        if isinstance(self.data, QuantisedWeight) and isinstance(stored, QuantisedStored):
+        data = self.data
+        if isinstance(data, QuantisedWeight | PackedGroups) and isinstance(stored, QuantisedStored):
             quantised = stored.quantised(places)
             if quantised is not None:
                 if order:
                     rows_O = torch.arange(quantised.shape[0])
                     quantised = quantised.in_order(_in_order_rows(rows_O, order))
-                self.data.pack(index, quantised)
+                data.pack(index, quantised)
                 return
         value = stored[places]
         if order:
@@ -194,7 +205,7 @@ class Weight:
             self.data.pack(index, value.quant_name, value.blocks)
             return
         values = value if isinstance(value, torch.Tensor) else value.to_float()
-        if isinstance(self.data, PackedWeight | QuantisedWeight):
+        if not isinstance(self.data, torch.Tensor):
             self.data.pack_dense(index, values)
             return
         if self._offset:

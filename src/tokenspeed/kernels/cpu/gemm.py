@@ -17,9 +17,16 @@ from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.ops.gemm import HeadMatrices
 from tokenspeed.kernels.registry import ANY, Priority, kernel
-from tokenspeed.kernels.weights import PACKED, PANELS, Matrix, PackedWeight
+from tokenspeed.kernels.weights import (
+    PACKED,
+    PACKED_GROUPS,
+    PANELS,
+    Matrix,
+    PackedGroups,
+    PackedWeight,
+)
 
-__all__ = ["heads", "linear", "linear_dense", "logits", "logits_dense", "lookup"]
+__all__ = ["heads", "linear", "linear_dense", "linear_groups", "logits", "logits_dense", "lookup"]
 
 _CPU = Capability(device="cpu")
 
@@ -53,6 +60,26 @@ def linear_dense(
 ) -> torch.Tensor:
     """Rounded once, to the type of x, which is the weight's."""
     return _product(x_TI, weight_OI, bias_O, x_TI.dtype, runtime)
+
+
+@kernel(
+    "gemm.linear",
+    solution="cpu",
+    requires=_CPU,
+    formats=(PACKED_GROUPS,),
+    traits={"bias": ANY},
+    priority=Priority.NATIVE,
+)
+def linear_groups(
+    x_TI: torch.Tensor, weight_OI: Matrix, bias_O: torch.Tensor | None, *, runtime: CpuRuntime
+) -> torch.Tensor:
+    """As `linear` and `linear_dense`, of outputs each whose weights lie so."""
+    assert isinstance(weight_OI, PackedGroups)
+    y_TO = x_TI.new_empty((len(x_TI), weight_OI.shape[0]))
+    for rows, matrices in weight_OI.runs:
+        bias = None if bias_O is None else bias_O[rows]
+        _cpu.linear(runtime, x_TI, matrices, bias, y_TO[:, rows])
+    return y_TO
 
 
 @kernel("gemm.heads", solution="cpu", requires=_CPU, formats=PANELS, priority=Priority.NATIVE)

@@ -19,6 +19,7 @@ from tokenspeed.kernels.quantised import (
     QuantisedWeight,
 )
 from tokenspeed.kernels.verify.case import HALF_TYPES, Call, Case, Compared, compare, named, noise
+from tokenspeed.kernels.weights import PACKED_GROUPS, PackedGroups
 
 __all__ = ["linear_cases", "random_float8", "random_int4"]
 
@@ -58,6 +59,9 @@ _KINDS = (
     _Kind(format_name=INT4_GROUPS, group=64, zeros=True),
     _Kind(format_name=INT4_GROUPS, group=128, dense=True),
     _Kind(format_name=INT4_GROUPS, group=128, zeros=True),
+    _Kind(format_name=PACKED_GROUPS, group=32),
+    _Kind(format_name=PACKED_GROUPS, group=64, zeros=True, dense=True),
+    _Kind(format_name=PACKED_GROUPS, group=128, zeros=True),
     _Kind(format_name=FLOAT8_BLOCKS, group=_BLOCK),
     _Kind(format_name=FLOAT8_BLOCKS, group=_BLOCK, dense=True),
 )
@@ -94,7 +98,8 @@ def linear_cases() -> Iterator[Case]:
     """One part and several, with and without bias; FP8 with fewer inputs than blocks have."""
     for kind in _KINDS:
         for tokens, inputs, parts in _SIZES:
-            for dtype in (torch.float32, *HALF_TYPES):
+            halves = (torch.bfloat16,) if kind.format_name == PACKED_GROUPS else HALF_TYPES
+            for dtype in (torch.float32, *halves):
                 inputs_of = inputs - 48 * (kind.format_name == FLOAT8_BLOCKS)
                 yield Case(
                     op="gemm.linear",
@@ -115,13 +120,18 @@ def _linear(
 ) -> Iterator[Compared]:
     tokens, inputs, parts = sizes
     counts = (*parts, *((_DENSE_OUTPUTS,) if kind.dense else ()))
-    weight_OI = QuantisedWeight(
-        (sum(counts), inputs),
-        format_name=kind.format_name,
-        parts=counts,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
+    shape = (sum(counts), inputs)
+    weight_OI: PackedGroups | QuantisedWeight
+    if kind.format_name == PACKED_GROUPS:
+        weight_OI = PackedGroups(shape, parts=counts, dtype=dtype, runtime=runtime)
+    else:
+        weight_OI = QuantisedWeight(
+            shape,
+            format_name=kind.format_name,
+            parts=counts,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
     values = []
     for index, outputs in enumerate(parts):
         matrix = kind.matrix(outputs, inputs, index)

@@ -13,7 +13,7 @@ from tokenspeed.kernels.activations import QUANTISED_ROWS
 from tokenspeed.kernels.kv_formats import FLOAT8, ROUNDED
 from tokenspeed.kernels.quantised import FLOAT8_BLOCKS
 from tokenspeed.kernels.verify.case import Case, named
-from tokenspeed.kernels.weights import PACKED
+from tokenspeed.kernels.weights import PACKED, PACKED_GROUPS
 
 __all__ = ["TOLERANCES", "Tolerance"]
 
@@ -45,7 +45,7 @@ class Tolerance:
 
     def of(self, case: Case) -> float:
         """The error allowed in a case."""
-        if case.format_name == PACKED:
+        if case.format_name in (PACKED, PACKED_GROUPS):
             assert self.packed is not None
             return self.packed
         if case.format_name == QUANTISED_ROWS:

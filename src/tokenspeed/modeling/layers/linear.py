@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tokenspeed.kernels import PACKED, QUANTISED, Activations, KernelSelector, ops
+from tokenspeed.kernels import PACKED, PACKED_GROUPS, QUANTISED, Activations, KernelSelector, ops
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, PerToken, Replicate, Shard, boundary
@@ -88,5 +88,6 @@ class RowLinear(Linear):
 def features_cut(features: int, kernels: KernelSelector) -> Cut:
     """Where features between two products may be cut: blocks of packed weights stay whole."""
     format_name = kernels.weight_format(ops.gemm.linear)
-    blocks = BLOCKS if format_name == PACKED else GROUPS if format_name in QUANTISED else ()
+    in_groups = (*QUANTISED, PACKED_GROUPS)
+    blocks = BLOCKS if format_name == PACKED else GROUPS if format_name in in_groups else ()
     return Cut(unit=next((block for block in blocks if features % block == 0), 1))
