@@ -59,7 +59,9 @@ void keep_groups(const Routing& call, std::span<float> choice, std::span<float> 
                 second = std::max(second, value);
             }
         }
-        worth[static_cast<std::size_t>(group)] = call.bias == nullptr ? best : best + second;
+        // A group of one expert has no second.
+        const bool both = call.bias != nullptr && size > 1;
+        worth[static_cast<std::size_t>(group)] = both ? best + second : best;
     }
     for (std::int64_t left = call.groups_kept; left < call.groups; ++left) {
         // Of equal groups the last one goes first.
@@ -83,6 +85,10 @@ void route_row(const Routing& call, std::int64_t row, std::span<float> memory) {
     if (call.bias != nullptr) {
         for (std::size_t at = 0; at < experts; ++at) choice[at] += call.bias[at];
     }
+    // An expert that was chosen is no number any more, and what comes as none is the last choice.
+    for (float& value : choice) {
+        if (std::isnan(value)) value = -std::numeric_limits<float>::infinity();
+    }
     if (call.groups > 1) keep_groups(call, choice, memory.subspan(2 * experts));
     std::int64_t* const chosen = call.chosen + row * call.count;
     float* const weights = call.weights + row * call.count;
@@ -90,12 +96,10 @@ void route_row(const Routing& call, std::int64_t row, std::span<float> memory) {
     for (std::int64_t place = 0; place < call.count; ++place) {
         std::size_t best = experts;
         for (std::size_t at = 0; at < experts; ++at) {
-            // An expert that was chosen is no number any more; neither may be what came from a NaN.
             if (!std::isnan(choice[at]) && (best == experts || choice[at] > choice[best])) {
                 best = at;
             }
         }
-        if (best == experts) best = static_cast<std::size_t>(place);
         choice[best] = std::numeric_limits<float>::quiet_NaN();
         chosen[place] = static_cast<std::int64_t>(best);
         weights[place] = scores[best];

@@ -4,9 +4,12 @@ Each file under `misuses/` holds a misuse (`#ifdef MISUSE`) and its twin, which 
 place and compiles; its `// wants:` line is a regular expression for the compiler's complaint.
 """
 
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,14 +74,30 @@ def complaint_about_twin(program: Path, prelude: Path) -> str | None:
     return None if done.returncode == 0 else done.stderr
 
 
-@pytest.mark.parametrize("program", MISUSES, ids=lambda path: path.stem)
-def test_the_misuse_is_rejected_for_its_reason(program: Path, prelude: Path) -> None:
-    assert complaint_about_misuse(program, prelude) is None
+@pytest.fixture(scope="session")
+def complaints(prelude: Path) -> Iterator[dict[tuple[Path, str], Future[str | None]]]:
+    """What each program is found to be, by its path and kind; as many compile at once as there are
+    CPUs, while tests wait for their own."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            (program, kind): pool.submit(look, program, prelude)
+            for kind, look in (("misuse", complaint_about_misuse), ("twin", complaint_about_twin))
+            for program in MISUSES
+        }
 
 
 @pytest.mark.parametrize("program", MISUSES, ids=lambda path: path.stem)
-def test_the_twin_of_the_misuse_compiles(program: Path, prelude: Path) -> None:
-    assert complaint_about_twin(program, prelude) is None
+def test_the_misuse_is_rejected_for_its_reason(
+    program: Path, complaints: dict[tuple[Path, str], Future[str | None]]
+) -> None:
+    assert complaints[program, "misuse"].result() is None
+
+
+@pytest.mark.parametrize("program", MISUSES, ids=lambda path: path.stem)
+def test_the_twin_of_the_misuse_compiles(
+    program: Path, complaints: dict[tuple[Path, str], Future[str | None]]
+) -> None:
+    assert complaints[program, "twin"].result() is None
 
 
 def test_there_are_enough_misuses() -> None:

@@ -103,16 +103,14 @@ def test_turns_of_a_conversation_go_where_its_beginning_is_cached(replicas: Repl
 
 
 @pytest.mark.slow
-def test_without_restart_the_death_of_one_engine_ends_the_server(
-    smollm2: ModelFiles, tmp_path: Path
-) -> None:
-    with served(tmp_path) as replicas:
-        second = replicas.engines()[1]
-        second.send_signal(signal.SIGKILL)
-        assert replicas.server.process.wait(30) == 1
-        log = replicas.server.log.read_text()
-        assert "of 2: the engine process" in log and "ended: killed by SIGKILL" in log
-        assert "Serve with --restart" in log
+def test_without_restart_the_death_of_one_engine_ends_the_server(replicas: Replicas) -> None:
+    # The last test of the server that those above share.
+    second = replicas.engines()[1]
+    second.send_signal(signal.SIGKILL)
+    assert replicas.server.process.wait(30) == 1
+    log = replicas.server.log.read_text()
+    assert "of 2: the engine process" in log and "ended: killed by SIGKILL" in log
+    assert "Serve with --restart" in log
 
 
 @pytest.mark.slow

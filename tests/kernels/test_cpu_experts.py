@@ -9,6 +9,7 @@ from tokenspeed._cpu import Runtime, supported_isas
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels import PackedWeight
 from tokenspeed.kernels.cpu import moe
+from tokenspeed.kernels.reference import moe as reference
 from tokenspeed.kernels.verify.blocks import packed_weight
 from tokenspeed.kernels.verify.case import noise
 
@@ -95,6 +96,46 @@ def test_a_token_whose_experts_are_all_elsewhere_gets_nothing() -> None:
         runtime=runtime,
     )
     assert not out_TM.any()
+
+
+def routed(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, *, groups: int, groups_kept: int
+) -> list[list[int]]:
+    experts_TK, _ = moe.route(
+        logits_TE,
+        bias_E,
+        2,
+        scoring="sigmoid",
+        normalise=True,
+        scale=1.0,
+        groups=groups,
+        groups_kept=groups_kept,
+        runtime=Runtime(threads=1, isa=None),
+    )
+    chosen: list[list[int]] = experts_TK.tolist()
+    return chosen
+
+
+def test_groups_of_one_expert_are_worth_that_one() -> None:
+    logits_TE = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
+    assert routed(logits_TE, torch.zeros(4), groups=4, groups_kept=2) == [[3, 2], [0, 1]]
+    experts_TK, _ = reference.route(
+        logits_TE,
+        torch.zeros(4),
+        2,
+        scoring="sigmoid",
+        normalise=True,
+        scale=1.0,
+        groups=4,
+        groups_kept=2,
+    )
+    assert experts_TK.tolist() == [[3, 2], [0, 1]]
+
+
+def test_a_logit_that_is_no_number_comes_last_and_no_expert_is_chosen_twice() -> None:
+    none = float("nan")
+    logits_TE = torch.tensor([[none, 1.0, none, none], [none, none, none, none]])
+    assert routed(logits_TE, None, groups=1, groups_kept=1) == [[1, 0], [0, 1]]
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:

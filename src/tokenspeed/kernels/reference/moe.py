@@ -45,7 +45,7 @@ def route(
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
     if groups > 1:
         grouped_TGE = choice_TE.view(len(choice_TE), groups, -1)
-        best = 1 if bias_E is None else 2
+        best = 1 if bias_E is None else min(2, grouped_TGE.shape[-1])
         worth_TG = grouped_TGE.topk(best, dim=-1).values.sum(-1)
         kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
         kept_TG.scatter_(1, _first(worth_TG, groups_kept), True)

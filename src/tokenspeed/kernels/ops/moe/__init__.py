@@ -48,7 +48,7 @@ def route(
         scale: what weights are multiplied by at last.
         groups: G; experts come in equal groups, of which only the best are looked at
             (DeepSeek-V2, section 2.2.2). A group is as good as its best expert, or as the sum of
-            its best two where there is a bias.
+            its best two where there is a bias and it has two.
         groups_kept: how many groups are looked at.
     """
     return route.best(logits_TE)(
