@@ -138,13 +138,13 @@ nb::object take_cache_events(control::Scheduler& scheduler) {
 
 nb::tuple stats(const control::Scheduler& scheduler) {
     const auto s = scheduler.stats();
-    return nb::make_tuple(s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens,
-                          s.pages_total, s.pages_free, s.pages_cached, s.pages_active,
-                          s.host_pages_total, s.host_pages_cached, s.steps, s.prompt_tokens,
-                          s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
-                          s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens,
-                          s.drafted_tokens, s.accepted_tokens, s.proposed_tokens, s.retractions,
-                          s.parkings, s.evictions, s.stores, s.loads, s.refusals);
+    return nb::make_tuple(
+        s.running, s.waiting, s.parked, s.transferring, s.waiting_uncached_tokens, s.pages_total,
+        s.pages_free, s.pages_cached, s.pages_active, s.host_pages_total, s.host_pages_cached,
+        s.steps, s.prompt_tokens, s.cached_tokens, s.missed_evicted_tokens, s.missed_unseen_tokens,
+        s.missed_other_salt_tokens, s.missed_tail_tokens, s.output_tokens, s.drafted_tokens,
+        s.accepted_tokens, s.proposed_tokens, s.draft_memory_size_bytes, s.retractions, s.parkings,
+        s.evictions, s.stores, s.loads, s.refusals);
 }
 
 }  // namespace
@@ -165,7 +165,8 @@ NB_MODULE(_control, module) {
              })
         .def("after", [](const control::SuffixAutomaton& self,
                          std::size_t index) { return self.after(self.longest(), index); })
-        .def("size_bytes", &control::SuffixAutomaton::size_bytes);
+        .def("size_bytes", &control::SuffixAutomaton::size_bytes)
+        .def("size_bytes_after", &control::SuffixAutomaton::size_bytes_after, "more"_a);
     module.def(
         "draft_lengths",
         [](const std::vector<std::vector<float>>& chances, std::size_t rows, double step_us,
@@ -182,17 +183,17 @@ NB_MODULE(_control, module) {
                std::int32_t overlap_depth, bool prefix_cache, std::int32_t cache_policy,
                std::optional<double> tps_floor, std::optional<std::int64_t> queue_timeout_us,
                std::int32_t step_drafts_max, std::int32_t step_proposals_max,
-               std::int32_t proposal_length_max) {
+               std::int32_t proposal_length_max, std::uint64_t draft_memory_size_bytes) {
                 new (self) control::Scheduler(
                     {group_configs(groups), page_size, slots_max, step_tokens_max, context_max,
                      overlap_depth, prefix_cache, static_cast<control::CachePolicy>(cache_policy),
                      tps_floor, queue_timeout_us, step_drafts_max, step_proposals_max,
-                     proposal_length_max});
+                     proposal_length_max, draft_memory_size_bytes});
             },
             nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
             "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "cache_policy"_a,
             "tps_floor"_a.none(), "queue_timeout_us"_a.none(), "step_drafts_max"_a,
-            "step_proposals_max"_a, "proposal_length_max"_a)
+            "step_proposals_max"_a, "proposal_length_max"_a, "draft_memory_size_bytes"_a)
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,

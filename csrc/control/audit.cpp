@@ -207,6 +207,25 @@ void Scheduler::audit() const {
     for (const auto& arrival : arrivals_) held += std::holds_alternative<Queued>(arrival) ? 1 : 0;
     if (held != places_.size()) fail("an id leads nowhere");
 
+    const auto asked = [&](SlotId slot) {
+        return std::ranges::count_if(flights_, [&](const Flight& flight) {
+            return std::ranges::any_of(
+                flight.rows, [&](const Row& row) { return row.slot == slot && row.propose > 0; });
+        });
+    };
+    stepping_.each([&](const Stepping& state) {
+        if (asked(state.slot.id()) != (state.proposes ? 1 : 0)) {
+            fail("a request in flight does not know what its steps propose");
+        }
+    });
+    decoding_.each([&](const Decoding& state) {
+        const Proposal& kept = state.proposal;
+        if (kept.tokens.size() != kept.chances.size() ||
+            kept.tokens.size() > static_cast<std::size_t>(proposal_length_max_)) {
+            fail("a request keeps a proposal that nobody asked for");
+        }
+    });
+
     for (std::size_t i = 1; i < order_.size(); ++i) {
         if (!(running(order_[i - 1]).order() < running(order_[i]).order())) {
             fail("the running requests are out of order");

@@ -49,6 +49,8 @@ class DraftSource {
     // draft.
     virtual bool wants_rest(const Request& request) = 0;
     virtual void ended(RequestId request) noexcept = 0;
+    // What the texts take that it keeps.
+    virtual std::size_t size_bytes() const noexcept { return 0; }
 };
 
 }  // namespace tokenspeed::control

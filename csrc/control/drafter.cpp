@@ -20,8 +20,6 @@ constexpr std::array<double, MatchRecord::kLengths> kFirstChances{.03, .06, .1, 
 constexpr double kFirstWeight = 4;
 // As many of its own tokens outweigh what others' matches were worth.
 constexpr double kOthersWeight = 2;
-constexpr double kKeepOwn = 0.98;  // a request remembers about fifty tokens of a class
-constexpr double kKeepAll = 0.998;
 // What is less likely is never worth its time.
 constexpr double kChanceMin = 0.05;
 
@@ -42,17 +40,6 @@ constexpr std::int64_t kPatience = 256, kPatienceMax = 8192;
 constexpr double kLikely = 0.5;
 // Of a step, the least that a drafted token is taken to add.
 constexpr double kPriceShareMin = 0.002;
-
-// The chances that each token and all before it are right, of a model's for each by itself.
-std::vector<float> reached(const Proposal& proposal, std::size_t most) {
-    std::vector<float> found;
-    float all = 1;
-    for (const float chance :
-         std::span(proposal.chances).first(std::min(most, proposal.chances.size()))) {
-        found.push_back(all *= chance);
-    }
-    return found;
-}
 
 double expected(const std::vector<float>& chances) {
     return std::accumulate(chances.begin(), chances.end(), 0.0);
@@ -88,14 +75,12 @@ double Drafter::chance(const Witness& witness, std::int32_t length) noexcept {
 
 void Drafter::follow(std::span<const Request* const> running) {
     ++plans_;
-    make_room();
+    proposer_.follow(running);
     std::size_t left = kTokensPerPlan;
     for (const bool behind : {false, true}) {
         for (const Request* request : running) {
             Reader& reader = reader_of(*request);
             const std::size_t lag = request->tokens().size() - reader.read;
-            // Without memory nobody catches up, but who has goes on.
-            if (behind && size_bytes_ > memory_max_bytes_) break;
             if ((lag > kLittle) != behind) continue;
             left -= read(reader, *request, std::min(lag, left));
             if (reader.read == request->tokens().size()) follow_shared(reader, *request);
@@ -115,12 +100,23 @@ Drafter::Reader& Drafter::reader_of(const Request& request) {
         Memory& memory = reader.memory.front();
         const std::size_t tokens =
             memory.automaton.text().size() + request.tokens().size() - reader.read;
-        memory.automaton.reserve(tokens + tokens / 8 + kWorthKeeping);
+        const std::size_t wanted = tokens + tokens / 8 + kWorthKeeping;
+        if (!make_room_for(memory, wanted - memory.automaton.text().size())) {
+            forget(reader);
+            return reader;
+        }
+        memory.automaton.reserve(wanted);
         count(memory);
     } catch (const std::bad_alloc&) {
-        reader.memory.clear();
+        forget(reader);
     }
     return reader;
+}
+
+// A draft is a convenience: where there is no memory the request goes without.
+void Drafter::forget(Reader& reader) noexcept {
+    for (const Memory& memory : reader.memory) size_bytes_ -= memory.size_bytes;
+    reader.memory.clear();
 }
 
 // Takes over what is kept of an earlier turn.
@@ -150,6 +146,10 @@ std::size_t Drafter::read(Reader& reader, const Request& request, std::size_t mo
     if (most == 0 || reader.memory.empty()) return 0;
     Memory& memory = reader.memory.front();
     SuffixAutomaton& automaton = memory.automaton;
+    if (!make_room_for(memory, most)) {
+        forget(reader);
+        return 0;
+    }
     const auto prompt = request.tokens().size() - static_cast<std::size_t>(request.outputs().value);
     try {
         for (const std::size_t end = reader.read + most; reader.read < end; ++reader.read) {
@@ -157,16 +157,14 @@ std::size_t Drafter::read(Reader& reader, const Request& request, std::size_t mo
             const Occurrence match = automaton.longest();
             if (reader.read >= prompt && match.length > 0) {
                 const bool right = automaton.after(match, 0) == token;
-                reader.record.note(match.length, right, kKeepOwn);
-                record_.note(match.length, right, kKeepAll);
+                reader.record.note(match.length, right, MatchRecord::kKeepOwn);
+                record_.note(match.length, right, MatchRecord::kKeepAll);
             }
             automaton.append(token);
             if (reader.read >= prompt) ++memory.untold;
         }
     } catch (const std::bad_alloc&) {
-        // A draft is a convenience: this request goes without.
-        size_bytes_ -= memory.size_bytes;
-        reader.memory.clear();
+        forget(reader);
         return 0;
     }
     count(memory);
@@ -177,101 +175,6 @@ void Drafter::count(Memory& memory) noexcept {
     size_bytes_ -= memory.size_bytes;
     memory.size_bytes = memory.automaton.size_bytes();
     size_bytes_ += memory.size_bytes;
-}
-
-void Drafter::make_room() {
-    while (!kept_.empty() && (size_bytes_ > memory_max_bytes_ || kept_.size() > kKeptMax)) {
-        size_bytes_ -= kept_.back().size_bytes;
-        kept_.pop_back();
-    }
-    while (!shared_.empty() && size_bytes_ > memory_max_bytes_) {
-        const auto stale = std::ranges::min_element(
-            shared_, {}, [](const auto& entry) { return entry.second.used; });
-        size_bytes_ -= stale->second.size_bytes;
-        shared_.erase(stale);
-    }
-}
-
-// --- what a tenant's requests share -------------------------------------------------------------
-
-// What those wrote that have ended, a piece of it.
-void Drafter::share(std::size_t most) {
-    for (Memory& memory : kept_) {
-        if (most == 0 || size_bytes_ > memory_max_bytes_) break;
-        if (memory.untold > 0) most -= tell(memory, most);
-    }
-}
-
-// How many tokens were told.
-std::size_t Drafter::tell(Memory& memory, std::size_t most) {
-    const auto& text = memory.automaton.text();
-    const std::size_t told = std::min(most, memory.untold);
-    const auto [place, fresh] = shared_.try_emplace({memory.tenant.value, memory.salt});
-    Shared& shared = place->second;
-    if (fresh) shared.generation = ++generations_;
-    shared.used = plans_;
-    try {
-        if (shared.young.text().size() + told > kSharedTokensMax) {
-            SuffixAutomaton next;
-            shared.old = std::move(shared.young);
-            shared.young = std::move(next);
-            shared.generation = ++generations_;
-        }
-        const std::size_t begin = text.size() - memory.untold;
-        for (std::size_t at = begin; at < begin + told; ++at) shared.young.append(text[at]);
-    } catch (const std::bad_alloc&) {
-        size_bytes_ -= shared.size_bytes;
-        shared_.erase(place);
-        return told;
-    }
-    memory.untold -= told;
-    size_bytes_ -= shared.size_bytes;
-    shared.size_bytes = shared.young.size_bytes() + shared.old.size_bytes();
-    size_bytes_ += shared.size_bytes;
-    return told;
-}
-
-// Matches what the request got since; of a generation that is new to it, its last tokens.
-void Drafter::follow_shared(Reader& reader, const Request& request) noexcept {
-    const auto found = shared_.find({request.tenant().value, request.salt()});
-    if (found == shared_.end()) return;
-    Shared& shared = found->second;
-    Beside& beside = reader.beside;
-    const std::size_t known = request.tokens().size();
-    if (beside.generation != shared.generation) {
-        beside.generation = shared.generation;
-        beside.young = beside.old = {};
-        beside.fed = known - std::min(known, kLittle);
-    }
-    const auto prompt = known - static_cast<std::size_t>(request.outputs().value);
-    for (; beside.fed < known; ++beside.fed) {
-        const std::int32_t token = request.tokens()[beside.fed];
-        const Witness told = this->beside(reader, shared);
-        if (beside.fed >= prompt && told.match.length > 0) {
-            const bool right = told.automaton->after(told.match, 0) == token;
-            beside.record.note(told.match.length, right, kKeepOwn);
-            beside_record_.note(told.match.length, right, kKeepAll);
-        }
-        beside.young.feed(shared.young, token);
-        beside.old.feed(shared.old, token);
-    }
-    if (this->beside(reader, shared).match.length > 0) shared.used = plans_;
-}
-
-// The longer match of the two generations, none where nothing comes after it.
-Drafter::Witness Drafter::beside(const Reader& reader, const Shared& shared) const noexcept {
-    Witness longest{&shared.young, {}, &reader.beside.record, &beside_record_, 0};
-    const auto look = [&](const SuffixAutomaton& automaton, const auto& matcher) {
-        const Occurrence match = matcher.found(automaton);
-        const auto end = static_cast<std::size_t>(match.end) + 1;
-        if (match.length <= longest.match.length || end >= automaton.text().size()) return;
-        longest.automaton = &automaton;
-        longest.match = match;
-        longest.most = automaton.text().size() - end;
-    };
-    look(shared.young, reader.beside.young);
-    look(shared.old, reader.beside.old);
-    return longest;
 }
 
 // The longest match there is; the request's own of two alike.
@@ -288,14 +191,15 @@ Drafter::Witness Drafter::witness(const Reader& reader, const Request& request) 
 }
 
 void Drafter::ended(RequestId request) noexcept {
+    proposer_.ended(request);
     const auto found = readers_.find(request.value);
     if (found == readers_.end()) return;
     std::list<Memory>& memory = found->second.memory;
     if (!memory.empty() && memory.front().automaton.text().size() >= kWorthKeeping) {
         kept_.splice(kept_.begin(), memory);
-    } else if (!memory.empty()) {
-        size_bytes_ -= memory.front().size_bytes;
+        while (kept_.size() > kKeptMax) drop_oldest();
     }
+    forget(found->second);
     readers_.erase(found);
 }
 
@@ -334,8 +238,9 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
     for (std::size_t i = 0; i < rows.size(); ++i) {
         const auto most = static_cast<std::size_t>(rows[i].most.value);
         chances.push_back(this->chances(*rows[i].request, most));
-        std::vector<float> others = reached(*rows[i].proposal, most);
-        proposed[i] = expected(others) > expected(chances[i]);
+        const double rival = expected(chances[i]);
+        auto others = proposer_.weigh(*rows[i].request, *rows[i].proposal, most, rival);
+        proposed[i] = expected(others) > rival;
         if (proposed[i]) chances[i] = std::move(others);
         if (chances[i].empty() || chances[i].front() <= likeliest) continue;
         likeliest = chances[i].front();
@@ -376,12 +281,8 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
     }
 }
 
-void Drafter::propose(std::span<Ask> rows, const Step& step, const StepTimeModel&) {
-    TokenCount left = step.most;
-    for (Ask& ask : rows) {
-        ask.count = std::min(ask.most, left);
-        left -= ask.count;
-    }
+void Drafter::propose(std::span<Ask> rows, const Step& step, const StepTimeModel& model) {
+    proposer_.ask(rows, step, model);
 }
 
 bool Drafter::wants_rest(const Request& request) {

@@ -15,7 +15,8 @@
 // How likely a token is follows from how long a match it continues. That is learned from every
 // token that is sampled, drafted or not: for each, the match before it said what would come, and
 // was right or wrong. So text without repetition is known as such without a draft. A request that
-// has shown little is taken to be like the others.
+// has shown little is taken to be like the others. Where a draft model proposed something as well,
+// the draft is whichever more tokens are expected of.
 #pragma once
 
 #include <array>
@@ -28,6 +29,7 @@
 #include <vector>
 
 #include "draft_source.h"
+#include "proposer.h"
 #include "suffix_automaton.h"
 
 namespace tokenspeed::control {
@@ -36,6 +38,8 @@ namespace tokenspeed::control {
 class MatchRecord {
   public:
     static constexpr std::size_t kLengths = 12;
+    // What remains of what was noted: a request remembers about fifty tokens of a class.
+    static constexpr double kKeepOwn = 0.98, kKeepAll = 0.998;
     static std::size_t length_class(std::int32_t length) noexcept;
 
     void note(std::int32_t length, bool right, double keep) noexcept;
@@ -51,18 +55,18 @@ class Drafter final : public DraftSource {
   public:
     // Tokens that automata take up in one plan.
     static constexpr std::size_t kTokensPerPlan = 1024;
-    static constexpr std::size_t kMemoryMaxBytes = std::size_t{512} << 20;
     static constexpr std::size_t kLongest = 48;              // tokens of a draft
     static constexpr std::size_t kSharedTokensMax = 65'536;  // of a generation
 
-    explicit Drafter(std::size_t memory_max_bytes = kMemoryMaxBytes)
-        : memory_max_bytes_(memory_max_bytes) {}
+    // Automata take no more than so much, as `SuffixAutomaton::size_bytes` counts.
+    explicit Drafter(std::size_t memory_max_bytes) : memory_max_bytes_(memory_max_bytes) {}
 
     void follow(std::span<const Request* const> running) override;
     void draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) override;
     void propose(std::span<Ask> rows, const Step& step, const StepTimeModel& model) override;
     bool wants_rest(const Request& request) override;
     void ended(RequestId request) noexcept override;
+    std::size_t size_bytes() const noexcept override { return size_bytes_; }
 
   private:
     struct Memory {
@@ -109,10 +113,13 @@ class Drafter final : public DraftSource {
     bool inherit(Reader& reader, const Request& request);
     std::size_t read(Reader& reader, const Request& request, std::size_t most);
     void count(Memory& memory) noexcept;
-    void make_room();
+    void forget(Reader& reader) noexcept;
+    bool make_room(std::size_t more) noexcept;
+    bool make_room_for(const Memory& memory, std::size_t tokens) noexcept;
+    void drop_oldest() noexcept;
     void follow_shared(Reader& reader, const Request& request) noexcept;
     void share(std::size_t most);
-    std::size_t tell(Memory& memory, std::size_t most);
+    std::size_t tell(Memory& memory, std::size_t tokens);
     Witness witness(const Reader& reader, const Request& request) const noexcept;
     Witness beside(const Reader& reader, const Shared& shared) const noexcept;
     static double chance(const Witness& witness, std::int32_t length) noexcept;
@@ -122,10 +129,12 @@ class Drafter final : public DraftSource {
     std::size_t memory_max_bytes_;
     std::size_t size_bytes_ = 0;  // of all automata
     std::unordered_map<std::int64_t, Reader> readers_;
+    const SuffixAutomaton nothing_;
     std::list<Memory> kept_;  // of requests that ended, used last first
     std::map<Owner, Shared> shared_;
     std::int64_t plans_ = 0, generations_ = 0;
     MatchRecord record_, beside_record_;  // of all
+    Proposer proposer_;
     std::int64_t dear_for_ = 0;  // steps in a row in which a likely draft was not worth its time
     std::int64_t patience_ = 256;
 };

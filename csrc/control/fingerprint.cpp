@@ -171,10 +171,8 @@ class Scribe {
         if constexpr (requires { state.pending; }) word(state.pending.value);
         if constexpr (requires { state.last; }) word(state.last.value - oldest_.value);
         if constexpr (requires { state.trail; }) trail(state.trail);
-        if constexpr (requires { state.draft; }) {
-            size(state.draft.size());
-            for (const std::int32_t token : state.draft) word(token);
-        }
+        if constexpr (requires { state.draft; }) result_.add(state.draft);
+        if constexpr (requires { state.proposal; }) result_.add(state.proposal);
         each_group([&]<class G>() {
             if constexpr (requires { state.guesses; }) leases<G>(state.guesses.template of<G>());
             if constexpr (requires { state.pages; }) {
@@ -285,6 +283,7 @@ Fingerprint Scheduler::fingerprint() const {
             scribe.word(row.start.value);
             scribe.word(row.count.value);
             scribe.size(row.sample_count());
+            scribe.word(row.propose);
         }
         each_group([&]<class G>() {
             scribe.size(flight.stores.of<G>().size());

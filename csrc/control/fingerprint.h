@@ -3,11 +3,13 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <vector>
 
 #include "groups.h"
 #include "ids.h"
+#include "proposals.h"
 
 namespace tokenspeed::control {
 
@@ -19,6 +21,17 @@ struct Fingerprint {
     std::array<std::vector<std::int32_t>, kGroupKinds> pages;       // by group, of the device
     std::array<std::vector<std::int32_t>, kGroupKinds> host_pages;  // by group
     std::vector<SlotId> slots;
+
+    void add(const std::vector<std::int32_t>& tokens) {
+        words.push_back(static_cast<std::int64_t>(tokens.size()));
+        words.insert(words.end(), tokens.begin(), tokens.end());
+    }
+    void add(const Proposal& proposal) {
+        add(proposal.tokens);
+        for (const float chance : proposal.chances) {
+            words.push_back(std::bit_cast<std::int32_t>(chance));
+        }
+    }
 };
 
 }  // namespace tokenspeed::control

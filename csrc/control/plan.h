@@ -120,7 +120,7 @@ struct Stats {
     std::int64_t host_pages_total, host_pages_cached;
     std::int64_t steps, prompt_tokens, cached_tokens, output_tokens, missed_evicted_tokens,
         missed_unseen_tokens, missed_other_salt_tokens, missed_tail_tokens, retractions, parkings;
-    std::int64_t drafted_tokens, accepted_tokens, proposed_tokens;
+    std::int64_t drafted_tokens, accepted_tokens, proposed_tokens, draft_memory_size_bytes;
     std::int64_t evictions, stores, loads, refusals;
 };
 

@@ -121,7 +121,7 @@ Scheduler::Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts)
       proposal_length_max_(allows_drafts(config) ? config.proposal_length_max : 0),
       drafts_(!allows_drafts(config) ? nullptr
               : drafts               ? std::move(drafts)
-                                     : std::make_unique<Drafter>()),
+                                     : std::make_unique<Drafter>(config.draft_memory_size_bytes)),
       store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache,
              config.cache_policy),
       ledger_(static_cast<std::size_t>(config.overlap_depth)),
@@ -310,6 +310,7 @@ Stats Scheduler::stats() const {
     stats.drafted_tokens = drafted_tokens_;
     stats.accepted_tokens = accepted_tokens_;
     stats.proposed_tokens = proposed_tokens_;
+    if (drafts_) stats.draft_memory_size_bytes = static_cast<std::int64_t>(drafts_->size_bytes());
     stats.retractions = retractions_;
     stats.parkings = parkings_;
     stats.evictions = store_.index.evictions();

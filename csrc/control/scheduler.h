@@ -53,6 +53,7 @@ struct Config {
     std::int32_t step_drafts_max;                  // drafted tokens of a step; 0: no drafts
     std::int32_t step_proposals_max = 0;           // of a draft model in a step; 0: there is none
     std::int32_t proposal_length_max = 0;          // of these, for one row
+    std::size_t draft_memory_size_bytes = std::size_t{512} << 20;  // of texts that drafts come from
 };
 
 class Scheduler {

@@ -8,8 +8,6 @@ namespace tokenspeed::control {
 
 namespace {
 
-enum Term : std::size_t { kStep, kPrefillToken, kDecodeRow, kDraftToken, kContextToken, kPair };
-
 // A kind of step remembers about a hundred of its kind.
 constexpr double kKeep = 0.99;
 // How strongly a solution is drawn to the one before, in units of the data's own weight.
@@ -23,6 +21,8 @@ constexpr std::int32_t kStraysMax = 4;
 constexpr double kQuantile = 0.995;
 constexpr double kSpreadPace = 0.05;
 constexpr double kSpreadMax = 2.0;
+// What a draft model's forward pass is taken to cost before one was seen, of a row's step.
+constexpr double kFirstRoundShare = 0.125;
 
 }  // namespace
 
@@ -32,7 +32,9 @@ StepTimeModel::Terms StepTimeModel::terms(const StepWork& work) noexcept {
             static_cast<double>(work.decode_rows),
             static_cast<double>(work.draft_tokens),
             static_cast<double>(work.context_tokens),
-            work.prefill_pairs};
+            work.prefill_pairs,
+            static_cast<double>(work.proposed_tokens),
+            static_cast<double>(work.proposal_rounds)};
 }
 
 void StepTimeModel::Moments::fade(double keep) noexcept {
@@ -76,13 +78,15 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     if (took_us <= 0) return;
     auto time = static_cast<double>(took_us);
     const double predicted = predict_us(work);
-    // The first drafts may cost anything: none of these times is a stray.
-    const bool known = work.draft_tokens == 0 || draft_steps_ >= kTrustedAfter;
+    // The first drafts may cost anything, and the first proposals: none of these times is a stray.
+    const bool known = (work.draft_tokens == 0 || draft_steps_ >= kTrustedAfter) &&
+                       (work.proposed_tokens == 0 || proposal_steps_ >= kTrustedAfter);
     if (trusted() && predicted > 0 && known) {
         if (work.decode_rows > 0) learn_spread(predicted, time);
         time = calm(predicted, time);
     }
-    Moments& kind = kinds_[work.draft_tokens > 0      ? 3
+    Moments& kind = kinds_[work.proposed_tokens > 0   ? 4
+                           : work.draft_tokens > 0    ? 3
                            : work.prefill_tokens == 0 ? 0
                            : work.decode_rows == 0    ? 1
                                                       : 2];
@@ -92,6 +96,8 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     rows_seen_ = std::max(rows_seen_, work.decode_rows);
     drafts_seen_ = std::max(drafts_seen_, work.draft_tokens);
     draft_steps_ += work.draft_tokens > 0 ? 1 : 0;
+    proposed_seen_ = std::max(proposed_seen_, work.proposed_tokens);
+    proposal_steps_ += work.proposed_tokens > 0 ? 1 : 0;
     solve();
 }
 
@@ -184,6 +190,9 @@ void StepTimeModel::solve() noexcept {
     stand_in(kPrefillToken, kDecodeRow);
     stand_in(kContextToken, kPair);
     if (!seen[kDraftToken]) cost_us_[kDraftToken] = cost_us_[kDecodeRow];
+    if (!seen[kProposalRound]) {
+        cost_us_[kProposalRound] = kFirstRoundShare * (cost_us_[kStep] + cost_us_[kDecodeRow]);
+    }
 }
 
 }  // namespace tokenspeed::control

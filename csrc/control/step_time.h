@@ -1,8 +1,9 @@
 // What a step will take: microseconds as a linear function of what it runs, fitted as steps return.
 //
 // Time = constant + prefill tokens (matrix products) + decode rows + drafted tokens beyond one a
-//        row + KV tokens that rows read + pairs of (prompt token, context token) that prefill
-//        attention visits.
+//        row + tokens that a draft model proposes + its forward passes, one after the other + KV
+//        tokens that rows read + pairs of (prompt token, context token) that prefill attention
+//        visits.
 //
 // A row reads its context once, be it a decode row or a chunk: what small chunks of a long prompt
 // cost is mostly that, and not their pairs.
@@ -67,14 +68,32 @@ class StepTimeModel {
     // What one drafted token more adds to a step, in microseconds: that of a decode row before any
     // was seen; beside a prompt no less than a prompt token, whose place it takes.
     double draft_token_us(bool prompts) const noexcept;
+    // What proposing adds: each token, and each forward pass of the draft model, which all rows
+    // that propose run together. Before any was seen a pass is taken for an eighth of a row's step.
+    double proposed_token_us() const noexcept { return cost_us_[kProposedToken]; }
+    double proposal_round_us() const noexcept { return cost_us_[kProposalRound]; }
     // How many drafted tokens a step may have for its time to be foretold: twice as many as ever.
     std::int64_t draft_tokens_within_reach() const noexcept {
         return std::max(2 * drafts_seen_, kFirstDrafts);
     }
+    // As many proposed ones.
+    std::int64_t proposed_tokens_within_reach() const noexcept {
+        return std::max(2 * proposed_seen_, kFirstDrafts);
+    }
 
   private:
-    // For: a step, a prompt token, a decode row, a drafted token, a token of a context, a pair.
-    static constexpr std::size_t kTerms = 6;
+    // What each coefficient is for.
+    enum Term : std::size_t {
+        kStep,
+        kPrefillToken,
+        kDecodeRow,
+        kDraftToken,
+        kContextToken,
+        kPair,
+        kProposedToken,
+        kProposalRound,
+        kTerms
+    };
     using Terms = std::array<double, kTerms>;
     static Terms terms(const StepWork& work) noexcept;
     double calm(double predicted_us, double took_us) noexcept;
@@ -89,7 +108,8 @@ class StepTimeModel {
         void fade(double keep) noexcept;
         void add(const Terms& x, double weight, double time) noexcept;
     };
-    std::array<Moments, 4> kinds_;  // decode only, prefill only, mixed, any with drafts
+    // Decode only, prefill only, mixed, any with drafts, any with proposals.
+    std::array<Moments, 5> kinds_;
 
     Terms cost_us_{};
     double spread_ = 1.05;
@@ -98,6 +118,8 @@ class StepTimeModel {
     std::int64_t rows_seen_ = 0;    // the most decode rows of any step
     std::int64_t drafts_seen_ = 0;  // the most drafted tokens of any step
     std::int64_t draft_steps_ = 0;
+    std::int64_t proposed_seen_ = 0;  // the most proposed tokens of any step
+    std::int64_t proposal_steps_ = 0;
     static constexpr std::int64_t kFirstDrafts = 2;
     static constexpr std::int64_t kTrustedAfter = 8;
 };

@@ -141,4 +141,14 @@ std::size_t SuffixAutomaton::size_bytes() const noexcept {
            transitions_.size() * sizeof(Transition) + table_.size() * sizeof(std::int32_t);
 }
 
+std::size_t SuffixAutomaton::size_bytes_after(std::size_t more) const noexcept {
+    const std::size_t tokens = text_.size() + more;
+    const std::size_t states = std::min(states_.size() + 2 * more, 2 * tokens + 1);
+    const std::size_t transitions = 3 * tokens;
+    std::size_t places = table_.size();
+    while (transitions * 4 > places * 3) places *= 2;
+    return tokens * sizeof(std::int32_t) + states * sizeof(State) +
+           transitions * sizeof(Transition) + places * sizeof(std::int32_t);
+}
+
 }  // namespace tokenspeed::control

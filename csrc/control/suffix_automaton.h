@@ -54,6 +54,9 @@ class SuffixAutomaton {
 
     // What is in use; room that is kept for more is not counted.
     std::size_t size_bytes() const noexcept;
+    // What will be in use at most once so many more tokens were appended: a text of n tokens has at
+    // most 2n states and 3n transitions (Blumer et al., 1985).
+    std::size_t size_bytes_after(std::size_t more) const noexcept;
 
   private:
     struct State {

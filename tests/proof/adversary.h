@@ -1,4 +1,5 @@
 // Drafts that are right as far as it is told, and then wrong: it knows what every request gets.
+// Where it is told nothing, what the draft model proposed is the draft.
 #pragma once
 
 #include <cstdint>
@@ -24,17 +25,22 @@ class Adversary final : public control::DraftSource {
 
     explicit Adversary(Told told) : told_(std::move(told)) {}
 
-    // From the next plan on. Who is in flight is left out of it if `rests`.
-    void set(Choose choose, bool rests) {
+    // From the next plan on. Who is in flight is left out of it if `rests`; of each row that
+    // samples so many tokens are asked of the draft model.
+    void set(Choose choose, bool rests, std::size_t asks) {
         choose_ = std::move(choose);
         rests_ = rests;
+        asks_ = asks;
     }
 
     void follow(std::span<const control::Request* const>) override {}
     void draft(std::span<Row> rows, const Step&, const control::StepTimeModel&) override {
         for (Row& row : rows) {
             const auto guessing = choose_ ? choose_() : std::nullopt;
-            if (!guessing) continue;
+            if (!guessing) {
+                row.draft = row.proposal->tokens;
+                continue;
+            }
             const History history = told_(row.request->id().value);
             const auto known = static_cast<std::size_t>(row.request->known().value);
             // Longer than it may be, now and then: what is too much is cut.
@@ -45,7 +51,10 @@ class Adversary final : public control::DraftSource {
             }
         }
     }
-    void propose(std::span<Ask>, const Step&, const control::StepTimeModel&) override {}
+    // More than it may, now and then: what is too much is cut.
+    void propose(std::span<Ask> rows, const Step&, const control::StepTimeModel&) override {
+        for (Ask& ask : rows) ask.count = control::TokenCount(static_cast<std::int32_t>(asks_));
+    }
     bool wants_rest(const control::Request&) override { return rests_; }
     void ended(control::RequestId) noexcept override {}
 
@@ -53,6 +62,7 @@ class Adversary final : public control::DraftSource {
     Told told_;
     Choose choose_;
     bool rests_ = false;
+    std::size_t asks_ = 0;
 };
 
 }  // namespace tokenspeed::proof

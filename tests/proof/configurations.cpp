@@ -214,6 +214,23 @@ std::vector<Configuration> configurations() {
             drafts.config.step_drafts_max = 3;
             found.push_back(std::move(drafts));
         }
+        // A draft model proposes, and is right as far as it may be: who is to have a proposal flies
+        // on alone, keeps it until the next launch, or loses it when another needs its pages.
+        if (depth < 2) {
+            Configuration proposals{"proposals" + deep,
+                                    sizes({full(5)}, 2, 2, 6, 9, depth),
+                                    {{.prompt = {1, 2}, .max_new_tokens = 4},
+                                     {.prompt = {4}, .max_new_tokens = 4, .priority = -1}},
+                                    1,
+                                    false,
+                                    false,
+                                    0,
+                                    2};
+            proposals.config.step_drafts_max = 3;
+            proposals.config.step_proposals_max = 3;
+            proposals.config.proposal_length_max = 2;
+            found.push_back(std::move(proposals));
+        }
         // Pages run out, windows move on, stop tokens come in the middle of a draft, and the urgent
         // push others out.
         Configuration tight{"drafts on few pages" + deep,

@@ -21,12 +21,15 @@ Device::Device(const control::Config& config, const Histories& histories)
     : histories_(&histories),
       step_tokens_max_(config.step_tokens_max),
       step_drafts_max_(config.step_drafts_max),
+      step_proposals_max_(config.step_drafts_max > 0 ? config.step_proposals_max : 0),
+      proposal_length_max_(config.proposal_length_max),
       seats_(index(config.slots_max)) {
     for (const control::GroupConfig& group : config.groups) {
         groups_.emplace_back(
             group, Storage::Sizes{config.page_size, config.slots_max, config.context_max});
     }
     std::ranges::sort(groups_, {}, &Storage::kind);
+    if (groups_.back().kind() == control::GroupKind::kRecurrent) step_proposals_max_ = 0;
 }
 
 Device::Seat& Device::seat(std::int32_t slot) {
@@ -56,6 +59,7 @@ void Device::begin(const control::Plan& plan) {
                index(plan.query_starts.back()) == plan.token_ids.size() &&
                plan.context_lens.size() == rows &&
                plan.sample_positions.size() == plan.sample_rows.size() &&
+               plan.propose_counts.size() == (step_proposals_max_ > 0 ? rows : 0) &&
                plan.bound_slots.size() == plan.bound_requests.size() &&
                plan.transfers.requests.size() == transfers &&
                plan.transfers.kinds.size() == transfers && plan.groups.size() == groups_.size(),
@@ -65,7 +69,7 @@ void Device::begin(const control::Plan& plan) {
     expect(!step_ || *step_ + 1 == plan.step.value, "device: a step was left out");
     step_ = plan.step.value;
     for (std::size_t i = 0; i < plan.bound_slots.size(); ++i) {
-        seat(plan.bound_slots[i]) = {plan.bound_requests[i], std::nullopt, 0, false};
+        seat(plan.bound_slots[i]) = {plan.bound_requests[i], std::nullopt, 0, false, 0};
         for (Storage& group : groups_) group.bind(plan.bound_slots[i]);
     }
     for (std::size_t i = 0; i < transfers; ++i) {
@@ -135,18 +139,28 @@ std::vector<std::int32_t> Device::sample(const control::Plan& plan, std::vector<
     std::vector<std::int32_t> samples;
     std::vector<std::int32_t> speculating;
     std::size_t at = 0;
+    std::int32_t asked = 0;
     for (std::size_t i = 0; i < rows.size(); ++i) {
         Row& row = rows[i];
         Seat& seated = seat(row.slot);
         seated.fed = row.end();
         const bool decodes = i < index(plan.decode_count);
         const std::size_t begin = at;
+        const std::int32_t proposes = plan.propose_counts.empty() ? 0 : plan.propose_counts[i];
+        expect(proposes >= 0 && proposes <= proposal_length_max_,
+               "device: a row is to have a longer proposal than any may");
+        asked += proposes;
         for (; at < plan.sample_rows.size() && index(plan.sample_rows[at]) == i; ++at) {
             const auto behind =
                 static_cast<std::int32_t>(decodes ? at - begin + 1 : row.tokens.size());
             expect(row.start + behind - static_cast<std::int32_t>(row.history.prompt) ==
                        plan.sample_positions[at],
                    "device: a row samples another position than it is at");
+        }
+        expect(proposes == 0 || at > begin, "device: a row that samples nothing is to propose");
+        if (proposes > 0 || (decodes && row.tokens.size() > 1)) {
+            seated.speculates = true;
+            speculating.push_back(row.slot);
         }
         if (!decodes) {
             expect(at - begin <= 1, "device: a chunk samples more than its last token");
@@ -155,6 +169,7 @@ std::vector<std::int32_t> Device::sample(const control::Plan& plan, std::vector<
             seated.last = end < row.history.tokens.size() ? row.history.tokens[end]
                                                           : static_cast<std::int32_t>(end % 2);
             samples.push_back(*seated.last);
+            seated.follows = end + 1;
             continue;
         }
         expect(at - begin == row.tokens.size(),
@@ -166,15 +181,34 @@ std::vector<std::int32_t> Device::sample(const control::Plan& plan, std::vector<
         row.doubtful = static_cast<std::int32_t>(row.tokens.size() - 1 - right);
         seated.last = found[right];
         seated.fed = row.sure_end();
-        if (row.tokens.size() > 1) {
-            seated.speculates = true;
-            speculating.push_back(row.slot);
-        }
+        seated.follows = index(row.sure_end()) + 1;
         samples.insert(samples.end(), found.begin(), found.end());
     }
     expect(at == plan.sample_rows.size(), "device: rows that sample are out of order");
+    expect(asked <= step_proposals_max_, "device: a plan asks for more proposals than it may");
     speculating_.push_back(std::move(speculating));
     return samples;
+}
+
+// Right as far as it is told, and wrong from there on; how sure it is says nothing.
+Proposals Device::propose(const control::Plan& plan, const Foresee& foresee) {
+    Proposals found;
+    if (plan.propose_counts.empty()) return found;
+    found.starts.push_back(0);
+    for (std::size_t i = 0; i < plan.propose_counts.size(); ++i) {
+        const Seat& seated = seat(plan.row_slots[i]);
+        const std::size_t asked = index(plan.propose_counts[i]);
+        const Insight insight = asked > 0 && foresee ? foresee() : Insight{};
+        const auto known = histories_->of(*seated.request).tokens;
+        for (std::size_t j = 0; j + insight.fewer < asked; ++j) {
+            const std::size_t at = seated.follows + j;
+            const std::int32_t right = at < known.size() ? known[at] : 0;
+            found.tokens.push_back(j < insight.right ? right : right + 1);
+            found.chances.push_back(j % 2 == 0 ? 0.75F : 0.5F);
+        }
+        found.starts.push_back(static_cast<std::int32_t>(found.tokens.size()));
+    }
+    return found;
 }
 
 void Device::retire() {

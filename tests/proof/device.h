@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <optional>
 #include <vector>
@@ -25,13 +26,29 @@ class Histories {
     ~Histories() = default;
 };
 
+// What a draft model says to a step.
+struct Proposals {
+    std::vector<std::int32_t> starts = {};
+    std::vector<std::int32_t> tokens = {};
+    std::vector<float> chances = {};
+};
+
 class Device {
   public:
+    // How many of the first tokens of a row's proposal are right; it has so many fewer than asked.
+    struct Insight {
+        std::size_t right = 0;
+        std::size_t fewer = 0;
+    };
+    using Foresee = std::function<Insight()>;
+
     Device(const control::Config& config, const Histories& histories);
 
     // Runs a step; the tokens it samples. Throws Wrong where a row reads anything but its own
     // history, or writes what it may not.
     std::vector<std::int32_t> launch(const control::Plan& plan);
+    // What its draft model says to the step that was launched last.
+    Proposals propose(const control::Plan& plan, const Foresee& foresee);
     // The oldest step that was launched is over.
     void retire();
     std::size_t in_flight() const { return in_flight_; }
@@ -55,7 +72,8 @@ class Device {
         std::optional<std::int64_t> request;
         std::optional<std::int32_t> last;  // the token sampled last
         std::int32_t fed = 0;
-        bool speculates = false;  // a row of it with a draft is in flight
+        bool speculates = false;  // a row of it is in flight that has a draft, or is to have one
+        std::size_t follows = 0;  // tokens it has with those of the step launched last
     };
 
     Seat& seat(std::int32_t slot);
@@ -67,6 +85,7 @@ class Device {
     const Histories* histories_;
     std::int32_t step_tokens_max_;
     std::int32_t step_drafts_max_;
+    std::int32_t step_proposals_max_, proposal_length_max_;
     std::vector<Storage> groups_;
     std::vector<Seat> seats_;
     std::map<std::int64_t, Transfer> transfers_;

@@ -87,6 +87,12 @@ class Explorer {
                 launched_ = world.launch([guessing] { return std::optional(guessing); }, true);
                 return;
             }
+            case Event::kPropose: {
+                const Device::Insight insight{event.request, 0};
+                launched_ = world.launch(nullptr, false, configuration_.proposals,
+                                         [insight] { return insight; });
+                return;
+            }
         }
     }
 
@@ -139,6 +145,11 @@ class Explorer {
                 events.push_back({Event::kGuess, right});
             }
         }
+        if (configuration_.proposals > 0) {
+            for (std::uint8_t right = 0; right <= configuration_.proposals; ++right) {
+                events.push_back({Event::kPropose, right});
+            }
+        }
         if (world.in_flight()) events.push_back({Event::kCommit, 0});
         if (configuration_.flushes) events.push_back({Event::kFlush, 0});
         return events;
@@ -184,7 +195,7 @@ class Explorer {
             if (event.kind == Event::kLaunch) after_launch = next;
             if (event.kind == Event::kCommit) after_commit = next;
             if (event.kind == Event::kArrive) after_arrival = next;
-            if ((event.kind == Event::kLaunch || event.kind == Event::kGuess) && launched_) {
+            if (launched_) {
                 expect(next != number, "explorer: a step was launched and nothing changed");
             }
         }
@@ -277,6 +288,10 @@ std::string text(const std::vector<Event>& trail) {
                 break;
             case Event::kGuess:
                 all += "launch with " + text(static_cast<std::int64_t>(event.request)) + " right";
+                break;
+            case Event::kPropose:
+                all += "launch to propose " + text(static_cast<std::int64_t>(event.request)) +
+                       " right";
                 break;
             case Event::kFail:
                 all += "fail " + text(static_cast<std::int64_t>(event.request));

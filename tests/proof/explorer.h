@@ -15,15 +15,26 @@ struct Configuration {
     std::vector<Script> scripts;  // each submitted once, at any time
     int aborts_max;               // requests that may be aborted, each at any time
     bool flushes;
-    bool fails;                // transfers may fail
-    std::uint8_t guesses = 0;  // tokens of a draft, of which any number may be right
+    bool fails;                  // transfers may fail
+    std::uint8_t guesses = 0;    // tokens of a draft, of which any number may be right
+    std::uint8_t proposals = 0;  // tokens that a draft model is asked for, as many of them right
 };
 
 struct Event {
-    enum Kind : std::uint8_t { kSubmit, kAbort, kLaunch, kCommit, kFlush, kArrive, kFail, kGuess };
+    enum Kind : std::uint8_t {
+        kSubmit,
+        kAbort,
+        kLaunch,
+        kCommit,
+        kFlush,
+        kArrive,
+        kFail,
+        kGuess,
+        kPropose
+    };
     Kind kind;
-    // Of kSubmit, kAbort, kArrive and kFail; of kGuess, a launch with drafts, how many of their
-    // tokens are right.
+    // Of kSubmit, kAbort, kArrive and kFail; of kGuess, a launch with drafts, and of kPropose, one
+    // that brings proposals, how many of their tokens are right.
     std::uint8_t request;
 };
 

@@ -98,7 +98,8 @@ void run(const Configuration& configuration, std::uint64_t seed) {
                         if (random() % 3 == 0) return std::nullopt;
                         return Guessing{random() % 4, random() % 4};
                     },
-                    random() % 3 == 0);
+                    random() % 3 == 0, random() % 3,
+                    [&] { return Device::Insight{random() % 4, random() % 2}; });
                 break;
         }
     }

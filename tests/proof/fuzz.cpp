@@ -5,6 +5,7 @@
 // 64-bit salt. An input is a configuration, then calls until the bytes end.
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -15,14 +16,12 @@
 #include <span>
 #include <vector>
 
+#include "bytes.h"
 #include "scheduler.h"
 
 namespace tokenspeed::proof {
 
 namespace {
-
-using Int32 = std::numeric_limits<std::int32_t>;
-using Int64 = std::numeric_limits<std::int64_t>;
 
 // Ends the program where libFuzzer can see it.
 void demand(bool holds, const char* otherwise) {
@@ -30,55 +29,6 @@ void demand(bool holds, const char* otherwise) {
     std::fprintf(stderr, "WRONG: %s\n", otherwise);
     std::abort();
 }
-
-// Past the end of the bytes every value is 0.
-class Bytes {
-  public:
-    explicit Bytes(std::span<const std::uint8_t> data) : data_(data) {}
-
-    bool empty() const { return data_.empty(); }
-    std::uint8_t byte() {
-        if (data_.empty()) return 0;
-        const std::uint8_t first = data_.front();
-        data_ = data_.subspan(1);
-        return first;
-    }
-    std::int32_t below(std::int32_t bound) { return byte() % bound; }
-
-    // Mostly a small number, sometimes the worst there is.
-    std::int64_t number() {
-        const std::uint8_t first = byte();
-        switch (first) {
-            case 255:
-                return -1;
-            case 254:
-                return Int32::max();
-            case 253:
-                return Int64::max();
-            case 252:
-                return Int64::min();
-            case 251:
-                return Int32::min();
-            default:
-                return first % 40;
-        }
-    }
-    std::int32_t token() {
-        const std::uint8_t first = byte();
-        if (first == 255) return -1;
-        if (first == 254) return Int32::min();
-        if (first == 253) return Int32::max();
-        return first % 5;
-    }
-    std::vector<std::int32_t> tokens(std::int32_t longest) {
-        std::vector<std::int32_t> found(static_cast<std::size_t>(below(longest + 1)));
-        for (std::int32_t& token : found) token = this->token();
-        return found;
-    }
-
-  private:
-    std::span<const std::uint8_t> data_;
-};
 
 // Mostly what is sensible, in one field of some inputs what nobody should ask for.
 control::Config configuration(Bytes& bytes) {
@@ -93,6 +43,10 @@ control::Config configuration(Bytes& bytes) {
                            .tps_floor = std::nullopt,
                            .queue_timeout_us = std::nullopt,
                            .step_drafts_max = bytes.below(3) == 0 ? bytes.below(12) : 0};
+    if (config.step_drafts_max > 4) {
+        config.step_proposals_max = bytes.below(8);
+        config.proposal_length_max = bytes.below(8);
+    }
     if (bytes.below(3) == 0) config.tps_floor = static_cast<double>(bytes.number());
     if (bytes.below(3) == 0) config.queue_timeout_us = bytes.number();
     const std::int32_t kinds = bytes.below(8) > 4 ? bytes.below(16) : 1;
@@ -156,6 +110,10 @@ class AnyDrafts final : public control::DraftSource {
     void follow(std::span<const control::Request* const>) override {}
     void draft(std::span<Row> rows, const Step&, const control::StepTimeModel&) override {
         for (Row& row : rows) {
+            if (bytes_.below(2) == 0) {
+                row.draft = row.proposal->tokens;
+                continue;
+            }
             row.draft = bytes_.tokens(6);
             // No source guesses what cannot be.
             for (std::int32_t& token : row.draft) token = std::max(token, 0);
@@ -200,6 +158,13 @@ class Caller {
     struct Flight {
         control::StepId step;
         std::size_t samples;
+        std::vector<std::int32_t> propose_counts;
+    };
+    // Anything that a draft model could say.
+    struct Said {
+        std::vector<std::int32_t> starts, tokens;
+        std::vector<float> chances;
+        control::Proposed view() const { return {starts, tokens, chances}; }
     };
 
     void call() {
@@ -265,8 +230,53 @@ class Caller {
         const auto plan = scheduler_.plan(now_us_);
         reported_.clear();
         if (plan) transfers_.insert(plan->transfers.ids.begin(), plan->transfers.ids.end());
-        if (plan) flights_.push_back({plan->step, plan->sample_rows.size()});
+        if (plan) {
+            flights_.push_back({plan->step, plan->sample_rows.size(), plan->propose_counts});
+        }
         return plan.has_value();
+    }
+
+    // As many as were asked for, or a few less or more; or what is none.
+    Said proposals(const Flight& flight) {
+        Said said;
+        if (flight.propose_counts.empty() || bytes_.below(4) == 0) return said;
+        said.starts.push_back(0);
+        for (const std::int32_t asked : flight.propose_counts) {
+            const std::int32_t change = bytes_.below(12);
+            const std::int32_t count =
+                std::max(0, asked - (change == 1) - 2 * (change == 2) + (change == 3));
+            for (std::int32_t i = 0; i < count; ++i) {
+                said.tokens.push_back(bytes_.token());
+                said.chances.push_back(std::bit_cast<float>(bytes_.byte() * 0x01010101U));
+            }
+            said.starts.push_back(static_cast<std::int32_t>(said.tokens.size()));
+        }
+        switch (bytes_.below(24)) {
+            case 0:
+                said.starts = bytes_.tokens(6);
+                break;
+            case 1:
+                said.starts.back() = bytes_.token();
+                break;
+            case 2:
+                said.chances.push_back(1.0F);
+                break;
+            default:
+                break;
+        }
+        return said;
+    }
+
+    static bool fits(const Said& said, const Flight& flight) {
+        if (said.starts.empty() && said.tokens.empty() && said.chances.empty()) return true;
+        if (said.starts.size() != flight.propose_counts.size() + 1) return false;
+        for (std::size_t row = 0; row < flight.propose_counts.size(); ++row) {
+            const std::int32_t count = said.starts[row + 1] - said.starts[row];
+            if (count < 0 || count > flight.propose_counts[row]) return false;
+        }
+        return said.starts.front() == 0 && said.tokens.size() == said.chances.size() &&
+               static_cast<std::size_t>(said.starts.back()) == said.tokens.size() &&
+               std::ranges::none_of(said.tokens, [](std::int32_t token) { return token < 0; });
     }
 
     // What is accepted must be right.
@@ -288,7 +298,9 @@ class Caller {
         if (any_token) {
             for (std::int32_t& token : tokens) token = bytes_.token();
         }
-        scheduler_.commit(flights_.front().step, tokens, now_us_);
+        const Said said = any_token ? proposals(flights_.front()) : Said{};
+        scheduler_.commit(flights_.front().step, tokens, now_us_, said.view());
+        demand(fits(said, flights_.front()), "proposals were accepted that nobody asked for");
         demand(std::ranges::none_of(tokens, [](std::int32_t token) { return token < 0; }),
                "a negative token was accepted");
         flights_.erase(flights_.begin());

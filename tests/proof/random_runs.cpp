@@ -47,7 +47,9 @@ class RandomRun {
                       seed % 7 == 6 ? control::CachePolicy::kLru : control::CachePolicy::kSession,
                   .tps_floor = seed % 5 == 4 ? std::optional(40.0) : std::nullopt,
                   .queue_timeout_us = seed % 3 == 2 ? std::optional(5'000'000) : std::nullopt,
-                  .step_drafts_max = seed % 4 != 1 ? 96 : 0},
+                  .step_drafts_max = seed % 4 != 1 ? 96 : 0,
+                  .step_proposals_max = seed % 4 > 1 ? 64 : 0,
+                  .proposal_length_max = seed % 4 > 1 ? 8 : 0},
           world_(config_, {.scribble = false, .audit_every = audit_every, .step_us = 9'000}) {}
 
     void run(std::int64_t events) {
@@ -59,15 +61,16 @@ class RandomRun {
         const control::Stats stats = world_.scheduler().stats();
         std::printf(
             "%lld requests, %lld steps, %lld tokens out, %lld of %lld prompt tokens "
-            "cached, %lld of %lld drafted tokens right, "
+            "cached, %lld of %lld drafted tokens right, %lld proposed, "
             "%lld retractions, %lld evictions",
             static_cast<long long>(next_), static_cast<long long>(stats.steps),
             static_cast<long long>(stats.output_tokens),
             static_cast<long long>(stats.cached_tokens),
             static_cast<long long>(stats.prompt_tokens),
             static_cast<long long>(stats.accepted_tokens),
-            static_cast<long long>(stats.drafted_tokens), static_cast<long long>(stats.retractions),
-            static_cast<long long>(stats.evictions));
+            static_cast<long long>(stats.drafted_tokens),
+            static_cast<long long>(stats.proposed_tokens),
+            static_cast<long long>(stats.retractions), static_cast<long long>(stats.evictions));
     }
 
   private:
@@ -98,7 +101,9 @@ class RandomRun {
         }
         if (draw < 0.0241) return world_.flush();
         if (draw < 0.55 && world_.in_flight()) return world_.commit();
-        world_.launch([this] { return guessing(); }, chance(0.3));
+        world_.launch([this] { return guessing(); }, chance(0.3),
+                      chance(0.5) ? static_cast<std::size_t>(below(10)) : 0,
+                      [this] { return insight(); });
     }
 
     // Drafts of up to 12 tokens, right for some way.
@@ -106,6 +111,11 @@ class RandomRun {
         if (!chance(0.6)) return std::nullopt;
         const auto tokens = static_cast<std::size_t>(below(13));
         return Guessing{tokens, static_cast<std::size_t>(below(14))};
+    }
+
+    // Proposals that are right for some way, and as short as the model likes.
+    Device::Insight insight() {
+        return {static_cast<std::size_t>(below(10)), static_cast<std::size_t>(below(4))};
     }
 
     void submit() {

@@ -144,9 +144,10 @@ History World::of(std::int64_t request) const {
 
 // --- what the engine does -----------------------------------------------------------------------
 
-bool World::launch(Adversary::Choose guesses, bool rests) {
+bool World::launch(Adversary::Choose guesses, bool rests, std::size_t asks,
+                   const Device::Foresee& foresee) {
     std::optional<control::Plan> plan;
-    if (adversary_ != nullptr) adversary_->set(std::move(guesses), rests);
+    if (adversary_ != nullptr) adversary_->set(std::move(guesses), rests, asks);
     static_cast<void>(attempt([&] { plan = scheduler_.plan(now_us_ += checks_.step_us); }, true));
     collect(nullptr);
     if (plan) {
@@ -160,7 +161,8 @@ bool World::launch(Adversary::Choose guesses, bool rests) {
             bound.outputs_at_stay = bound.outputs;
         }
         for (const std::int64_t request : plan->bound_requests) check_turn(request);
-        flights_.push_back({plan->step, device_.launch(*plan)});
+        flights_.push_back({plan->step, device_.launch(*plan), {}});
+        flights_.back().proposals = device_.propose(*plan, foresee);
         expect(flights_.size() <= static_cast<std::size_t>(config_.overlap_depth) + 1,
                "client: more steps fly than may");
     }
@@ -193,7 +195,10 @@ void World::commit() {
     const Flight flight = std::move(flights_.front());
     flights_.pop_front();
     device_.retire();
-    attempt([&] { scheduler_.commit(flight.step, flight.tokens, now_us_); });
+    const auto& [starts, tokens, chances] = flight.proposals;
+    attempt([&, proposed = control::Proposed{starts, tokens, chances}] {
+        scheduler_.commit(flight.step, flight.tokens, now_us_, proposed);
+    });
     collect(&flight.tokens);
     after_event();
 }
@@ -316,6 +321,7 @@ World::Key World::key(bool aborts_scarce) const {
         words.push_back(static_cast<std::int64_t>(client.outputs_at_stay));
         words.push_back(client.sent * 2 + client.failed);
     }
+    for (const Flight& flight : flights_) fingerprint.add(flight.proposals.tokens);
     if (aborts_scarce) words.push_back(aborts);
     Key key{1, 2};
     for (const std::int64_t word : fingerprint.words) {

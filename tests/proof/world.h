@@ -64,8 +64,9 @@ class World final : private Histories {
     // Whether it was of a request that the scheduler still knows.
     bool abort(std::int64_t request);
     // Whether there was a step to launch. Its drafts are as chosen; who flies is left out of it, so
-    // as to be at rest for one, if `rests`.
-    bool launch(Adversary::Choose guesses = nullptr, bool rests = false);
+    // as to be at rest for one, if `rests`. Its rows are to have proposals of `asks` tokens.
+    bool launch(Adversary::Choose guesses = nullptr, bool rests = false, std::size_t asks = 0,
+                const Device::Foresee& foresee = nullptr);
     void commit();
     void flush();
     // A request's transfer is over: it did what it should, or failed.
@@ -131,6 +132,7 @@ class World final : private Histories {
     struct Flight {
         control::StepId step;
         std::vector<std::int32_t> tokens;
+        Proposals proposals;
     };
     std::deque<Flight> flights_;
     std::map<std::int64_t, Client> clients_;

@@ -5,6 +5,7 @@ and compared with what its request should see. The sampled token is a function o
 gathered, so a page reused wrongly shows twice.
 """
 
+import random
 import zlib
 from collections import deque
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ from tokenspeed.core.step import (
     Handover,
     Int32Array,
     StepPlan,
+    StepResult,
     TransferKind,
 )
 
@@ -79,7 +81,7 @@ class Client:
 @dataclass
 class Flight:
     plan: StepPlan
-    tokens: Int32Array
+    result: StepResult
     reads: list[dict[int, set[int]]]  # of each group, page to requests
 
 
@@ -101,6 +103,7 @@ class Simulation:
         ]
         self.transfers: dict[int, tuple[StepPlan, int]] = {}  # under way: its plan, and which
         self.now_us = 0
+        self.draft_model = random.Random(0)
         self.last = np.full(config.slots_max, NOTHING, dtype=np.int64)
         self.bound = np.full(config.slots_max, NOTHING, dtype=np.int64)
 
@@ -148,7 +151,8 @@ class Simulation:
     def commit(self) -> None:
         flight = self.flights.popleft()
         self.now_us += 300 + 50 * len(flight.plan.token_ids)
-        self.scheduler.commit(flight.plan.step, flight.tokens, self.now_us)
+        tokens = flight.result.tokens
+        self.scheduler.commit(flight.plan.step, tokens, self.now_us, result=flight.result)
         self.audit()
         self.collect(flight)
 
@@ -206,7 +210,7 @@ class Simulation:
         ):
             assert request in self.live
             client = self.clients[request]
-            assert flight is not None and flight.tokens[index] == token
+            assert flight is not None and flight.result.tokens[index] == token
             assert token == client.expected[len(client.output)]
             client.output.append(token)
             assert client.cached in (None, cached) or client.failed
@@ -309,7 +313,34 @@ class Simulation:
         assert wanted is None
         for group, part in zip(self.groups, plan.groups, strict=True):
             group.end(part)
-        return Flight(plan, np.array(tokens_S, dtype=np.int32), reads)
+        result = StepResult(
+            tokens=np.array(tokens_S, dtype=np.int32), logprobs=None, **self._proposals(plan, rows)
+        )
+        return Flight(plan, result, reads)
+
+    def _proposals(self, plan: StepPlan, rows: list[Row]) -> dict[str, Any]:
+        """What a draft model says that knows some tokens and makes others up, surely or not."""
+        counts, model = plan.propose_counts.tolist(), self.draft_model
+        if not counts:
+            return {}
+        assert len(counts) == len(rows)
+        assert min(counts) >= 0 and max(counts) <= self.config.proposal_length_max
+        assert sum(counts) <= self.config.step_proposals_max
+        starts, tokens, chances = [0], [], []
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            assert count == 0 or index in plan.sample_rows
+            follows = row.start + len(row.tokens) - row.doubtful + 1
+            for at in range(follows, follows + model.randrange(count + 1)):
+                knows = at < len(row.history) and model.random() < 0.85
+                made_up = model.choice([0, 1, model.randrange(self.vocabulary), 2**31 - 1])
+                tokens.append(int(row.history[at]) if knows else made_up)
+                chances.append(model.choice([0.1, 0.7, 0.9, 1.0, 1.5, -1.0, np.nan, np.inf]))
+            starts.append(len(tokens))
+        return {
+            "proposed_starts": i32(*starts),
+            "proposed_tokens": i32(*tokens),
+            "proposed_chances": np.array(chances, dtype=np.float32),
+        }
 
     def _rows(self, plan: StepPlan) -> list[Row]:
         assert len(set(plan.row_slots.tolist())) == len(plan.row_slots)
@@ -333,6 +364,9 @@ class Simulation:
                     starts = flight.plan.query_starts
                     for at in speculates[speculates < flight.plan.decode_count]:
                         assert starts[at + 1] - starts[at] == 1, "a row goes on from a draft"
+                    if len(flight.plan.propose_counts):
+                        asked = flight.plan.propose_counts[speculates]
+                        assert not asked.any(), "a row goes on before its proposal is there"
             rows.append(
                 Row(
                     slot=slot,

@@ -53,6 +53,8 @@ WORLDS: dict[str, tuple[tuple[CacheGroup, ...], tuple[int, ...]]] = {
 def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simulation:
     rng = random.Random(f"{seed} {world} {depth} {cache}")
     groups, sizes = WORLDS[world]
+    drafts_max = rng.choice([0, 3, 16])
+    proposals_max = rng.choice([0, 4, 32]) if drafts_max else 0
     config = SimpleNamespace(
         groups=_with_room(groups, sizes, depth),
         overlap_depth=depth,
@@ -60,9 +62,9 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         cache_policy=CachePolicy.SESSION,
         tps_floor=rng.choice([None, 300.0, 900.0]),
         queue_timeout_us=rng.choice([None, None, 20_000]),
-        step_drafts_max=rng.choice([0, 3, 16]),
-        step_proposals_max=0,
-        proposal_length_max=0,
+        step_drafts_max=drafts_max,
+        step_proposals_max=proposals_max,
+        proposal_length_max=rng.choice([1, 3, 8]) if proposals_max else 0,
         draft_memory_size_bytes=2**29,
         **dict(zip(FIELDS, sizes, strict=True)),
     )

@@ -81,6 +81,7 @@ class Scheduler:
             step_drafts_max=config.step_drafts_max,
             step_proposals_max=config.step_proposals_max,
             proposal_length_max=config.proposal_length_max,
+            draft_memory_size_bytes=config.draft_memory_size_bytes,
         )
 
     def submit(

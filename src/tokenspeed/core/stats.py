@@ -29,6 +29,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
         drafted_tokens, accepted_tokens: guesses that steps were given to verify, and those of
             them that were sampled as guessed and belong to a request's output.
         proposed_tokens: what a draft model proposed. Those that became drafts count as drafted.
+        draft_memory_size_bytes: what the texts take that drafts come from.
         retractions: requests sent back to the queue for want of pages.
         parkings: requests that gave up their slot.
         evictions: cached pages of the device that made room for others.
@@ -58,6 +59,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     drafted_tokens: int
     accepted_tokens: int
     proposed_tokens: int
+    draft_memory_size_bytes: int
     retractions: int
     parkings: int
     evictions: int

@@ -2,119 +2,15 @@
 
 import itertools
 import random
-from collections import deque
-from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.scenario.simulation import i32
-from tests.unit.control.clocked import Machine
 from tests.unit.control.worlds import world
+from tests.unit.control.writers import Writer, random_text, warm_writer
 from tokenspeed._control import draft_lengths
 from tokenspeed.core.config import CacheGroup, CacheGroupKind
 from tokenspeed.core.errors import EngineError
-from tokenspeed.core.step import FinishReason, StepOutcome, StepPlan, StepResult, StepWork
-
-
-class Writer(Machine):
-    """A machine whose requests write what they are told to, drafts or not.
-
-    Attributes:
-        draft_us: what each drafted token adds to a step.
-        guesses_max: of a draft more are not run.
-        outcomes: all of them.
-    """
-
-    def __init__(self, *, draft_us: float = 5.0, **changes: Any) -> None:
-        self.draft_us = draft_us
-        self.guesses_max: int | None = None
-        self.outcomes: list[StepOutcome] = []
-        self.texts: dict[int, list[int]] = {}  # prompt and output, by request
-        self.written: dict[int, list[int]] = {}
-        self._bound: dict[int, int] = {}
-        self._flights: deque[tuple[StepPlan, list[int]]] = deque()
-        self._depth = changes.get("overlap_depth", 0)
-        super().__init__(**{"step_drafts_max": 64, "slots_max": 8, **changes})
-
-    def time_us(self, work: StepWork) -> int:
-        return super().time_us(work) + int(self.draft_us * work.draft_tokens)
-
-    def write(self, request: int, prompt: list[int], output: list[int], **wishes: Any) -> None:
-        """Submits a request that gets an output."""
-        self.texts[request] = prompt + output
-        self.written[request] = []
-        self.scheduler.submit(
-            request,
-            i32(*prompt),
-            max_new_tokens=len(output),
-            stop_token_ids=i32(),
-            **wishes,
-        )
-
-    def step(self) -> StepPlan | None:
-        plan = self.scheduler.plan(self.now_us)
-        if plan is not None:
-            self._bound.update(
-                zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
-            )
-            self._flights.append((plan, self._samples(plan)))
-        if self._flights and (plan is None or len(self._flights) > self._depth):
-            landing, samples = self._flights.popleft()
-            self.now_us += self.time_us(StepWork.of(landing))
-            cut = StepResult(tokens=i32(*samples), logprobs=None, cuts=self._cuts(landing))
-            self.scheduler.commit(landing.step, cut.tokens, self.now_us, result=cut)
-            plan = plan or landing
-        outcome = self.scheduler.take_outcome()
-        self.outcomes.append(outcome)
-        for request, token in zip(outcome.requests.tolist(), outcome.tokens.tolist(), strict=True):
-            if request in self.written:
-                self.written[request].append(token)
-        for request, reason in zip(
-            outcome.finished.tolist(), outcome.reasons.tolist(), strict=True
-        ):
-            self.finished[request] = FinishReason(reason)
-            if request in self.texts:
-                prompt = len(self.texts[request]) - len(self.written[request])
-                assert self.written[request] == self.texts[request][prompt:]
-        return plan
-
-    def _samples(self, plan: StepPlan) -> list[int]:
-        samples = []
-        for row in np.unique(plan.sample_rows).tolist():
-            text = self.texts.get(self._bound[int(plan.row_slots[row])])
-            begin, end = plan.query_starts[row : row + 2].tolist()
-            start = int(plan.context_lens[row])
-            draft = plan.token_ids[begin + 1 : end].tolist() if row < plan.decode_count else []
-            first = start + 1 if row < plan.decode_count else start + end - begin
-            for at in range(first, first + len(draft) + 1):
-                samples.append(7 if text is None else text[at] if at < len(text) else 0)
-        return samples
-
-    def _cuts(self, plan: StepPlan) -> dict[int, int]:
-        most = self.guesses_max
-        if most is None:
-            return {}
-        guesses = np.diff(plan.query_starts)[: plan.decode_count] - 1
-        slots = plan.row_slots[: plan.decode_count]
-        return dict.fromkeys(slots[guesses > most].tolist(), most)
-
-    def drafted(self) -> tuple[int, int]:
-        """Tokens drafted and accepted so far."""
-        stats = self.scheduler.stats()
-        return stats.drafted_tokens, stats.accepted_tokens
-
-
-def random_text(seed: int, count: int, kinds: int = 1000) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(kinds) for _ in range(count)]
-
-
-def warm_writer(**changes: Any) -> Writer:
-    writer = Writer(**changes)
-    writer.warm()
-    return writer
-
+from tokenspeed.core.step import StepResult, StepWork
 
 # --- what they bring ---
 
@@ -378,7 +274,7 @@ def test_a_cut_is_of_a_draft_of_the_step() -> None:
         writer._bound.update(
             zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
         )
-        samples = i32(*writer._samples(plan))
+        samples = writer.result(plan).tokens
         if plan.query_starts[plan.decode_count] > plan.decode_count:
             break
         writer.scheduler.commit(plan.step, samples, writer.now_us)
@@ -415,3 +311,61 @@ def test_a_small_vocabulary_is_drafted_and_nobody_gets_another_token(depth: int)
     print(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted")
     assert depth or stats.drafted_tokens > 50
     assert depth or stats.accepted_tokens > 10
+
+
+# --- how much they keep ---
+
+MIB = 2**20
+
+
+def fill(writer: Writer, texts: list[list[int]], limit: int) -> None:
+    """Requests that write these, one after the other, watched for what is kept of them."""
+    for request, answer in enumerate(texts):
+        writer.write(request, random_text(1000 + request, 60), answer)
+        while request not in writer.finished:
+            writer.step()
+            assert writer.scheduler.stats().draft_memory_size_bytes <= limit
+
+
+def test_what_is_kept_stays_below_its_limit_and_the_least_recently_used_goes() -> None:
+    writer = warm_writer(draft_memory_size_bytes=MIB)
+    texts = [random_text(60 + n, 700, kinds=50_000) for n in range(20)]
+    fill(writer, texts, MIB)
+    kept = writer.scheduler.stats().draft_memory_size_bytes
+    print(f"{kept} bytes kept of {sum(map(len, texts))} tokens")
+    assert kept > MIB // 2
+
+    def foreseen(request: int, answer: list[int]) -> int:
+        before = writer.drafted()[1]
+        writer.write(100 + request, random_text(1000 + request, 60), answer)
+        writer.run_until(100 + request)
+        assert writer.scheduler.stats().draft_memory_size_bytes <= MIB
+        return writer.drafted()[1] - before
+
+    # The last but one, since a request asked again is the last itself; then what went first.
+    assert foreseen(18, texts[18]) > 400
+    assert foreseen(0, texts[0]) == 0
+
+
+@pytest.mark.parametrize("limit", [0, 10_000, 300_000])
+def test_where_there_is_no_room_requests_go_without_drafts(limit: int) -> None:
+    writer = warm_writer(draft_memory_size_bytes=limit)
+    quoted = random_text(80, 4000)
+    writer.write(0, quoted, quoted[:300])
+    writer.write(1, quoted[:20], quoted[:300])
+    while {0, 1} - set(writer.finished):
+        writer.step()
+        assert writer.scheduler.stats().draft_memory_size_bytes <= limit
+
+
+def test_what_is_shared_makes_way_too() -> None:
+    writer = warm_writer(draft_memory_size_bytes=MIB)
+    for request in range(6):
+        writer.write(request, [request], random_text(90 + request, 900), tenant=request)
+        writer.run_until(request)
+    quoted = random_text(99, 6000)
+    writer.write(10, quoted, quoted[:300])
+    while 10 not in writer.finished:
+        writer.step()
+        assert writer.scheduler.stats().draft_memory_size_bytes <= MIB
+    assert writer.drafted()[1] > 250

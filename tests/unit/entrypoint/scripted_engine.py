@@ -123,6 +123,7 @@ class ScriptedEngine:
             missed_tail_tokens=20,
             output_tokens=50,
             proposed_tokens=0,
+            draft_memory_size_bytes=0,
             retractions=0,
             drafted_tokens=0,
             accepted_tokens=0,
