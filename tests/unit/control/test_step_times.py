@@ -147,3 +147,35 @@ def test_a_drafted_token_costs_a_row_before_any_was_seen_and_then_what_it_takes(
         took_us = int(law(work) + 30 * work.draft_tokens)
         machine.scheduler.observe(work, took_us)
     assert predict_us(drafted) - predict_us(four) == pytest.approx(300, rel=0.2)
+
+
+def test_a_pass_of_the_draft_model_is_an_eighth_of_a_step_before_any_was_seen() -> None:
+    machine, rng = Machine(), random.Random(7)
+    teach(machine, rng, 300)
+    predict_us = machine.scheduler.predict_us
+    row = StepWork(decode_rows=1)
+    three = StepWork(decode_rows=1, proposed_tokens=3, proposal_rounds=3)
+    assert predict_us(three) == pytest.approx(predict_us(row) * (1 + 3 / 8), rel=1e-3)
+
+
+def test_passes_and_tokens_of_the_draft_model_are_learned_apart() -> None:
+    machine, rng = Machine(), random.Random(8)
+    teach(machine, rng, 300)
+    predict_us = machine.scheduler.predict_us
+    for _ in range(150):
+        rows, rounds = rng.randrange(1, 30), rng.randrange(1, 8)
+        work = StepWork(
+            decode_rows=rows,
+            proposed_tokens=rounds + rng.randrange(rows * rounds),
+            proposal_rounds=rounds,
+            context_tokens=rng.randrange(30_000),
+        )
+        took_us = law(work) + 300 * work.proposal_rounds + 15 * work.proposed_tokens
+        machine.scheduler.observe(work, int(took_us))
+    rows = StepWork(decode_rows=8, context_tokens=3000)
+    for tokens, rounds in ((4, 4), (32, 4), (8, 1)):
+        work = StepWork(
+            decode_rows=8, proposed_tokens=tokens, proposal_rounds=rounds, context_tokens=3000
+        )
+        more_us = predict_us(work) - predict_us(rows)
+        assert more_us == pytest.approx(300 * rounds + 15 * tokens, rel=0.15)

@@ -65,3 +65,18 @@ def test_a_token_takes_a_bounded_number_of_bytes(kinds: int) -> None:
     each = automaton.size_bytes() / count
     print(f"{kinds} kinds of tokens: {each:.0f} bytes each")
     assert each < 140
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_never_takes_more_than_it_was_said_to(seed: int) -> None:
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    kinds = rng.choice([1, 2, 5, 50_000])
+    automaton = SuffixAutomaton()
+    for _ in range(40):
+        more = rng.randrange(1, 200)
+        most = automaton.size_bytes_after(more)
+        for _ in range(more):
+            automaton.append(rng.randrange(kinds))
+        assert automaton.size_bytes() <= most
+        assert most < 3 * automaton.size_bytes() + 200 * more
