@@ -9,6 +9,7 @@ import torch
 
 from tests.unit.execution.tiny import GREEDY, Planner, Request, bind, config_of
 from tokenspeed.cache import KVPools
+from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.execution import Runner
 from tokenspeed.execution.captured import CapturedSteps
 from tokenspeed.kernels import KernelSelector
@@ -35,7 +36,9 @@ SIZES = {
 }
 
 
-def run_steps(*, captured: bool, overlap_depth: int) -> tuple[list[list[int]], bool]:
+def run_steps(
+    *, captured: bool, overlap_depth: int, params: SamplingParams = GREEDY
+) -> tuple[list[list[int]], bool]:
     """Greedy tokens of each step, and whether steps were captured."""
     config = config_of(
         pages=80, page_size=32, slots_max=6, context_max=512, overlap_depth=overlap_depth
@@ -57,7 +60,7 @@ def run_steps(*, captured: bool, overlap_depth: int) -> tuple[list[list[int]], b
         for slot in range(5)
     ]
     for request in requests:
-        bind(runner, request, GREEDY)
+        bind(runner, request, params, seed=request.slot)
     plans = [planner.plan([], [(request, 12)]) for request in requests]
     plans += [planner.plan([], [(request, 28)]) for request in requests[:2]]
     plans += [planner.plan(requests[:2], [(request, 28)]) for request in requests[2:]]
@@ -70,10 +73,13 @@ def run_steps(*, captured: bool, overlap_depth: int) -> tuple[list[list[int]], b
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1])
-def test_captured_steps_choose_the_tokens_of_eager_ones(overlap_depth: int) -> None:
-    wanted, captured = run_steps(captured=False, overlap_depth=0)
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.2, top_k=20, top_p=0.9)])
+def test_captured_steps_choose_the_tokens_of_eager_ones(
+    overlap_depth: int, params: SamplingParams
+) -> None:
+    wanted, captured = run_steps(captured=False, overlap_depth=0, params=params)
     assert not captured
-    found, captured = run_steps(captured=True, overlap_depth=overlap_depth)
+    found, captured = run_steps(captured=True, overlap_depth=overlap_depth, params=params)
     assert captured
     same = sum(a == b for a, b in zip(found, wanted, strict=True))
     # Another shape of a product may turn a near-tie over, after which a text is another.

@@ -1,7 +1,7 @@
 """Captured steps, with calls in place of CUDA graphs and Triton's kernels interpreted: the same
 tokens as without, whatever rows come together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -22,8 +22,11 @@ from tests.unit.execution.tiny import (
 )
 from tokenspeed.cache import KVPools
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import StepPlan
 from tokenspeed.execution import Runner
 from tokenspeed.execution.captured import CapturedSteps, buckets_of
+from tokenspeed.execution.launched import AwaitedTokens
+from tokenspeed.execution.sampler import Draws
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
@@ -70,7 +73,7 @@ def gpu_runner(capture: Calls, overrides: dict[str, str] | None = None) -> Runne
     return Runner(model, pools, CONFIG, device=CPU, threads=1, capture=capture)
 
 
-def tokens_of(runner: Runner, params: SamplingParams = GREEDY) -> list[list[int]]:
+def tokens_of(runner: Runner, params: Sequence[SamplingParams] = (GREEDY,) * 4) -> list[list[int]]:
     """Requests that come and go: one to four rows at once, prompts beside them."""
     planner = Planner(CONFIG)
     requests = [
@@ -86,7 +89,7 @@ def tokens_of(runner: Runner, params: SamplingParams = GREEDY) -> list[list[int]
         found.append(runner.launch(plan).result().tokens.tolist())
 
     for request in requests:
-        bind(runner, request, params, seed=request.slot)
+        bind(runner, request, params[request.slot], seed=request.slot)
     run([], [(requests[0], 3)])
     run([requests[0]], [])
     run([requests[0]], [(requests[1], 5), (requests[2], 7)])
@@ -110,11 +113,42 @@ def test_captured_steps_choose_the_tokens_of_others() -> None:
     assert capture.runs == 5
 
 
-def test_rows_that_are_drawn_are_sampled_from_a_captured_steps_logits() -> None:
+DRAWN = SamplingParams(temperature=0.8, top_k=20)
+MIXED = (
+    DRAWN,
+    GREEDY,
+    SamplingParams(temperature=1.3, top_p=0.8, min_p=0.02),
+    SamplingParams(temperature=0.5),
+)
+
+
+def test_draws_are_part_of_captured_steps_for_rows_of_any_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+    draw = CapturedSteps.draw
+
+    def noted(steps: CapturedSteps, plan: StepPlan, draws: Draws) -> AwaitedTokens | None:
+        drawn.append(len(plan.row_slots))
+        return draw(steps, plan, draws)
+
+    monkeypatch.setattr(CapturedSteps, "draw", noted)
+    for params in ((DRAWN,) * 4, MIXED):
+        capture = Calls()
+        runner = gpu_runner(capture)
+        runner.warm_up()
+        capture.runs = 0
+        drawn.clear()
+        assert tokens_of(runner, params) == tokens_of(runner_of(CONFIG), params)
+        assert capture.runs == 5
+        assert len(drawn) == 5
+
+
+def test_rows_that_want_more_than_a_draw_are_sampled_from_a_captured_steps_logits() -> None:
     capture = Calls()
     runner = gpu_runner(capture)
     runner.warm_up()
-    params = SamplingParams(temperature=0.8, top_k=20)
+    params = (DRAWN, SamplingParams(temperature=0.8, logit_bias={5: 3.0}), DRAWN, GREEDY)
     assert tokens_of(runner, params) == tokens_of(runner_of(CONFIG), params)
 
 

@@ -23,6 +23,7 @@ from tokenspeed.core.errors import KernelError
 from tokenspeed.core.step import Int32Array, StepPlan
 from tokenspeed.execution.buffers import PageTable
 from tokenspeed.execution.launched import AwaitedTokens
+from tokenspeed.execution.sampler import Draws
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.rows import PagedRow, PagedRows
 from tokenspeed.kernels.staging import send
@@ -78,6 +79,7 @@ class _Bucket:
     groups: tuple[_CapturedRows, ...]
     forward: Callable[[], None]
     forward_and_choose: Callable[[], None]
+    forward_and_draw: Callable[[], None] | None
 
 
 def buckets_of(rows_max: int) -> tuple[int, ...]:
@@ -87,8 +89,8 @@ def buckets_of(rows_max: int) -> tuple[int, ...]:
 
 
 class CapturedSteps:
-    """Forwards of decode rows, one token each, without the choice of tokens and with that of the
-    likeliest.
+    """Forwards of decode rows, one token each: without the choice of tokens, with that of the
+    likeliest, and with draws where a kernel for them can be captured.
 
     Args:
         model: loaded.
@@ -129,7 +131,12 @@ class CapturedSteps:
             (rows_max, model.config.vocab_size), dtype=torch.float32, device=device
         )
         self._chosen_R = torch.zeros(rows_max, dtype=torch.int64, device=device)
+        # Temperatures, uniform numbers, top-p and min-p; and top-k.
+        self._settings = torch.zeros((4, rows_max), dtype=torch.float64, device=device)
+        self._settings_host = np.zeros((4, rows_max))
+        self._top_ks_R = torch.ones(rows_max, dtype=torch.int64, device=device)
         self._argmax = model.kernels.select(ops.sampling.argmax, format_name="float32")
+        self._draw = model.kernels.select_beyond_reference(ops.sampling.draw, format_name="float32")
         for table, pool in zip(tables, pools.pools, strict=True):
             assert pool.padding_page is not None
             table.pages_XP[self._padding_slot].fill_(pool.padding_page)
@@ -156,6 +163,36 @@ class CapturedSteps:
         Returns:
             logits_RV in float32, valid until the next run; the tokens where they are chosen.
         """
+        rows, bucket = self._prepared(plan)
+        if not likeliest:
+            bucket.forward()
+            return self._logits_RV[:rows], None
+        bucket.forward_and_choose()
+        return self._logits_RV[:rows], self._chosen(rows)
+
+    @torch.inference_mode()
+    def draw(self, plan: StepPlan, draws: Draws) -> AwaitedTokens | None:
+        """Compute a plan that these serve, and draw each row's token, which is its slot's last one
+        from then on; None where draws are not captured.
+        """
+        if self._draw is None:
+            return None
+        rows, bucket = self._prepared(plan)
+        host = self._settings_host
+        host[:, rows:] = 0.0
+        host[0, :rows], host[1, :rows] = draws.temperatures_S, draws.uniforms_S
+        host[2, :rows], host[3, :rows] = draws.top_ps_S, draws.min_ps_S
+        send(host.reshape(-1), self._settings.view(-1))
+        send(draws.top_ks_S, self._top_ks_R[:rows])
+        assert bucket.forward_and_draw is not None
+        bucket.forward_and_draw()
+        return self._chosen(rows)
+
+    def _chosen(self, rows: int) -> AwaitedTokens:
+        return AwaitedTokens(self._chosen_R[:rows].clone())
+
+    def _prepared(self, plan: StepPlan) -> tuple[int, _Bucket]:
+        """Write what a run reads; gives the rows, and the bucket that they are run in."""
         rows = len(plan.row_slots)
         for table, group in zip(self._tables, plan.groups, strict=True):
             table.apply(group)
@@ -168,11 +205,7 @@ class CapturedSteps:
         for of_group in bucket.groups:
             for kept in of_group.kept.values():
                 kept.fill(of_group)
-        if not likeliest:
-            bucket.forward()
-            return self._logits_RV[:rows], None
-        bucket.forward_and_choose()
-        return self._logits_RV[:rows], AwaitedTokens(self._chosen_R[:rows].clone())
+        return rows, bucket
 
     def _fill(
         self, rows: int, positions: Int32Array | None, kv_slots: Sequence[Int32Array]
@@ -213,15 +246,33 @@ class CapturedSteps:
             )
             self._logits_RV[:rows].copy_(self._model.forward(batch, self._pools))
 
-        def forward_and_choose() -> None:
-            forward()
-            chosen_R = self._argmax(self._logits_RV[:rows])
+        def choose(chosen_R: torch.Tensor) -> None:
             self._chosen_R[:rows].copy_(chosen_R)
             self._last_token_X.index_copy_(0, slots_R, chosen_R)
+
+        def forward_and_choose() -> None:
+            forward()
+            choose(self._argmax(self._logits_RV[:rows]))
+
+        def forward_and_draw() -> None:
+            assert self._draw is not None
+            forward()
+            logits_RV = self._logits_RV[:rows]
+            temperatures_R, uniforms_R, top_ps_R, min_ps_R = self._settings[:, :rows].unbind()
+            drawn_R = self._draw(
+                logits_RV,
+                uniforms_R,
+                temperatures_S=temperatures_R,
+                top_ks_S=self._top_ks_R[:rows],
+                top_ps_S=top_ps_R,
+                min_ps_S=min_ps_R,
+            )
+            choose(torch.where(temperatures_R > 0.0, drawn_R, self._argmax(logits_RV)))
 
         with torch.inference_mode():
             return _Bucket(
                 groups=groups,
                 forward=capture.record(forward),
                 forward_and_choose=capture.record(forward_and_choose),
+                forward_and_draw=capture.record(forward_and_draw) if self._draw else None,
             )

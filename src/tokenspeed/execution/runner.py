@@ -19,14 +19,14 @@ from tokenspeed.core.samples import Samples
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import Int32Array, StepPlan, StepResult
 from tokenspeed.execution.buffers import PageTable
-from tokenspeed.execution.captured import Capture, CudaCapture
+from tokenspeed.execution.captured import Capture, CapturedSteps, CudaCapture
 from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.cuts import CutPlan, drafts
 from tokenspeed.execution.draft_model import Drafting, DraftModel
 from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.graph import StepGraph
-from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep
+from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep, RecordedSteps
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
 from tokenspeed.execution.report import joined
@@ -302,7 +302,10 @@ class Runner:
             counting_S = slice(None) if samples is None else samples.counting(chosen)
             _, failures = self._confinement.advance(slots_S[counting_S], chosen[counting_S])
             return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
-        likeliest = self._confinement.free(slots_S) and self._sampler.takes_likeliest(slots_S)
+        free = self._confinement.free(slots_S)
+        likeliest = free and self._sampler.takes_likeliest(slots_S)
+        if free and not likeliest and (awaited := self._drawn(graph, plan, slots_S)):
+            return awaited
         logits_SV, tokens = graph.run(plan, likeliest=likeliest)
         if not likeliest:
             return self._sample(plan, logits_SV)
@@ -310,6 +313,15 @@ class Runner:
             return tokens
         assert tokens is not None
         return StepResult(tokens=tokens, logprobs=None)
+
+    def _drawn(
+        self, graph: RecordedSteps, plan: StepPlan, slots_S: Int32Array
+    ) -> AwaitedTokens | None:
+        """Tokens of a captured step that draws them; None where its rows want more."""
+        if not isinstance(graph, CapturedSteps) or not isinstance(self._sampler, Sampler):
+            return None
+        draws = self._sampler.draws(slots_S, plan.sample_positions)
+        return None if draws is None else graph.draw(plan, draws)
 
     def _move(self, plan: StepPlan) -> None:
         pools = [*zip(self._pools.pools, plan.groups, strict=True)]

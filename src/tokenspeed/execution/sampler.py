@@ -34,7 +34,7 @@ from tokenspeed.execution.platform import one_thread
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.kernels.ops import sampling as ops
 
-__all__ = ["Sampler"]
+__all__ = ["Draws", "Sampler"]
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -45,6 +45,24 @@ class _Bias:
 
     ids: torch.Tensor
     values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """What the choice of each row's token hangs on beside its logits, in the terms of
+    `sampling.draw`.
+
+    Attributes:
+        uniforms_S, top_ps_S, min_ps_S: float64.
+        temperatures_S: float64; 0 for the likeliest token.
+        top_ks_S: int64.
+    """
+
+    uniforms_S: npt.NDArray[np.float64]
+    temperatures_S: npt.NDArray[np.float64]
+    top_ks_S: npt.NDArray[np.int64]
+    top_ps_S: npt.NDArray[np.float64]
+    min_ps_S: npt.NDArray[np.float64]
 
 
 class Sampler:
@@ -167,6 +185,24 @@ class Sampler:
         """Whether `sample` is the likeliest token of each row, and no more."""
         slots = slots_S.tolist()
         return self._others.isdisjoint(slots) and self._bitmasks.keys().isdisjoint(slots)
+
+    def draws(self, slots_S: Int32Array, positions_S: Int32Array) -> Draws | None:
+        """What `sample` would draw by; None where a row wants more than a token of its logits.
+
+        Args:
+            slots_S, positions_S: as for `sample`.
+        """
+        more_S = self._edited_X[slots_S] | self._reports_X[slots_S]
+        more_S |= positions_S < self._min_new_X[slots_S]
+        if more_S.any() or not self._bitmasks.keys().isdisjoint(slots_S.tolist()):
+            return None
+        return Draws(
+            uniforms_S=uniforms(self._seed_X[slots_S], positions_S),
+            temperatures_S=self._temperature_X[slots_S],
+            top_ks_S=self._top_k_X[slots_S],
+            top_ps_S=self._top_p_X[slots_S],
+            min_ps_S=self._min_p_X[slots_S],
+        )
 
     def one_by_one(self, slots_S: Int32Array) -> BoolArray:
         """Whose tokens are sampled one after the other, so that each has those before it as its

@@ -7,14 +7,14 @@ import torch
 __all__ = ["send"]
 
 
-def send(values_N: npt.NDArray[np.integer], target_N: torch.Tensor) -> None:
+def send(values_N: npt.NDArray[np.integer | np.floating], target_N: torch.Tensor) -> None:
     """Copy values to the device, of their type, without waiting for it.
 
     They go through pinned memory of their own, which PyTorch gives to nobody else before the copy
     is over: the caller may write the values of the next step meanwhile.
 
     Args:
-        values_N: any integers that the target's type holds.
+        values_N: any numbers that the target's type holds.
         target_N: a contiguous tensor of as many.
     """
     pinned = target_N.device.type != "cpu"
