@@ -26,7 +26,7 @@ from tokenspeed.core.step import StepPlan
 from tokenspeed.execution import Runner
 from tokenspeed.execution.captured import CapturedSteps, buckets_of
 from tokenspeed.execution.launched import AwaitedTokens
-from tokenspeed.execution.sampler import Draws
+from tokenspeed.execution.sampler import Sampler
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
@@ -128,9 +128,10 @@ def test_draws_are_part_of_captured_steps_for_rows_of_any_settings(
     drawn: list[int] = []
     draw = CapturedSteps.draw
 
-    def noted(steps: CapturedSteps, plan: StepPlan, draws: Draws) -> AwaitedTokens | None:
-        drawn.append(len(plan.row_slots))
-        return draw(steps, plan, draws)
+    def noted(steps: CapturedSteps, plan: StepPlan, sampler: Sampler) -> AwaitedTokens | None:
+        awaited = draw(steps, plan, sampler)
+        drawn.extend([len(plan.row_slots)] * (awaited is not None))
+        return awaited
 
     monkeypatch.setattr(CapturedSteps, "draw", noted)
     for params in ((DRAWN,) * 4, MIXED):

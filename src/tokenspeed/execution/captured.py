@@ -22,8 +22,9 @@ from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.errors import KernelError
 from tokenspeed.core.step import Int32Array, StepPlan
 from tokenspeed.execution.buffers import PageTable
+from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.launched import AwaitedTokens
-from tokenspeed.execution.sampler import Draws
+from tokenspeed.execution.sampler import Sampler
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.rows import PagedRow, PagedRows
 from tokenspeed.kernels.staging import send
@@ -171,11 +172,19 @@ class CapturedSteps:
         return self._logits_RV[:rows], self._chosen(rows)
 
     @torch.inference_mode()
-    def draw(self, plan: StepPlan, draws: Draws) -> AwaitedTokens | None:
+    def draw(self, plan: StepPlan, sampler: Sampler | CpuSampler) -> AwaitedTokens | None:
         """Compute a plan that these serve, and draw each row's token, which is its slot's last one
-        from then on; None where draws are not captured.
+        from then on; None where draws are not captured, or a row wants more than one.
+
+        Args:
+            plan: what runs.
+            sampler: what each slot's tokens are drawn by.
         """
-        if self._draw is None:
+        if self._draw is None or isinstance(sampler, CpuSampler):
+            return None
+        slots_R = plan.row_slots[plan.sample_rows]
+        draws = sampler.draws(slots_R, plan.sample_positions)
+        if draws is None:
             return None
         rows, bucket = self._prepared(plan)
         host = self._settings_host

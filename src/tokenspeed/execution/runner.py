@@ -26,7 +26,7 @@ from tokenspeed.execution.cuts import CutPlan, drafts
 from tokenspeed.execution.draft_model import Drafting, DraftModel
 from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.graph import StepGraph
-from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep, RecordedSteps
+from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep
 from tokenspeed.execution.platform import set_threads
 from tokenspeed.execution.profile import ForwardProfiler
 from tokenspeed.execution.report import joined
@@ -90,14 +90,12 @@ class Runner:
         self._config = config
         set_threads(threads)
         sizes = {"slots_max": config.slots_max, "vocabulary": model.config.vocab_size}
-        self._sampler = (CpuSampler if CpuSampler.fits(model.kernels) else Sampler)(
-            **sizes, kernels=model.kernels
-        )
+        kind = CpuSampler if CpuSampler.fits(model.kernels) else Sampler
+        self._sampler = kind(**sizes, kernels=model.kernels)
         self._confinement = Confinement(**sizes, gates=self._sampler)
         capture = CudaCapture() if capture is None and device.type == "cuda" else capture
         self._tables = [
             PageTable(
-                # Rows that fill up a captured step have a slot of their own.
                 slots_max=config.slots_max + (capture is not None),
                 pages_max=-(-config.context_max // config.page_size),
                 device=device,
@@ -304,24 +302,16 @@ class Runner:
             return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
         free = self._confinement.free(slots_S)
         likeliest = free and self._sampler.takes_likeliest(slots_S)
-        if free and not likeliest and (awaited := self._drawn(graph, plan, slots_S)):
-            return awaited
-        logits_SV, tokens = graph.run(plan, likeliest=likeliest)
-        if not likeliest:
-            return self._sample(plan, logits_SV)
+        tokens: AwaitedTokens | Int32Array | None = None
+        if free and not likeliest and isinstance(graph, CapturedSteps):
+            tokens = graph.draw(plan, self._sampler)
+        if tokens is None:
+            logits_SV, tokens = graph.run(plan, likeliest=likeliest)
+            if not likeliest or tokens is None:
+                return self._sample(plan, logits_SV)
         if isinstance(tokens, AwaitedTokens):
             return tokens
-        assert tokens is not None
         return StepResult(tokens=tokens, logprobs=None)
-
-    def _drawn(
-        self, graph: RecordedSteps, plan: StepPlan, slots_S: Int32Array
-    ) -> AwaitedTokens | None:
-        """Tokens of a captured step that draws them; None where its rows want more."""
-        if not isinstance(graph, CapturedSteps) or not isinstance(self._sampler, Sampler):
-            return None
-        draws = self._sampler.draws(slots_S, plan.sample_positions)
-        return None if draws is None else graph.draw(plan, draws)
 
     def _move(self, plan: StepPlan) -> None:
         pools = [*zip(self._pools.pools, plan.groups, strict=True)]
