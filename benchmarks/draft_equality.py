@@ -6,7 +6,7 @@
 Greedy and sampled text, JSON schemas, tools, stop strings, penalties, log-probabilities; many
 requests together, again with a warm cache, in chunks of a few tokens, with pages for so few that
 requests are retracted. Tokens, texts, log-probabilities and ends are compared; ends with 1 where
-one differs.
+one differs. Appends a line for each case and way to benchmarks/history/draft_equality.jsonl.
 
     python benchmarks/draft_equality.py --chi-square [--draws 5000]
 
@@ -16,9 +16,13 @@ prompts, p > 0.01.
 """
 
 import argparse
+import dataclasses
+import json
 import math
+import platform
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -29,10 +33,12 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.draft_equality import CASES, compare  # noqa: E402
+from tests.support.draft_equality import CASES, Comparison, compare  # noqa: E402
 
+from tokenspeed import __version__  # noqa: E402
 from tokenspeed.core.environment import let_threads_sleep  # noqa: E402
 
+HISTORY = Path(__file__).parent / "history" / "draft_equality.jsonl"
 PROMPTS = 20
 TOKENS = 4
 
@@ -53,8 +59,25 @@ def equality(options: argparse.Namespace, console: Console) -> bool:
             *map(str, (outcome.drafted, outcome.retractions)),
         )
         console.print(f"{way}, {case}: {len(outcome.different)} of {outcome.requests} differ")
+        if not options.no_history:
+            append(options.model, way, case, outcome)
     console.print(table)
     return fine
+
+
+def append(model: str, way: str, case: str, outcome: Comparison) -> None:
+    """Add a line to the history."""
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "version": __version__,
+        "python": platform.python_version(),
+        "model": model,
+        "way": way,
+        "case": case,
+        **dataclasses.asdict(outcome),
+    }
+    with HISTORY.open("a") as history:
+        print(json.dumps(line), file=history)
 
 
 def chi_square(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> tuple[float, int]:
@@ -121,6 +144,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-history", action="store_true", help="append nothing")
     parser.add_argument("--chi-square", action="store_true")
     parser.add_argument("--draws", type=int, default=5000)
     options = parser.parse_args()

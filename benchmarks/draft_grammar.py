@@ -26,6 +26,7 @@ from tokenspeed import LLM, SamplingParams, __version__
 from tokenspeed.control import Scheduler
 from tokenspeed.core.constraint import StructuredOutputs
 from tokenspeed.core.environment import let_threads_sleep
+from tokenspeed.core.step import StepPlan, StepWork
 
 HISTORY = Path(__file__).parent / "history" / "draft_grammar.jsonl"
 WAYS = ("whole", "cut", "ahead")
@@ -80,10 +81,10 @@ def prompts(llm: LLM, count: int) -> list[list[int]]:
 
 def set_way(runner: Any, way: str) -> None:
     """Have a runner do as it did before: for this comparison alone."""
-    runner.__dict__.pop("_cut_and_compute", None)
+    runner._confinement.__dict__.pop("taken", None)
     runner._sampler.__dict__.pop("one_by_one", None)
     if way == "whole":
-        runner._cut_and_compute = runner._compute
+        runner._confinement.taken = lambda slot, guesses: len(guesses)
     if way != "ahead":
         usual = runner._sampler.one_by_one
         confined = runner._confinement._confined
@@ -111,6 +112,7 @@ def main() -> None:
         structured_outputs=StructuredOutputs(json=SCHEMA),
     )
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    planned = [0]
     texts = []
     # Only now, because it imports torch.
     from tokenspeed.engine.pace import learn_drafts, learn_pace  # noqa: PLC0415
@@ -118,6 +120,13 @@ def main() -> None:
     with LLM(options.model, threads=options.threads, max_running=options.running) as llm:
         asked = prompts(llm, options.requests)
         runner = llm._core.runner
+        launch = runner.launch
+
+        def counted(plan: StepPlan) -> Any:
+            planned[0] += StepWork.of(plan).draft_tokens
+            return launch(plan)
+
+        runner.launch = counted
         for index in range(len(WAYS) * options.repeats + 1):
             # The first run compiles the grammar. Each has a control plane of its own, which has
             # neither its prompts in cache nor its answers to guess from.
@@ -126,6 +135,7 @@ def main() -> None:
             llm._core.control = control = Scheduler(runner._config)
             learn_pace(runner, runner._config, control)
             learn_drafts(runner, runner._config, control)
+            planned[0] = 0
             before, began_s = llm.stats(), time.process_time()
             outputs = llm.generate(asked, params)
             cpu_s, after = time.process_time() - began_s, llm.stats()
@@ -139,12 +149,13 @@ def main() -> None:
                 {
                     "output_tokens": tokens,
                     "steps": after.steps - before.steps,
-                    "drafted_tokens": drafted,
+                    "planned_tokens": planned[0],
+                    "cut_tokens": planned[0] - drafted,
                     "in_vain_tokens": drafted - (after.accepted_tokens - before.accepted_tokens),
                     "cpu_ms_per_token": 1e3 * cpu_s / tokens,
                 }
             )
-    columns = ("output tokens", "steps", "drafted", "in vain", "CPU ms a token (least)")
+    columns = ("output tokens", "steps", "planned", "cut", "in vain", "CPU ms a token (least)")
     table = Table("way", *columns)
     for way in WAYS:
         medians = {key: statistics.median(row[key] for row in rows[way]) for key in rows[way][0]}

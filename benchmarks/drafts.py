@@ -11,7 +11,8 @@ its own and the same prompts. Three modes:
   the model samples. Acceptance is that of a real agent's text, and the forward is the model's.
 - `own`: the model's own answers, sent back as the history, at `--temperature`.
 - `random`: prompts and answers of random tokens, of which drafts foresee none. Target: no less than
-  0.98 of the speed without drafts.
+  0.98 of the speed without drafts. Runs differ by more than that among themselves, so here steps
+  with drafts and without take turns, and the ratio is that of pairs.
 
 Checked: both ways give the same answers, and forced ones are those forced. Reported are the tokens
 a second that a user sees (median over turns), output tokens a minute of all, tokens of a step of a
@@ -52,6 +53,7 @@ from benchmarks.support.draft_loads import (  # noqa: E402
     random_turns,
     recorded_turns,
 )
+from benchmarks.support.draft_pairs import measure_pairs  # noqa: E402
 
 from tokenspeed import SamplingParams, __version__, loader  # noqa: E402
 from tokenspeed.control import Scheduler  # noqa: E402
@@ -114,24 +116,8 @@ class Bench:
         answered: Callable[[int, Turn], None] = lambda user, turn: None,
     ) -> Run:
         """Take all users through their turns."""
-        # Only now, because it imports torch.
-        from tokenspeed.engine.pace import learn_drafts, learn_pace  # noqa: PLC0415
-
-        config = replace(
-            self._config, step_drafts_max=self._config.step_drafts_max if drafts else 0
-        )
         runner = Forcing(self._core.runner) if forced else self._core.runner
-        control = Scheduler(config)
-        learn_pace(runner, config, control)
-        if drafts:
-            learn_drafts(runner, config, control)
-        core = EngineCore(
-            control,
-            runner,
-            eos_token_ids=tuple(self.info.eos_token_ids),
-            overlap_depth=config.overlap_depth,
-            seed=0,
-        )
+        core = self.core(runner, drafts=drafts)
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         turns = drive(
             core,
@@ -141,9 +127,34 @@ class Bench:
             answered=answered,
         )
         took_s = time.perf_counter() - began_s
-        stats = control.stats()
+        stats = core.control.stats()
         cpu_s = time.process_time() - began_cpu_s
         return Run(turns, took_s, cpu_s, stats.drafted_tokens, stats.accepted_tokens)
+
+    def core(self, runner: Any, *, drafts: bool) -> EngineCore:
+        """A new control plane over a runner, which knows what steps cost."""
+        # Only now, because it imports torch.
+        from tokenspeed.engine.pace import learn_drafts, learn_pace  # noqa: PLC0415
+
+        config = replace(
+            self._config, step_drafts_max=self._config.step_drafts_max if drafts else 0
+        )
+        control = Scheduler(config)
+        learn_pace(runner, config, control)
+        if drafts:
+            learn_drafts(runner, config, control)
+        return EngineCore(
+            control,
+            runner,
+            eos_token_ids=tuple(self.info.eos_token_ids),
+            overlap_depth=config.overlap_depth,
+            seed=0,
+        )
+
+    def forced(self, *, drafts: bool) -> tuple[EngineCore, Forcing]:
+        """The same, and what forces its answers."""
+        forcing = Forcing(self._core.runner)
+        return self.core(forcing, drafts=drafts), forcing
 
 
 class Own:
@@ -258,14 +269,6 @@ def measure(
             [asked for session in found[user::concurrency] for asked in session]
             for user in range(concurrency)
         ]
-    elif mode == "random":
-        asks = random_turns(
-            bench.info.vocab_size,
-            users=concurrency,
-            turns=options.turns,
-            prompt_tokens=1024,
-            output_tokens=options.output_tokens,
-        )
     sessions = []
     if asks is None:
         sessions = own_turns(
@@ -298,6 +301,49 @@ def measure(
         (off if index % 2 else on).append(run)
     check(mode, [*on, *off], asks)
     return on, off
+
+
+def random_text(bench: Bench, options: argparse.Namespace, concurrency: int) -> str:
+    """Measure what looking for drafts costs where there are none; the verdict."""
+    asks = random_turns(
+        bench.info.vocab_size,
+        users=concurrency,
+        turns=options.turns,
+        prompt_tokens=1024,
+        output_tokens=options.output_tokens,
+    )
+    found = measure_pairs(lambda drafts: bench.forced(drafts=drafts), asks).summary()
+    append(options, {"mode": "random", "concurrency": concurrency, **found})
+    ranges = {
+        name: f"{found[f'{name}_ratio']:.3f} ({found[f'{name}_ratio_low']:.3f} to "
+        f"{found[f'{name}_ratio_high']:.3f})"
+        for name in ("wall", "cpu")
+    }
+    return (
+        f"random, {concurrency} users, {found['pairs']} pairs of steps, {found['drafted_tokens']} "
+        f"tokens drafted: speed with drafts over that without {ranges['wall']}, by CPU time "
+        f"{ranges['cpu']}"
+    )
+
+
+def append(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Add a line to the history, unless told not to."""
+    if options.no_history:
+        return
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "version": __version__,
+        "python": platform.python_version(),
+        "model": options.model,
+        "threads": options.threads,
+        "kv_dtype": options.kv_dtype,
+        "temperature": options.temperature,
+        "output_tokens_max": options.output_tokens,
+        "context_max": options.context_max,
+        **found,
+    }
+    with HISTORY.open("a") as history:
+        print(json.dumps(line), file=history)
 
 
 def main() -> None:
@@ -340,6 +386,10 @@ def main() -> None:
     table = Table("mode", "users", "drafts", *columns)
     verdicts = []
     for mode, concurrency in itertools.product(options.mode, options.concurrency):
+        if mode == "random":
+            verdicts.append(random_text(bench, options, concurrency))
+            console.print(verdicts[-1])
+            continue
         on, off = measure(bench, options, mode, concurrency)
         found = ratios(on, off)
         speed = max(run.summary()["tokens_per_minute"] for run in on) / max(
@@ -363,26 +413,17 @@ def main() -> None:
             f"{_shown(found['ratio_quoting_median'])}, TPM ratio {speed:.3f}; answers equal"
         )
         console.print(verdicts[-1])
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "version": __version__,
-            "python": platform.python_version(),
-            "model": options.model,
-            "mode": mode,
-            "concurrency": concurrency,
-            "threads": options.threads,
-            "kv_dtype": options.kv_dtype,
-            "temperature": options.temperature,
-            "output_tokens_max": options.output_tokens,
-            "context_max": options.context_max,
-            "tpm_ratio": speed,
-            **found,
-            "auto": [run.summary() for run in on],
-            "off": [run.summary() for run in off],
-        }
-        if not options.no_history:
-            with HISTORY.open("a") as history:
-                print(json.dumps(line), file=history)
+        append(
+            options,
+            {
+                "mode": mode,
+                "concurrency": concurrency,
+                "tpm_ratio": speed,
+                **found,
+                "auto": [run.summary() for run in on],
+                "off": [run.summary() for run in off],
+            },
+        )
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """Heads of drafts against their formulas, written down apart in float32."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear, silu, softmax
 
-from tests.models.test_draft_model import CONFIG, PROMPTS, Users, greedy, runner_of
+from tests.models.test_draft_model import (
+    CONFIG,
+    OUTPUT,
+    PROMPTS,
+    SLOTS,
+    Users,
+    greedy,
+    runner_of,
+)
 from tests.models.tiny import CONFIGS, build, read_tensors, write_tiny
 from tests.support.forward import Request, build_rows
 from tests.unit.execution.tiny import CPU
@@ -291,10 +300,11 @@ def proposed(target: Model, head: Head, text: list[int], count: int) -> list[tup
     return found
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("name", ["eagle3", "deepseek-v3"])
 def test_heads_propose_beside_their_target_what_they_propose_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, native: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, native: bool, cut: bool
 ) -> None:
     if name == "eagle3":
         target, head = with_eagle3(tmp_path, native=native)[:2]
@@ -304,6 +314,17 @@ def test_heads_propose_beside_their_target_what_they_propose_alone(
     if name == "eagle3":
         assert isinstance(runner._steps.recorded, StepGraph) == native
     users = Users(runner, CONFIG, seed=5)
+    if cut:
+        # As if grammars forbade all guesses that are wrong.
+        texts = [greedy(target, list(prompt), OUTPUT) for prompt in PROMPTS]
+
+        def taken(slot: int, guesses: list[int]) -> int:
+            index = SLOTS.index(slot)
+            right = texts[index][len(users.outputs[index]) :]
+            pairs = zip(guesses, right, strict=False)
+            return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
+
+        monkeypatch.setattr(runner._confinement, "taken", taken)
     users.run(most=4)
     checked = 0
     for prompt, output, of_user in zip(PROMPTS, users.outputs, users.proposed, strict=True):

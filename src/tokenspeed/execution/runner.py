@@ -258,29 +258,29 @@ class Runner:
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
         with self._profiler.step():
-            result = self._cut_and_compute(plan)
-            if self._draft_model is None:
-                return result
-            # What follows of tokens can only be proposed once they are there.
-            if isinstance(result, AwaitedTokens):
-                result = result.result()
-            states_TF = self._steps.states(len(plan.token_ids)) if self._state_layers else None
-            proposals = self._draft_model.follow(plan, result.tokens, states_TF)
-            return replace(
-                result,
-                proposed_starts=proposals.starts,
-                proposed_tokens=proposals.tokens,
-                proposed_chances=proposals.chances,
-            )
+            # Ranks that follow have the whole plan already.
+            cut = CutPlan.of(plan, self._confinement.taken) if self._model.ranks == 1 else None
+            if cut is None:
+                return self._compute_and_propose(plan)
+            result = self._compute_and_propose(cut.plan)
+            assert isinstance(result, StepResult), "what a grammar confines is chosen on the host"
+            return cut.whole(result)
 
-    def _cut_and_compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
-        # Ranks that follow have the whole plan already.
-        cut = CutPlan.of(plan, self._confinement.taken) if self._model.ranks == 1 else None
-        if cut is None:
-            return self._compute(plan)
-        result = self._compute(cut.plan)
-        assert isinstance(result, StepResult), "what a grammar confines is chosen on the host"
-        return cut.whole(result)
+    def _compute_and_propose(self, plan: StepPlan) -> StepResult | AwaitedTokens:
+        result = self._compute(plan)
+        if self._draft_model is None:
+            return result
+        # What follows of tokens can only be proposed once they are there.
+        if isinstance(result, AwaitedTokens):
+            result = result.result()
+        states_TF = self._steps.states(len(plan.token_ids)) if self._state_layers else None
+        proposals = self._draft_model.follow(plan, result.tokens, states_TF)
+        return replace(
+            result,
+            proposed_starts=proposals.starts,
+            proposed_tokens=proposals.tokens,
+            proposed_chances=proposals.chances,
+        )
 
     def _compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
         samples = Samples.of(plan) if (guessed := drafts(plan)) else None
