@@ -47,7 +47,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.support.draft_loads import (  # noqa: E402
     Asked,
     Forcing,
+    Own,
     Turn,
+    bounded,
     drive,
     own_turns,
     random_turns,
@@ -157,67 +159,6 @@ class Bench:
         return self.core(forcing, drafts=drafts), forcing
 
 
-class Own:
-    """Sessions in which a model's own answers are the history, spread over users.
-
-    Args:
-        bench: renders.
-        sessions: of each the messages before each answer.
-        users: how many take them, each one after the other.
-        context_max, output_max: of a turn; a session ends before one that would not fit.
-    """
-
-    def __init__(
-        self,
-        bench: Bench,
-        sessions: list[list[list[dict[str, str]]]],
-        users: int,
-        *,
-        context_max: int,
-        output_max: int,
-    ) -> None:
-        self._bench = bench
-        self._sessions = sessions
-        self._context_max = context_max
-        self._output_max = output_max
-        self._answers: list[list[int]] = [[] for _ in range(users)]
-        self.users = [self._turns(user, users) for user in range(users)]
-
-    def answered(self, user: int, turn: Turn) -> None:
-        """The next turn's history ends with this."""
-        self._answers[user] = turn.tokens
-
-    def _turns(self, user: int, users: int) -> Iterator[Asked]:
-        tokenizer = self._bench.tokenizer
-        for session in self._sessions[user::users]:
-            messages: list[dict[str, str]] = []
-            for new in session:
-                messages += new
-                prompt = tokenizer.encode(tokenizer.render_chat(messages))
-                if len(prompt) + self._output_max >= self._context_max:
-                    break
-                yield Asked(prompt, self._output_max)
-                text = tokenizer.decode(self._answers[user], skip_special=True)
-                messages.append({"role": "assistant", "content": text})
-
-
-def bounded(
-    users: list[Iterator[Asked]], ends_s: float | None, counts: list[int] | None
-) -> list[Iterator[Asked]]:
-    """Users who stop at a time, or after so many turns each."""
-
-    def until(turns: Iterator[Asked]) -> Iterator[Asked]:
-        # Everybody has one turn, however slow the machine is.
-        for index, asked in enumerate(turns):
-            if index and ends_s is not None and time.perf_counter() >= ends_s:
-                return
-            yield asked
-
-    if counts is None:
-        return [until(turns) for turns in users]
-    return [itertools.islice(turns, count) for turns, count in zip(users, counts, strict=True)]
-
-
 def check(mode: str, runs: list[Run], wanted: list[list[Asked]] | None) -> None:
     """All runs gave the same answers, and the forced ones."""
     first = [[turn.tokens for turn in turns] for turns in runs[0].turns]
@@ -282,7 +223,7 @@ def measure(
         own = None
         if asks is None:
             own = Own(
-                bench,
+                bench.tokenizer,
                 sessions,
                 concurrency,
                 context_max=context_max,
@@ -424,7 +365,8 @@ def main() -> None:
                 "off": [run.summary() for run in off],
             },
         )
-    console.print(table)
+    if table.row_count:
+        console.print(table)
 
 
 def _shown(ratio: float | None) -> str:

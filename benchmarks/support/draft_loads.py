@@ -2,6 +2,7 @@
 model's own answers, or random; and what came of them, token by token.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,17 @@ from tokenspeed.core.step import StepPlan
 from tokenspeed.engine.core import EngineCore
 from tokenspeed.engine.wire import Submit
 
-__all__ = ["Asked", "Forcing", "Turn", "drive", "own_turns", "random_turns", "recorded_turns"]
+__all__ = [
+    "Asked",
+    "Forcing",
+    "Own",
+    "Turn",
+    "bounded",
+    "drive",
+    "own_turns",
+    "random_turns",
+    "recorded_turns",
+]
 
 # An answer quotes if so much of it, by runs of this many tokens, stands in its prompt.
 QUOTED_RUN = 8
@@ -241,3 +252,64 @@ def random_turns(
         [Asked(tokens(prompt_tokens), output_tokens, tokens(output_tokens)) for _ in range(turns)]
         for _ in range(users)
     ]
+
+
+class Own:
+    """Sessions in which a model's own answers are the history, spread over users.
+
+    Args:
+        tokenizer: renders.
+        sessions: of each the messages before each answer.
+        users: how many take them, each one after the other.
+        context_max, output_max: of a turn; a session ends before one that would not fit.
+    """
+
+    def __init__(
+        self,
+        tokenizer: loader.Tokenizer,
+        sessions: list[list[list[dict[str, str]]]],
+        users: int,
+        *,
+        context_max: int,
+        output_max: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._sessions = sessions
+        self._context_max = context_max
+        self._output_max = output_max
+        self._answers: list[list[int]] = [[] for _ in range(users)]
+        self.users = [self._turns(user, users) for user in range(users)]
+
+    def answered(self, user: int, turn: Turn) -> None:
+        """The next turn's history ends with this."""
+        self._answers[user] = turn.tokens
+
+    def _turns(self, user: int, users: int) -> Iterator[Asked]:
+        tokenizer = self._tokenizer
+        for session in self._sessions[user::users]:
+            messages: list[dict[str, str]] = []
+            for new in session:
+                messages += new
+                prompt = tokenizer.encode(tokenizer.render_chat(messages))
+                if len(prompt) + self._output_max >= self._context_max:
+                    break
+                yield Asked(prompt, self._output_max)
+                text = tokenizer.decode(self._answers[user], skip_special=True)
+                messages.append({"role": "assistant", "content": text})
+
+
+def bounded(
+    users: list[Iterator[Asked]], ends_s: float | None, counts: list[int] | None
+) -> list[Iterator[Asked]]:
+    """Users who stop at a time, or after so many turns each."""
+
+    def until(turns: Iterator[Asked]) -> Iterator[Asked]:
+        # Everybody has one turn, however slow the machine is.
+        for index, asked in enumerate(turns):
+            if index and ends_s is not None and time.perf_counter() >= ends_s:
+                return
+            yield asked
+
+    if counts is None:
+        return [until(turns) for turns in users]
+    return [itertools.islice(turns, count) for turns, count in zip(users, counts, strict=True)]
