@@ -276,6 +276,17 @@ NB_MODULE(_cpu, module) {
         },
         "runtime"_a, "a"_a, "b"_a, "y"_a);
     module.def(
+        "join",
+        [](cpu::Runtime& runtime, nb::handle a, nb::handle b, nb::handle y) {
+            const std::int64_t heads = tensors.borrow(y, "y").shape[1];
+            const auto front = tensors.heads<const void*>(a, "a");
+            const auto behind = tensors.heads<const void*>(b, "b");
+            const auto joined = tensors.heads<void*>(y, "y");
+            const nb::gil_scoped_release release;
+            cpu::join(runtime, front, behind, heads, joined);
+        },
+        "runtime"_a, "a"_a, "b"_a, "y"_a);
+    module.def(
         "route",
         [](cpu::Runtime& runtime, nb::handle logits, nb::handle bias, std::string_view scoring,
            bool normalise, float scale, std::int64_t groups, std::int64_t groups_kept,

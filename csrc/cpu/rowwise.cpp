@@ -142,6 +142,31 @@ void add(Runtime& runtime, const In& a, const In& b, const Out& y) {
     });
 }
 
+void join(Runtime& runtime, const In& a, const In& b, std::int64_t heads, const Out& y) {
+    if (a.rows != b.rows || a.rows != y.rows || a.columns + b.columns != y.columns || heads < 1 ||
+        a.columns % heads != 0 || b.columns % heads != 0 || a.type != b.type || a.type != y.type) {
+        throw KernelError(shape(a) + " and " + shape(b) + " in " + std::to_string(heads) +
+                          " heads do not give " + shape(y) + " of the same type");
+    }
+    runtime.perform(y.rows, [&runtime, a, b, heads, y](std::int64_t rows) {
+        const std::int64_t element = y.element_size_bytes();
+        const auto front = static_cast<std::size_t>(a.columns / heads * element);
+        const auto behind = static_cast<std::size_t>(b.columns / heads * element);
+        each_row(runtime, rows, y.columns, [&](std::int64_t row) {
+            const auto* from_a = static_cast<const std::byte*>(a.at(row));
+            const auto* from_b = static_cast<const std::byte*>(b.at(row));
+            auto* to = static_cast<std::byte*>(y.at(row));
+            for (std::int64_t head = 0; head < heads; ++head) {
+                std::memcpy(to, from_a, front);
+                std::memcpy(to + front, from_b, behind);
+                from_a += front;
+                from_b += behind;
+                to += front + behind;
+            }
+        });
+    });
+}
+
 void take(Runtime& runtime, const In& x, std::span<const std::int64_t> indices, const Out& y) {
     if (y.rows != static_cast<std::int64_t>(indices.size()) || y.columns != x.columns ||
         y.type != x.type) {

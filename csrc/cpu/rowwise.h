@@ -25,6 +25,9 @@ void angles(Runtime& runtime, std::span<const std::int64_t> positions,
 // y = a + b, in float32 and rounded once.
 void add(Runtime& runtime, const In& a, const In& b, const Out& y);
 
+// Of each head of a row, what a has of it and behind that what b has; all of one type.
+void join(Runtime& runtime, const In& a, const In& b, std::int64_t heads, const Out& y);
+
 // y's row i is x's row indices[i].
 // Also thrown: an index of no row.
 void take(Runtime& runtime, const In& x, std::span<const std::int64_t> indices, const Out& y);

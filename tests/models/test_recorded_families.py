@@ -11,6 +11,7 @@ from tests.models.tiny import build, read_tensors, write_tiny
 from tests.unit.execution.tiny import CPU, GREEDY, Planner, Request, bind, config_of
 from tokenspeed.cache import KVPools
 from tokenspeed.execution import Runner
+from tokenspeed.execution.graph import StepGraph
 from tokenspeed.modeling import Model
 
 PROMPTS = ([40, 30, 150, 77, 6], [90, 12, 13], [*range(50, 80)])
@@ -57,13 +58,50 @@ def tokens_of(model: Model, *, recorded: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3", "llama-yarn", "qwen3-moe", "glm4-moe", "gpt-oss", "mistral-window"]
+    "name",
+    [
+        "gemma3",
+        "llama-yarn",
+        "qwen3-moe",
+        "glm4-moe",
+        "gpt-oss",
+        "mistral-window",
+        "deepseek-v2",
+        "deepseek-v3",
+    ],
 )
 def test_recorded_steps_of_a_family_give_the_tokens_of_its_forward(
     name: str, tmp_path: Path
 ) -> None:
     model = loaded(name, tmp_path)
     assert tokens_of(model, recorded=True) == tokens_of(model, recorded=False)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
+def test_recorded_latents_give_the_bits_of_the_forward(name: str, tmp_path: Path) -> None:
+    model = loaded(name, tmp_path)
+    config = config_of(page_size=16, context_max=128)
+    pools = KVPools(model.kv_specs(), pages=config.groups[0].pages, page_size=16, device=CPU)
+    runner = Runner(model, pools, config, device=CPU, threads=1)
+    runner.warm_up()
+    steps = runner._steps
+    assert isinstance(steps.recorded, StepGraph)
+    planner = Planner(config)
+    requests = [Request(slot=slot, prompt=[*range(9 * slot, 40)]) for slot in (0, 2)]
+    for request in requests:
+        bind(runner, request, GREEDY)
+    for decodes, prefills in (
+        ([], [(requests[0], 40)]),
+        ([requests[0]], [(requests[1], 22)]),
+        (requests, []),
+    ):
+        plan = planner.plan(decodes, prefills)
+        # A recorded step leaves the tokens that it chose for the next one.
+        with torch.inference_mode():
+            logits_SV = steps.logits(plan).clone()
+        recorded_SV, _ = steps.recorded.run(plan, likeliest=True)
+        assert torch.equal(recorded_SV, logits_SV)
+    runner.close()
 
 
 def test_a_model_with_a_sum_of_pytorchs_is_not_recorded(

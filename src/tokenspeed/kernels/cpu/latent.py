@@ -17,11 +17,33 @@ from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.registry import Priority, kernel
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["append_latents", "paged_mla"]
+__all__ = ["append_latents", "join_heads", "paged_mla"]
 
 _CPU = Capability(device="cpu")
 _FORMATS: Final = ("float32", "bfloat16")
 _LATENT_DIMS: Final = range(32, 641, 16)
+
+
+@kernel(
+    "attention.join_heads",
+    solution="cpu",
+    requires=_CPU,
+    formats=_FORMATS,
+    priority=Priority.NATIVE,
+)
+def join_heads(
+    front_TQA: torch.Tensor, behind_TQB: torch.Tensor, *, runtime: CpuRuntime
+) -> torch.Tensor:
+    """One pass, token by token."""
+    elements = front_TQA.shape[2] + behind_TQB.shape[2]
+    joined_TQE = front_TQA.new_empty((*front_TQA.shape[:2], elements))
+    # Other kernels may leave a token's heads apart.
+    front_TQA, behind_TQB = (
+        x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous()
+        for x in (front_TQA, behind_TQB)
+    )
+    _cpu.join(runtime, front_TQA, behind_TQB, joined_TQE)
+    return joined_TQE
 
 
 @kernel(

@@ -12,10 +12,16 @@ from tokenspeed.kernels.reference.kvcache import scatter
 from tokenspeed.kernels.registry import ANY, Priority, kernel
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["append_latents", "paged_mla", "prompt_mla"]
+__all__ = ["append_latents", "join_heads", "paged_mla", "prompt_mla"]
 
 _FORMATS = (*DENSE, FLOAT8)
 _TRAITS = {"latent_dim": ANY, "value_dim": ANY}
+
+
+@kernel("attention.join_heads", solution="reference", formats=DENSE, priority=Priority.REFERENCE)
+def join_heads(front_TQA: torch.Tensor, behind_TQB: torch.Tensor) -> torch.Tensor:
+    """A copy of both."""
+    return torch.cat((front_TQA, behind_TQB), dim=-1)
 
 
 @kernel(

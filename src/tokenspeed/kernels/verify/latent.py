@@ -28,7 +28,11 @@ from tokenspeed.kernels.verify.case import (
 )
 from tokenspeed.kernels.verify.paging import scattered_rows, written_slots
 
-__all__ = ["append_latents_cases", "paged_mla_cases", "prompt_mla_cases"]
+__all__ = ["append_latents_cases", "join_heads_cases", "paged_mla_cases", "prompt_mla_cases"]
+
+
+# Tokens, heads, and elements of both halves.
+_JOINED = ((1, 1, 32, 16), (5, 3, 1, 7), (40, 16, 64, 32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,32 @@ def prompt_mla_cases() -> Iterator[Case]:
                         _prompt_mla, sizes, (format_name, dtype), (context, new, page_size)
                     ),
                 )
+
+
+def join_heads_cases() -> Iterator[Case]:
+    """Heads of any sizes; tokens lie in wider rows."""
+    for dtype in TYPES:
+        for sizes in _JOINED:
+            tokens, heads, front, behind = sizes
+            yield Case(
+                op="attention.join_heads",
+                format_name=named(dtype),
+                dtype=dtype,
+                name=f"{tokens} x {heads} x ({front} + {behind})",
+                check=partial(_join_heads, sizes, dtype),
+            )
+
+
+def _join_heads(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, kernel: Call, runtime: CpuRuntime
+) -> Iterator[Compared]:
+    tokens, heads, front, behind = sizes
+    front_TQA = noise(tokens, heads + 1, front, dtype=dtype)[:, 1:]
+    behind_TQB = noise(tokens, heads + 2, behind, dtype=dtype, seed=1)[:, :heads]
+    exact = torch.cat((front_TQA, behind_TQB), dim=-1)
+    yield equal("heads", kernel(front_TQA, behind_TQB), exact)
+    apart = front_TQA.transpose(0, 1).contiguous().transpose(0, 1)
+    yield equal("heads that lie apart", kernel(apart, behind_TQB), exact)
 
 
 def append_latents_cases() -> Iterator[Case]:

@@ -38,6 +38,7 @@ def _all(*grids: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
 CASES: Final[Mapping[str, Callable[[], Iterator[Case]]]] = {
     "activation.gelu_tanh_and_mul": rowwise.gelu_tanh_and_mul_cases,
     "activation.silu_and_mul": rowwise.silu_and_mul_cases,
+    "attention.join_heads": latent.join_heads_cases,
     "attention.paged_mha": _all(attention.paged_mha_cases, rounded.paged_mha_cases),
     "attention.paged_mla": latent.paged_mla_cases,
     "attention.partial_mha": partial.partial_mha_cases,

@@ -160,6 +160,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         reason="rope.rotate and a copy; FP8 pages round K to three bits",
     ),
     "embedding.lookup": _COPY,
+    "attention.join_heads": _COPY,
     "embedding.take": _COPY,
     "sampling.argmax": _CHOICE,
     "sampling.add_bias": Tolerance(

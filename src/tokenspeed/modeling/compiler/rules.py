@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tokenspeed.modeling.compiler.symbol import Dim, Flow, Symbol
+from tokenspeed.modeling.compiler.symbol import Dim, Flow, Symbol, cat
 from tokenspeed.modeling.compiler.trace import Tracer, WeightSymbol
 from tokenspeed.modeling.placement import Partial, Shard
 
@@ -248,6 +248,11 @@ def _paged_mla(tracer: Tracer, q_TQE: Symbol, *, value_dim: int, **others: Any) 
     return made
 
 
+def _join_heads(tracer: Tracer, front_TQA: Symbol, behind_TQB: Symbol) -> Symbol:
+    _whole_features(tracer, "attention.join_heads", front_TQA, behind_TQB)
+    return cat((front_TQA, behind_TQB), dim=-1)
+
+
 def _output_cells(tracer: Tracer, summed: tuple[int, ...]) -> tuple[int, ...]:
     """Cells over which the running module says that its features are divided."""
     found = []
@@ -285,6 +290,7 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "activation.gelu_tanh_and_mul": _gated("activation.gelu_tanh_and_mul"),
         "activation.silu_and_mul": _gated("activation.silu_and_mul"),
+        "attention.join_heads": _join_heads,
         "attention.paged_mha": _paged_mha,
         "attention.paged_mla": _paged_mla,
         "attention.partial_mha": _partial_mha,

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-__all__ = ["Dim", "Flow", "Recorder", "Symbol"]
+__all__ = ["Dim", "Flow", "Recorder", "Symbol", "cat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +251,7 @@ class Symbol:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.cat:
-            return _cat(*args, **(kwargs or {}))
+            return cat(*args, **(kwargs or {}))
         symbol = next(arg for arg in args if isinstance(arg, Symbol))
         return symbol._recorder.fail(f"torch.{func.__name__}, for which there is no rule")
 
@@ -261,7 +261,8 @@ class Symbol:
         return self._recorder.fail(f"Tensor.{name}, for which there is no rule")
 
 
-def _cat(symbols: Sequence[Symbol], dim: int = 0) -> Symbol:
+def cat(symbols: Sequence[Symbol], dim: int = 0) -> Symbol:
+    """Symbols put together along a dimension, which all have whole or divided alike."""
     first = symbols[0]
     dim %= len(first.dims)
     recorder = first._recorder

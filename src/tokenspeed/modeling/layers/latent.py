@@ -74,6 +74,7 @@ class LatentHeads(Module):
         )
         self._heads = kernels.select(ops.gemm.heads, format_name=self.k_up.format_name)
         self._rotate = kernels.select(ops.rope.rotate, traits={"head_dim": config.rotated_dim})
+        self._join = kernels.select(ops.attention.join_heads)
         traits = {"latent_dim": config.latent_dim, "value_dim": config.kv_rank}
         kv_format = kernels.kv_format(ops.kvcache.append_latents, ops.attention.paged_mla, **traits)
         self._append = kernels.select(
@@ -99,8 +100,8 @@ class LatentHeads(Module):
         config = self._config
         plain, rank = config.plain_dim, config.kv_rank
         k_T1R = kv_TE[:, rank:].unflatten(-1, (1, config.rotated_dim))  # type: ignore[no-untyped-call]
-        k_TR = self._rotate(k_T1R, *angles).flatten(1)
-        latents_TE = torch.cat((self.kv_norm(kv_TE[:, :rank]), k_TR), dim=-1)
+        kv_T1L = self.kv_norm(kv_TE[:, :rank]).unflatten(-1, (1, rank))
+        latents_TE = self._join(kv_T1L, self._rotate(k_T1R, *angles)).flatten(1)
         self._append(latents_TE, latents_PCE, rows.kv_slots_T)
         turned_THR = self._rotate(q_THD[..., plain:], *angles)
         parted = None
@@ -120,7 +121,7 @@ class LatentHeads(Module):
     ) -> torch.Tensor:
         """out_THV, with heads' up-projections before and behind attention."""
         q_THL = self._heads(plain_THN, self.k_up.data)
-        q_THE = torch.cat((q_THL, turned_THR), dim=-1)
+        q_THE = self._join(q_THL, turned_THR)
         rank = self._config.kv_rank
         out_THL = self._attend(q_THE, latents_PCE, rows, self._scale, value_dim=rank)
         return self._heads(out_THL, self.v_up.data)

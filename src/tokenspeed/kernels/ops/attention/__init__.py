@@ -10,7 +10,7 @@ from tokenspeed.kernels.kv_formats import pool_format
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["paged_mha", "paged_mla", "partial_mha", "prompt_mla"]
+__all__ = ["join_heads", "paged_mha", "paged_mla", "partial_mha", "prompt_mla"]
 
 
 @declare_op("attention.paged_mha", traits=("head_dim",))
@@ -68,6 +68,13 @@ def partial_mha(
     """
     kernel = partial_mha.best(q_TQD, format_name=pool_format(k_PCHD), head_dim=q_TQD.shape[2])
     return kernel(q_TQD, k_PCHD, v_PCHD, rows, scale, window=window, sinks_Q=sinks_Q)
+
+
+@declare_op("attention.join_heads")
+def join_heads(front_TQA: torch.Tensor, behind_TQB: torch.Tensor) -> torch.Tensor:
+    """Of each head one vector and behind it another, [T, Q, A + B], both of one type: a query over
+    latents, and a latent with one head, of what is rotated and what is not."""
+    return join_heads.best(front_TQA)(front_TQA, behind_TQB)
 
 
 @declare_op("attention.paged_mla", traits=("latent_dim", "value_dim"))
