@@ -174,6 +174,9 @@ struct Inputs {
     }
 };
 
+// Tiles of so many cells leave no registers for sums of products beside them.
+constexpr int parked_cells = 16;
+
 // Adds `count` steps of the source to the cells' sums.
 template <class Source, int rows, int panels>
 TOKENSPEED_INLINE void accumulate(const Source& source, const Inputs<rows>& x, std::int64_t count,
@@ -181,7 +184,11 @@ TOKENSPEED_INLINE void accumulate(const Source& source, const Inputs<rows>& x, s
     constexpr Format format = Source::format;
     constexpr bool halves = format.scales == Scales::nested_halves;
     constexpr int shift = log2(format.zero_point());
+    // The cells of a tall tile wait in memory while a step's products fill the registers: they are
+    // needed once a step, and left to itself the compiler moves sums of products about instead.
+    constexpr bool parked = rows * panels >= parked_cells;
     for (std::int64_t step = 0; step < count; ++step) {
+        if constexpr (parked) asm("" : "+m"(acc));
         if constexpr (Source::streamed) {
             for (int p = 0; p < panels; ++p) source.prefetch(p, step);
         }

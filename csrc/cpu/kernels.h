@@ -334,11 +334,14 @@ struct Kernels {
     // Query rows (tokens times query heads) that a part of attention should have.
     int attention_rows;
     // Of up to `streamed_rows_max` rows a part reads its weights as `streams` streams, for up to
-    // `few_rows` rows at once. Of more rows it unpacks `tile_panels` panels at a time for groups of
-    // `tile_rows` rows, and may have `rows_max` rows and `panels_max` panels.
+    // `few_rows` rows at once; more are cut into groups of `cut_rows`, or of `cut_rows_min` to
+    // `cut_rows_max` where fewer rows are added then. Beyond that it unpacks `tile_panels` panels
+    // at a time for groups of `tile_rows` rows, and may have `rows_max` rows and `panels_max`
+    // panels.
     int streamed_rows_max;
     int streams;
     int few_rows;
+    int cut_rows, cut_rows_min, cut_rows_max;
     int tile_panels;
     int tile_rows;
     int rows_max;

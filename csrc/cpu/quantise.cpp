@@ -11,11 +11,11 @@ namespace {
 std::int64_t group_rows(const Kernels& kernels, std::int64_t rows) {
     if (rows > kernels.streamed_rows_max) return kernels.tile_rows;
     if (rows <= kernels.few_rows) return std::max<std::int64_t>(1, rows);
-    std::int64_t best = kernels.few_rows;
+    std::int64_t best = kernels.cut_rows;
     const auto filled = [rows](std::int64_t height) {
         return (rows + height - 1) / height * height;
     };
-    for (std::int64_t height = best - 1; height >= kernels.few_rows - 2; --height) {
+    for (std::int64_t height = kernels.cut_rows_max; height >= kernels.cut_rows_min; --height) {
         if (filled(height) < filled(best)) best = height;
     }
     return best;

@@ -16,7 +16,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 # Below and above one panel and one step, odd, and more than the first cache keeps of a panel.
 SHAPES = [(1, 1), (16, 32), (53, 77), (130, 2304), (37, 4865)]
 # Every tile, two tiles of each kind, and many rows.
-ROW_COUNTS = [*range(1, 10), 13, 17, 32, 33, 512]
+ROW_COUNTS = [*range(1, 14), 15, 17, 19, 32, 33, 512]
 
 
 def runtime(isa: str | None = None, threads: int = 1) -> CpuRuntime:

@@ -15,7 +15,7 @@ ISAS = supported_isas()
 # Below and above one panel, odd, and more than one block of unpacked inputs.
 SHAPES = [(1, 256), (16, 256), (53, 768), (130, 2304)]
 # Every tile of few rows, more than are streamed, and many.
-ROW_COUNTS = [*range(1, 10), 13, 17, 32, 33, 512]
+ROW_COUNTS = [*range(1, 14), 15, 17, 19, 32, 33, 512]
 
 
 def runtime(isa: str | None = None, threads: int = 1) -> CpuRuntime:

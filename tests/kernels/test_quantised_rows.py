@@ -32,7 +32,7 @@ from tokenspeed.kernels.verify.case import noise
 
 # One step of quantisation and a part of one; every tile of few rows, more than are streamed, many.
 FEATURES = 544
-ROW_COUNTS = [*range(1, 10), 17, 32, 33, 70]
+ROW_COUNTS = [*range(1, 14), 15, 17, 19, 32, 33, 70]
 OUTPUTS = (("Q4_1", 24), ("Q8_0", 16))
 
 

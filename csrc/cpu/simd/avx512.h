@@ -37,9 +37,10 @@ constexpr int tile_panels = 2;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
 constexpr int score_rows = 6, score_vectors = 4;
 constexpr int value_rows = 6, value_vectors = 4;
-// Panels read at once for one to six rows.
-constexpr int few_rows = 6;
-constexpr int few_panels[few_rows] = {4, 4, 2, 2, 2, 2};
+// Panels read at once for one to ten rows, and how many rows a group has of more.
+constexpr int few_rows = 10;
+constexpr int few_panels[few_rows] = {4, 4, 2, 2, 2, 2, 2, 2, 2, 2};
+constexpr int cut_rows = 6, cut_rows_min = 7, cut_rows_max = 10;
 // Rows for which unpacking weights in registers, again for each tile, is less than unpacking them
 // to memory once.
 constexpr int streamed_rows_max = 32;

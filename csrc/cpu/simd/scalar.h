@@ -40,9 +40,10 @@ constexpr int tile_panels = 1;
 // Register tiles of attention: queries by vectors of scores, and by vectors of values.
 constexpr int score_rows = 1, score_vectors = 1;
 constexpr int value_rows = 1, value_vectors = 1;
-// Panels read at once for one to four rows.
+// Panels read at once for one to four rows, and how many rows a group has of more.
 constexpr int few_rows = 4;
 constexpr int few_panels[few_rows] = {1, 1, 1, 1};
+constexpr int cut_rows = 4, cut_rows_min = 2, cut_rows_max = 3;
 // Rows for which unpacking weights in registers, again for each tile, is less than unpacking them
 // to memory once.
 constexpr int streamed_rows_max = 4;
