@@ -1,11 +1,13 @@
 """What drafts bring on sessions of coding agents, and what they cost where nothing repeats.
 
-    python benchmarks/drafts.py [--model qwen2.5-coder-0.5b] [--sessions-file FILE]
+    python benchmarks/drafts.py [--model qwen2.5-coder-0.5b] [--speculate auto|draft:MODEL]
+        [--against off|suffix] [--sessions-file FILE]
         [--mode recorded own random] [--concurrency 1 4 8] [--sessions 8] [--turns 6]
         [--minutes 4] [--repeats 2]
 
-On one engine in this process, drafts on (`auto`) and off take turns (A B A B), each with a cache of
-its own and the same prompts. Three modes:
+On one engine in this process, drafts on (`--speculate`) and off (or, with `--against suffix`, out
+of text alone) take turns (A B A B), each with a cache of its own and the same prompts. Where there
+is a draft model it is left out of the other side's steps altogether. Three modes:
 
 - `recorded`: the conversations as they were recorded, the recorded answers taking the place of what
   the model samples. Acceptance is that of a real agent's text, and the forward is the model's.
@@ -100,9 +102,10 @@ class Run:
 
 
 class Bench:
-    """One loaded model, run by a new control plane each time."""
+    """One loaded model, run by a new control plane each time; `against` is the other side."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, against: str) -> None:
+        self._against = against
         self.tokenizer = loader.Tokenizer(Path(engine.info.tokenizer_dir))
         self.info = engine.info
         self._core = engine.core
@@ -138,12 +141,13 @@ class Bench:
         # Only now, because it imports torch.
         from tokenspeed.engine.pace import learn_drafts, learn_pace  # noqa: PLC0415
 
-        config = replace(
-            self._config, step_drafts_max=self._config.step_drafts_max if drafts else 0
-        )
+        config = self._config
+        if not drafts:
+            off = {"step_drafts_max": 0} if self._against == "off" else {}
+            config = replace(config, step_proposals_max=0, proposal_length_max=0, **off)
         control = Scheduler(config)
         learn_pace(runner, config, control)
-        if drafts:
+        if config.step_drafts_max:
             learn_drafts(runner, config, control)
         return EngineCore(
             control,
@@ -276,6 +280,8 @@ def append(options: argparse.Namespace, found: dict[str, Any]) -> None:
         "version": __version__,
         "python": platform.python_version(),
         "model": options.model,
+        "speculate": options.speculate,
+        "against": options.against,
         "threads": options.threads,
         "kv_dtype": options.kv_dtype,
         "temperature": options.temperature,
@@ -292,6 +298,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
+    parser.add_argument("--speculate", default="auto")
+    parser.add_argument("--against", choices=["off", "suffix"], default="off")
     parser.add_argument("--sessions-file", type=Path, default=SESSIONS)
     parser.add_argument("--mode", nargs="*", default=["recorded", "own", "random"])
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 4, 8])
@@ -319,9 +327,9 @@ def main() -> None:
         kv_dtype=options.kv_dtype,
         max_running=max(options.concurrency),
         seed=0,
-        speculate="auto",
+        speculate=options.speculate,
     )
-    bench = Bench(build_engine(config))
+    bench = Bench(build_engine(config), against=options.against)
     console = Console(width=150)
     columns = ("TPS of a user", "TPM", "CPU ms a token", "tokens a step", "accepted")
     table = Table("mode", "users", "drafts", *columns)
@@ -336,7 +344,7 @@ def main() -> None:
         speed = max(run.summary()["tokens_per_minute"] for run in on) / max(
             run.summary()["tokens_per_minute"] for run in off
         )
-        for name, runs in (("auto", on), ("off", off)):
+        for name, runs in ((options.speculate, on), (options.against, off)):
             rows = [run.summary() for run in runs]
             table.add_row(
                 mode,

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,15 @@ class Forcing:
         self._runner = runner
         self._answers: dict[int, np.ndarray] = {}
         self._of_slot: dict[int, np.ndarray] = {}
+        if (draft_model := runner._draft_model) is not None:
+            # What it proposes is to follow the answer, too.
+            follow = partial(type(draft_model).follow, draft_model)
+
+            def follow_answer(plan: StepPlan, tokens: np.ndarray, states: Any = None) -> Any:
+                self._put(plan, tokens)
+                return follow(plan, tokens, states)
+
+            draft_model.follow = follow_answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -113,18 +123,22 @@ class Forcing:
         """Run the plan, then put the answers' tokens in the place of those sampled."""
         result = self._runner.launch(plan).result()
         slots = plan.row_slots[plan.sample_rows]
-        forced = False
-        for sample, slot in enumerate(slots.tolist()):
-            answer = self._of_slot.get(slot)
-            # Drafts may reach beyond the answer; nothing counts there.
-            if answer is not None and plan.sample_positions[sample] < len(answer):
-                result.tokens[sample] = answer[plan.sample_positions[sample]]
-                forced = True
-        if forced:
+        if self._put(plan, result.tokens):
             lasts = Samples.of(plan).lasts(result.tokens)
             for sample in lasts.tolist():
                 self._runner._steps.last_token_X[slots[sample]] = int(result.tokens[sample])
         return SimpleNamespace(result=lambda: result)
+
+    def _put(self, plan: StepPlan, tokens: np.ndarray) -> bool:
+        """Put the answers' tokens in the place of those sampled; whether there were any."""
+        forced = False
+        for sample, slot in enumerate(plan.row_slots[plan.sample_rows].tolist()):
+            answer = self._of_slot.get(slot)
+            # Drafts may reach beyond the answer; nothing counts there.
+            if answer is not None and plan.sample_positions[sample] < len(answer):
+                tokens[sample] = answer[plan.sample_positions[sample]]
+                forced = True
+        return forced
 
 
 def drive(

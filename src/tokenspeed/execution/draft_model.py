@@ -227,7 +227,7 @@ class DraftModel:
             tokens_S: what was sampled.
             states_TF: for a head, the target's states of the step's tokens.
         """
-        asked = plan.propose_counts.tolist() or [0] * len(plan.row_slots)
+        asked = plan.propose_counts.tolist()
         rows: list[_Row] = []
         proposals: dict[int, _Proposal] = {}
         said = _said(plan, tokens_S)

@@ -268,7 +268,7 @@ class Runner:
 
     def _compute_and_propose(self, plan: StepPlan) -> StepResult | AwaitedTokens:
         result = self._compute(plan)
-        if self._draft_model is None:
+        if self._draft_model is None or not len(plan.propose_counts):
             return result
         # What follows of tokens can only be proposed once they are there.
         if isinstance(result, AwaitedTokens):
