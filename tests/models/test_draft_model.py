@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.test_step_graph import packed_model
 from tests.models.tiny import build, read_tensors, write_tiny
 from tests.support.forward import Driver
 from tests.unit.execution.tiny import CPU, GREEDY, Planner, Request, bind, config_of
@@ -165,6 +166,18 @@ def test_a_model_that_drafts_for_itself_is_always_right(tiny: Load, overlap_dept
     runner = runner_of(model, tiny(), config)
     assert isinstance(runner._steps.recorded, StepGraph)
     users = Users(runner, config, seed=7)
+    users.run(most=6)
+    for prompt, output in zip(PROMPTS, users.outputs, strict=True):
+        assert output == greedy(model, list(prompt), len(output))
+    assert users.drafted > 40
+    assert users.accepted == users.drafted
+    runner.close()
+
+
+def test_smollm2_is_always_right_about_itself() -> None:
+    model = packed_model()
+    runner = runner_of(model, packed_model(), CONFIG)
+    users = Users(runner, CONFIG, seed=11)
     users.run(most=6)
     for prompt, output in zip(PROMPTS, users.outputs, strict=True):
         assert output == greedy(model, list(prompt), len(output))

@@ -1,0 +1,77 @@
+"""Answers with a draft model are those without, whatever they must follow or end at."""
+
+import json
+
+import pytest
+
+from tokenspeed import LLM, SamplingParams, StructuredOutputs, loader
+from tokenspeed.core.step import StepWork
+
+PROMPTS = [
+    "def fibonacci(n):\n    ",
+    "The capital of France is",
+    "Write a haiku about rivers, then explain it line by line.",
+    "for index in range(10):\n    print(",
+]
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"enum": ["left", "right"]}, "size": {"type": "integer"}},
+        "required": ["name", "size"],
+        "additionalProperties": False,
+    }
+)
+PARAMS = {
+    "greedy": SamplingParams(temperature=0.0, max_new_tokens=32),
+    "drawn": SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_new_tokens=32),
+    "penalised": SamplingParams(temperature=0.0, repetition_penalty=1.2, max_new_tokens=24),
+    "stop": SamplingParams(temperature=0.0, stop=["\n"], max_new_tokens=48),
+    "schema": SamplingParams(
+        temperature=0.0,
+        max_new_tokens=48,
+        structured_outputs=StructuredOutputs(json=SCHEMA),
+    ),
+}
+
+
+def answers(
+    model: str, speculate: str, **options: int
+) -> tuple[dict[str, list[tuple[list[int], str]]], int]:
+    """Tokens and text of each prompt's answer, by how it was asked; and how many tokens a draft
+    model proposed."""
+    sizes = {"max_context": 512, "kv_cache_size_bytes": 1 << 28}
+    with LLM(model, speculate=speculate, seed=0, **sizes, **options) as llm:
+        # A model is no cheaper than itself, so that it would be left alone: let it look so.
+        for drafted, proposed in [(0, 0), (3, 0), (0, 3)] * 100:
+            work = StepWork(
+                decode_rows=1,
+                context_tokens=64,
+                draft_tokens=drafted,
+                proposed_tokens=proposed,
+                proposal_rounds=proposed,
+            )
+            llm._core.control.observe(work, 30_000 + 100 * drafted + 10 * proposed)
+        found = {}
+        # The second time beginnings are cached.
+        for name, params in [*PARAMS.items(), *PARAMS.items()]:
+            outputs = [output.completions[0] for output in llm.generate(PROMPTS, params)]
+            found[name] = [(output.token_ids, output.text) for output in outputs]
+        return found, llm._core.control.stats().proposed_tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap_depth": 1}, {"max_running": 2}])
+def test_answers_with_a_draft_model_are_those_without(
+    smollm2: loader.ModelFiles, options: dict[str, int]
+) -> None:
+    model = str(smollm2.path)
+    wanted, _ = answers(model, "off")
+    found, proposed = answers(model, f"draft:{model}", **options)
+    assert found == wanted
+    assert proposed > 0
+
+
+@pytest.mark.slow
+def test_answers_of_a_larger_model_with_a_smaller_one_beside_it_are_its_own() -> None:
+    wanted, _ = answers("qwen2.5-coder-1.5b", "off")
+    found, _ = answers("qwen2.5-coder-1.5b", "draft:qwen2.5-coder-0.5b")
+    assert found == wanted
