@@ -12,17 +12,17 @@ Legend: R rows, T tokens, S samples, P proposed tokens, M and F features of hidd
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.samples import Samples
 from tokenspeed.core.step import Float32Array, GroupPlan, Int32Array, StepPlan
 from tokenspeed.execution.buffers import PageTable
 from tokenspeed.execution.captured import Capture
+from tokenspeed.execution.draft_text import DraftProposal, DraftRow, DraftText, said_of
 from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.launched import AwaitedTokens
 from tokenspeed.kernels import ops
@@ -63,95 +63,6 @@ class Proposals:
     starts: Int32Array
     tokens: Int32Array
     chances: Float32Array
-
-
-@dataclass(slots=True)
-class _Text:
-    """A slot's request as the draft model knows it.
-
-    Attributes:
-        done: leading positions whose KV the draft model has.
-        tail: tokens behind these, up to the last one known.
-        guessed: tokens that were proposed, from position `done` on, and have KV.
-        states_TF: for a head, the target's states of the positions from `done` on.
-    """
-
-    done: int
-    tail: list[int] = field(default_factory=list)
-    guessed: list[int] = field(default_factory=list)
-    states_TF: torch.Tensor | None = None
-
-    @property
-    def end(self) -> int:
-        """The first position whose token is not known."""
-        return self.done + len(self.tail)
-
-    def goes_on(self, tokens: Sequence[int]) -> None:
-        """Take further tokens, of which those that were guessed have KV already."""
-        self.tail += tokens
-        # The last token is run once more, since what follows it is wanted.
-        while len(self.tail) > 1 and self.guessed:
-            if self.guessed.pop(0) != self.tail[0]:
-                self.guessed = []
-                return
-            self.done += 1
-            del self.tail[0]
-
-    def keep(self, states_TF: torch.Tensor) -> None:
-        """Take the states of further positions."""
-        kept = self.states_TF
-        self.states_TF = states_TF if kept is None else torch.cat([kept, states_TF])
-
-    def take(self, slot: int, count: int, *, sampled: bool) -> "_Row":
-        """The next tokens, which have KV from now on."""
-        states_TF = None
-        if self.states_TF is not None:
-            states_TF, self.states_TF = self.states_TF[:count], self.states_TF[count:]
-        row = _Row(slot, self.done, self.tail[:count], sampled, states_TF)
-        self.done += count
-        del self.tail[:count]
-        self.guessed = []
-        return row
-
-
-@dataclass(slots=True)
-class _Row:
-    """Tokens of a slot to be run, and whether what follows them is wanted."""
-
-    slot: int
-    first: int
-    tokens: list[int]
-    sampled: bool
-    states_TF: torch.Tensor | None = None
-
-    def cut(self, count: int) -> "tuple[_Row, _Row]":
-        """Its first tokens, and the others."""
-        first_TF = rest_TF = None
-        if self.states_TF is not None:
-            first_TF, rest_TF = self.states_TF[:count], self.states_TF[count:]
-        head, tail = self.tokens[:count], self.tokens[count:]
-        return (
-            _Row(self.slot, self.first, head, self.sampled and not tail, first_TF),
-            _Row(self.slot, self.first + count, tail, self.sampled, rest_TF),
-        )
-
-
-@dataclass(slots=True)
-class _Proposal:
-    """What was proposed so far for a row of the step."""
-
-    slot: int
-    first: int
-    most: int
-    tokens: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
-    chance: float = 1.0
-    states_1M: torch.Tensor | None = None
-
-    def take(self, token: int, chance: float) -> None:
-        self.tokens.append(token)
-        self.chances.append(chance)
-        self.chance *= chance
 
 
 class DraftModel:
@@ -204,7 +115,7 @@ class DraftModel:
         kernels = drafting.model.kernels
         self._argmax = kernels.select(ops.sampling.argmax, format_name="float32")
         self._logprobs = kernels.select(ops.sampling.logprobs, format_name="float32")
-        self._texts: dict[int, _Text] = {}
+        self._texts: dict[int, DraftText] = {}
 
     def record(self) -> None:
         """Record the forward where the device can; to be called once."""
@@ -228,9 +139,9 @@ class DraftModel:
             states_TF: for a head, the target's states of the step's tokens.
         """
         asked = plan.propose_counts.tolist()
-        rows: list[_Row] = []
-        proposals: dict[int, _Proposal] = {}
-        said = _said(plan, tokens_S)
+        rows: list[DraftRow] = []
+        proposals: dict[int, DraftProposal] = {}
+        said = said_of(plan, tokens_S)
         for row, (slot, tokens, most) in enumerate(
             zip(plan.row_slots.tolist(), said, asked, strict=True)
         ):
@@ -245,7 +156,7 @@ class DraftModel:
             wanted = min(length - text.done, len(text.tail))
             if most and tokens and room + self._ahead > 0:
                 wanted = len(text.tail)
-                proposals[row] = _Proposal(
+                proposals[row] = DraftProposal(
                     slot=slot, first=length - self._ahead, most=min(most, room + self._ahead)
                 )
             elif row < plan.decode_count and not self._leaves_page(text.done, length):
@@ -267,7 +178,7 @@ class DraftModel:
         slot: int,
         said: Sequence[int],
         states_TF: torch.Tensor | None,
-    ) -> _Text:
+    ) -> DraftText:
         """The text of a row's request, with what it ran and what was sampled behind it."""
         text = self._texts.get(slot)
         context = int(plan.context_lens[row])
@@ -276,13 +187,13 @@ class DraftModel:
             known = context + 1 - self._ahead
             if text is None or text.end != known:
                 # Its last token came to it elsewhere, and stays unknown here.
-                text = self._texts[slot] = _Text(done=known)
+                text = self._texts[slot] = DraftText(done=known)
             text.goes_on(said)
             end = start + len(said)
         else:
             tokens = plan.token_ids[start:end].tolist()
             if text is None or text.end != context - self._ahead:
-                text = self._texts[slot] = _Text(done=context)
+                text = self._texts[slot] = DraftText(done=context)
                 tokens = tokens[self._ahead :]
             text.guessed = []
             text.tail += [*tokens, *said]
@@ -293,7 +204,7 @@ class DraftModel:
     def _leaves_page(self, done: int, length: int) -> bool:
         return length // self._config.page_size > done // self._config.page_size
 
-    def _propose(self, rows: list[_Row], proposals: dict[int, _Proposal]) -> None:
+    def _propose(self, rows: list[DraftRow], proposals: dict[int, DraftProposal]) -> None:
         """Run rows, then what follows of those that were sampled, token by token."""
         going_on = list(proposals.values())
         by_slot = {proposal.slot: proposal for proposal in going_on}
@@ -312,7 +223,7 @@ class DraftModel:
                 if len(proposal.tokens) < proposal.most and proposal.chance >= self._chance_min
             ]
             rows = [
-                _Row(
+                DraftRow(
                     proposal.slot,
                     proposal.first + len(proposal.tokens),
                     proposal.tokens[-1:],
@@ -326,15 +237,15 @@ class DraftModel:
             self._texts[proposal.slot].guessed = proposal.tokens[:-1]
 
     def _run(
-        self, rows: list[_Row], *, own: bool
+        self, rows: list[DraftRow], *, own: bool
     ) -> list[tuple[int, int, float, torch.Tensor | None]]:
         """Slot, likeliest token, its probability and a head's states behind each row that is
         sampled."""
         found: list[tuple[int, int, float, torch.Tensor | None]] = []
         left = rows
         while left:
-            now: list[_Row] = []
-            later: list[_Row] = []
+            now: list[DraftRow] = []
+            later: list[DraftRow] = []
             room = self._config.step_tokens_max
             for row in left:
                 count = min(len(row.tokens), room)
@@ -352,7 +263,7 @@ class DraftModel:
             left = later
         return found
 
-    def _compute(self, rows: list[_Row], *, own: bool) -> tuple[Int32Array, Float32Array]:
+    def _compute(self, rows: list[DraftRow], *, own: bool) -> tuple[Int32Array, Float32Array]:
         """The likeliest token, and its probability, behind each row that is sampled."""
         plan = self._plan(rows)
         slots_S = plan.row_slots[plan.sample_rows]
@@ -376,7 +287,7 @@ class DraftModel:
         chances_S, _, _ = self._logprobs(logits_SV, tokens_S, 0)
         return tokens, chances_S.exp().cpu().numpy()
 
-    def _plan(self, rows: list[_Row]) -> StepPlan:
+    def _plan(self, rows: list[DraftRow]) -> StepPlan:
         counts = [len(row.tokens) for row in rows]
         sampled = [index for index, row in enumerate(rows) if row.sampled]
         tokens = np.array([token for row in rows for token in row.tokens], dtype=np.int32)
@@ -410,15 +321,3 @@ class DraftModel:
             bound_requests=np.zeros(0, dtype=np.int64),
             groups=groups,
         )
-
-
-def _said(plan: StepPlan, tokens_S: Int32Array) -> list[list[int]]:
-    """Of each row the samples that count."""
-    said: list[list[int]] = [[] for _ in plan.row_slots]
-    counting_S = Samples.of(plan).counting(tokens_S)
-    for row, token, counts in zip(
-        plan.sample_rows.tolist(), tokens_S.tolist(), counting_S.tolist(), strict=True
-    ):
-        if counts:
-            said[row].append(token)
-    return said
