@@ -148,7 +148,9 @@ class Int4Groups:
 
     def to_float(self) -> torch.Tensor:
         """float32 [O, I]."""
-        zeros_OG = torch.full((1, 1), _INT4_MIDDLE) if self.zeros_OG is None else self.zeros_OG
+        zeros_OG = self.zeros_OG
+        if zeros_OG is None:
+            zeros_OG = torch.full_like(self.scales_OG, _INT4_MIDDLE, dtype=torch.uint8)
         numbers_OGX = self._apart().float().reshape(len(self.numbers), -1, self.group)
         return ((numbers_OGX - zeros_OG[..., None]) * self.scales_OG.float()[..., None]).flatten(1)
 

@@ -14,8 +14,24 @@ import numpy as np
 import torch
 
 from tokenspeed.kernels import reference
+from tokenspeed.kernels.quantised import (
+    INT4_GROUPS,
+    QUANTISED,
+    Float8Blocks,
+    Int4Groups,
+    QuantisedMatrix,
+    QuantisedWeight,
+)
 from tokenspeed.kernels.rows import PagedRows
-from tokenspeed.kernels.triton import attention, latent, latent_prompt, moe, norm, sampling
+from tokenspeed.kernels.triton import (
+    attention,
+    latent,
+    latent_prompt,
+    moe,
+    norm,
+    quantised,
+    sampling,
+)
 
 __all__ = ["Attended", "Call", "Workload", "workloads"]
 
@@ -96,6 +112,9 @@ def workloads(*, scale: int = 1) -> Iterator[Workload]:
     yield _mla(1, 50_000 // scale, 16, 1024 // scale, page_size=64)
     for heads in (16, 128):
         yield _mla_prompt(50_000 // scale, heads, 1024 // scale, page_size=64)
+    for tokens in (1, 16, 2048 // scale):
+        for name in QUANTISED:
+            yield _quantised(max(1, tokens), 4096 // scale, 14_336 // scale, name)
     yield from _experts(scale)
     yield from _rowwise(scale)
 
@@ -181,6 +200,55 @@ def _mha(batch: int, context: int, new: int) -> Workload:
         name=f"{batch} x {context}, q_len {new}",
         size_bytes=_BYTES * batch * (kv + 2 * new * _QUERY_HEADS * _HEAD_DIM),
         operations=4 * pairs * _QUERY_HEADS * _HEAD_DIM,
+        make=make,
+    )
+
+
+def _quantised(tokens: int, inputs: int, outputs: int, format_name: str) -> Workload:
+    group = 128 if inputs % 128 == 0 else inputs
+    int4 = format_name == INT4_GROUPS
+
+    def make(device: torch.device, seed: int) -> Call:
+        generator = torch.Generator(device).manual_seed(seed)
+        x_TI = _normal(tokens, inputs, generator=generator)
+        numbers = torch.empty((outputs, inputs), dtype=torch.uint8, device=device)
+        numbers.random_(0, 16, generator=generator)
+        blocks_O = torch.arange(outputs, device=device) // group
+        scales = torch.rand(
+            (outputs if int4 else int(blocks_O[-1]) + 1, inputs // group),
+            device=device,
+            generator=generator,
+        )
+        matrix: QuantisedMatrix
+        if int4:
+            scales_OG = scales.to(x_TI.dtype)
+            matrix = Int4Groups(numbers=numbers, scales_OG=scales_OG, zeros_OG=None, group=group)
+        else:
+            values_OI = numbers.float().to(torch.float8_e4m3fn)
+            matrix = Float8Blocks(
+                values_OI=values_OI, scales_BG=scales, blocks_O=blocks_O.int(), group=group
+            )
+        weight = QuantisedWeight(
+            (outputs, inputs),
+            format_name=format_name,
+            parts=(outputs,),
+            dtype=x_TI.dtype,
+            device=device,
+        )
+        weight.pack(0, matrix)
+        call = quantised.linear_int4 if int4 else quantised.linear_float8
+
+        def wanted() -> torch.Tensor:
+            return x_TI[:1].float() @ matrix.to_float().T
+
+        # Activations beside FP8 are rounded, which these are not.
+        return Call(run=partial(call, x_TI, weight, None), wanted=wanted if int4 else None)
+
+    return Workload(
+        op="gemm.linear",
+        name=f"{tokens} x {inputs} x {outputs}, {format_name}",
+        size_bytes=outputs * inputs // (2 if int4 else 1) + _BYTES * tokens * (inputs + outputs),
+        operations=2 * tokens * inputs * outputs,
         make=make,
     )
 
