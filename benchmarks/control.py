@@ -7,7 +7,8 @@ queue timeout on. Admission: the plan that admits a prompt of 100K tokens, 99% o
 its submission, which hashes it. Index: pages sealed, evicted and matched in pools of ten thousand
 and of a million pages, a page. Every answer is checked: tokens come back to their requests, cached
 counts are what they must be, the audit finds every page. Drafts: what a token costs to be read into
-an automaton, call included, and a step of 64 rows with 512 drafted tokens, all right. Appends to
+an automaton, call included, and a step of 64 rows with 512 drafted tokens, all right. Proposals: a
+step with a draft model that is always right, 8 tokens for each row. Appends to
 benchmarks/history/control.jsonl.
 """
 
@@ -27,7 +28,7 @@ from tokenspeed import __version__
 from tokenspeed._control import SuffixAutomaton
 from tokenspeed.control import Scheduler
 from tokenspeed.core.config import CacheGroup, SchedulerConfig
-from tokenspeed.core.step import Int32Array, StepPlan, StepWork
+from tokenspeed.core.step import Int32Array, StepPlan, StepResult, StepWork
 
 ROOT = Path(__file__).parents[1]
 NO_STOP = np.empty(0, dtype=np.int32)
@@ -55,7 +56,8 @@ def tokens(seed: int, count: int) -> Int32Array:
 
 
 class Driver:
-    """A scheduler whose samples are the slot they were sampled for, plus `shift`."""
+    """A scheduler whose samples are the slot they were sampled for, plus `shift`, which grows by
+    `drift` a step; its draft model knows that."""
 
     def __init__(self, *, tps_floor: float | None = 70.0, **config: Any) -> None:
         self.scheduler = Scheduler(
@@ -68,6 +70,7 @@ class Driver:
         )
         self.now_us = 0
         self.shift = 0
+        self.drift = 0
         self.bound: dict[int, int] = {}
 
     def submit(self, request: int, prompt: Int32Array, outputs: int) -> float:
@@ -89,12 +92,29 @@ class Driver:
             self.bound[slot] = request
         slots = plan.row_slots[plan.sample_rows]
         sampled = slots + np.int32(self.shift)
-        _, committed_us = timed(lambda: self.scheduler.commit(plan.step, sampled, self.now_us))
+        self.shift += self.drift
+        result = self._result(plan, sampled)
+        _, committed_us = timed(
+            lambda: self.scheduler.commit(plan.step, sampled, self.now_us, result=result)
+        )
         outcome, outcome_us = timed(self.scheduler.take_outcome)
         expected = [self.bound[slot] for slot in slots.tolist()]
         assert outcome.requests.tolist() == expected, "all that is drafted is right"
         assert outcome.tokens.tolist() == sampled.tolist()
         return plan, planned_us + committed_us, outcome_us
+
+    def _result(self, plan: StepPlan, sampled: Int32Array) -> StepResult:
+        counts = plan.propose_counts
+        if not len(counts):
+            return StepResult(tokens=sampled, logprobs=None)
+        proposed = np.repeat(plan.row_slots + np.int32(self.shift), counts)
+        return StepResult(
+            tokens=sampled,
+            logprobs=None,
+            proposed_starts=np.append(np.int32(0), counts.cumsum(dtype=np.int32)),
+            proposed_tokens=proposed,
+            proposed_chances=np.full(len(proposed), 0.95, dtype=np.float32),
+        )
 
 
 def step_us(running: int, context: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -230,6 +250,33 @@ def draft_steps_us(running: int, context: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def proposal_steps_us(running: int) -> dict[str, dict[str, float]]:
+    """Microseconds of plan + commit without a draft model and with one, whose proposals are all
+    right; nothing repeats."""
+    found = {}
+    for name, length in (("no draft model", 0), ("a draft model", 8)):
+        driver = Driver(
+            tps_floor=None,
+            groups=(CacheGroup(pages=running * (20_000 // PAGE_SIZE + 2)),),
+            slots_max=running,
+            step_tokens_max=1024 + running,
+            context_max=20_000,
+            step_drafts_max=8 * running,
+            step_proposals_max=length * running,
+            proposal_length_max=length,
+        )
+        for request in range(running):
+            driver.submit(request, tokens(request, 1000), 15_000)
+        driver.shift, driver.drift = VOCABULARY, running
+        spent = [driver.step()[1] for _ in range(running + 100 + STEPS)]
+        found[name] = spread(spent[-STEPS:])
+        stats = driver.scheduler.stats()
+        assert stats.accepted_tokens == stats.drafted_tokens
+        assert stats.accepted_tokens >= (STEPS * running * length) // 2
+        driver.scheduler.audit()
+    return found
+
+
 def automaton_us(context: int) -> dict[str, dict[str, float]]:
     """Microseconds and bytes a token: of tokens at random, and of text that repeats its own."""
     text = tokens(1, context)
@@ -283,6 +330,14 @@ def main() -> None:
         table.add_row(name, *(f"{value:.1f}" for value in spent.values()))
     console.print(table)
 
+    proposals = {running: proposal_steps_us(running) for running in (1, 64)}
+    table = Table("running", "", "min", "median", "max", title="us a step")
+    for running, each in proposals.items():
+        for name, spent in each.items():
+            row = [f"{value:.1f}" for value in spent.values()]
+            table.add_row(str(running), name, *row)
+    console.print(table)
+
     history = ROOT / "benchmarks" / "history" / "control.jsonl"
     with history.open("a") as file:
         line = {
@@ -295,6 +350,7 @@ def main() -> None:
             "steps": STEPS,
             "plan_commit_us": {str(n): spent for n, (spent, _) in steps.items()},
             "outcome_us": {str(n): outcome for n, (_, outcome) in steps.items()},
+            "proposals_us": {str(n): each for n, each in proposals.items()},
             "admission_us": admitted,
             "submit_us": submitted,
             "index_us_per_page": {str(pages): costs for pages, costs in index.items()},
