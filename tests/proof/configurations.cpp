@@ -218,9 +218,9 @@ std::vector<Configuration> configurations() {
         // on alone, keeps it until the next launch, or loses it when another needs its pages.
         if (depth < 2) {
             Configuration proposals{"proposals" + deep,
-                                    sizes({full(5)}, 2, 2, 6, 9, depth),
+                                    sizes({full(5)}, 2, 2, 3, 9, depth),
                                     {{.prompt = {1, 2}, .max_new_tokens = 4},
-                                     {.prompt = {4}, .max_new_tokens = 4, .priority = -1}},
+                                     {.prompt = {4, 0}, .max_new_tokens = 4, .priority = -1}},
                                     1,
                                     false,
                                     false,
