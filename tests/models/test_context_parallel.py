@@ -16,6 +16,7 @@ from tests.support.forward import Driver
 from tests.support.ranks import in_threads
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh
+from tokenspeed.engine.outline import outline
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.kernels.rows import ContextShare
 from tokenspeed.modeling import Model, ModelConfig, compile_model
@@ -108,6 +109,13 @@ def test_the_compiler_merges_what_ranks_computed_of_a_context_and_nothing_else(
         (f"blocks.{layer}.attention.merge", "parts_TQX", "merge", 6 * 17 * 4.0)
         for layer in range(3)
     ]
+
+
+def test_a_plan_gives_each_rank_its_part_of_a_contexts_kv(tiny: Callable[[str], Tiny]) -> None:
+    path = str(tiny("llama").path)
+    whole, shared = outline(path, Mesh()), outline(path, Mesh(cp=2))
+    assert 2 * shared.kv_token_size_bytes == whole.kv_token_size_bytes
+    assert shared.weights_size_bytes == whole.weights_size_bytes
 
 
 def test_latents_cannot_be_shared_out_yet(tiny: Callable[[str], Tiny]) -> None:

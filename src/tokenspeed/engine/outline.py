@@ -14,9 +14,10 @@ import torch
 from tokenspeed import loader
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh
+from tokenspeed.engine.assembly import packed_formats
 from tokenspeed.engine.sizing import RESERVE_SIZE_BYTES
 from tokenspeed.execution import resolve_dtype
-from tokenspeed.kernels import PACKED, KernelSelector, load_plugins
+from tokenspeed.kernels import PACKED, PACKED_GROUPS, KernelSelector, load_plugins
 from tokenspeed.loader.files import read_json_object
 from tokenspeed.modeling import ModelConfig, build_model, compile_model
 from tokenspeed.modeling.compiler import Step
@@ -129,22 +130,22 @@ def outline(
         ModelError: the model cannot be had, or is of no architecture that is computed here.
         ConfigError: it cannot be divided over so many ranks.
     """
-    name, hf_config, size_bytes, quantisation = _described(model)
+    name, hf_config, size_bytes, quantisation, packed = _described(model)
     config = ModelConfig.from_hf(hf_config)
     context_max = min(max_context or config.context_max, config.context_max)
     device = torch.device("cpu")
     element = resolve_dtype(dtype, device)
     element_name = str(element).removeprefix("torch.")
     load_plugins()
-    packed = quantisation is not None
-    formats = (*((PACKED,) if packed else ()), f"{element_name}_panels", element_name)
+    formats = (*packed, f"{element_name}_panels", element_name)
     kernels = KernelSelector(device=device, dtype=element, weight_formats=formats)
     program = compile_model(config, kernels=kernels, mesh=mesh)
     shape = build_model(
         config, dtype=element, device=torch.device("meta"), kernels=kernels, mesh=mesh
     )
     weights_size_bytes = shape.planned_size_bytes(size_bytes)
-    kv_token_size_bytes = sum(spec.token_size_bytes for spec in shape.kv_specs())
+    # Of ranks that share contexts each has a part of the positions.
+    kv_token_size_bytes = -(-sum(spec.token_size_bytes for spec in shape.kv_specs()) // mesh.cp)
     moved = program.moved()
     fit = None
     if memory_size_bytes is not None:
@@ -177,8 +178,9 @@ def outline(
     )
 
 
-def _described(model: str) -> tuple[str, dict[str, Any], int, str | None]:
-    """Name, configuration, bytes of the weights, and their quantisation if it can be packed."""
+def _described(model: str) -> tuple[str, dict[str, Any], int, str | None, tuple[str, ...]]:
+    """Name, configuration, bytes of the weights, their quantisation where they are packed, and the
+    formats that they may have then."""
     path = Path(model)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "config.json").exists():
         path = path / "config.json"
@@ -186,11 +188,12 @@ def _described(model: str) -> tuple[str, dict[str, Any], int, str | None]:
         if not path.is_file():
             raise ConfigError(f"there is no file {model}")
         name = path.parent.resolve().name if path.name == "config.json" else path.stem
-        return name, dict(read_json_object(path)), 0, None
+        return name, dict(read_json_object(path)), 0, None, ()
     files = loader.resolve(model)
     checkpoint = loader.open_checkpoint(files)
-    quantisation = checkpoint.quantisation if checkpoint.packed_format == PACKED else None
-    return files.name, checkpoint.hf_config, checkpoint.size_bytes, quantisation
+    formats = packed_formats(checkpoint)
+    quantisation = checkpoint.quantisation if {PACKED, PACKED_GROUPS} & set(formats) else None
+    return files.name, checkpoint.hf_config, checkpoint.size_bytes, quantisation, formats
 
 
 def _alike(steps: tuple[Step, ...], mesh: Mesh) -> tuple[OutlineStep, ...]:
