@@ -27,6 +27,7 @@ from tokenspeed.kernels.triton.workloads import Attended, Workload, workloads
 from tokenspeed.kernels.verify import plan_runs
 
 __all__ = ["interpreting"]
+pytestmark = needs_interpreter
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(read_bytes_per_s=4e12, bfloat16_ops_per_s=8e14)
@@ -51,7 +52,6 @@ def test_bytes_and_operations_are_those_of_the_sizes() -> None:
     assert prefill.operations == 4 * 32 * 128 * (8192 * 8193 // 2)
 
 
-@needs_interpreter
 def test_workloads_are_compared_and_timed() -> None:
     chosen = {"attention.paged_mla", "attention.paged_mha", "norm.rms_norm"}
     seen = set()
@@ -76,7 +76,6 @@ def test_every_workload_makes_its_operands() -> None:
         assert (call.attended is not None) == work.op.startswith("attention.paged")
 
 
-@needs_interpreter
 def test_ours_and_a_rivals_are_held_together_and_timed_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
