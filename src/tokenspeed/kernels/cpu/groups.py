@@ -9,12 +9,13 @@ Legend: O outputs, I inputs, G groups of inputs, N blocks of 32 inputs.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
 from tokenspeed._cpu import PackedMatrix
 from tokenspeed._cpu import Runtime as CpuRuntime
-from tokenspeed.core.errors import KernelError
+from tokenspeed.kernels.cpu.weights import PackedWeight
 from tokenspeed.kernels.quantised import Int4Groups, QuantisedMatrix
 
 __all__ = ["PackedGroups", "exact_blocks"]
@@ -75,18 +76,14 @@ class PackedGroups:
         dtype: torch.dtype,
         runtime: CpuRuntime,
     ) -> None:
-        assert sum(parts) == shape[0]
         self.shape = shape
-        self._parts = tuple(parts)
-        self._dtype = dtype
-        self._runtime = runtime
-        self._packed: dict[int, PackedMatrix] = {}
-        self._runs: list[tuple[slice, list[PackedMatrix]]] = []
+        self._weight = PackedWeight(shape, parts=parts, dtype=dtype, runtime=runtime)
+        self._runs: list[tuple[slice, list[PackedMatrix]]] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the parts packed so far."""
-        return sum(matrix.size_bytes for matrix in self._packed.values())
+        return self._weight.nbytes
 
     @property
     def runs(self) -> list[tuple[slice, list[PackedMatrix]]]:
@@ -95,8 +92,8 @@ class PackedGroups:
         Raises:
             KernelError: a part was never packed.
         """
-        if len(self._packed) < len(self._parts):
-            raise KernelError("a packed weight is used before all of its parts were loaded")
+        if self._runs is None:
+            self._runs = _runs_of(self._weight.matrices)
         return self._runs
 
     def pack(self, part: int, matrix: QuantisedMatrix) -> None:
@@ -110,36 +107,21 @@ class PackedGroups:
         if found is None:
             self.pack_dense(part, matrix.to_float())
             return
-        assert matrix.shape == (self._parts[part], self.shape[1])
-        name, blocks = found
-        self._take(
-            part,
-            PackedMatrix.pack(
-                self._runtime, name, blocks, outputs=self._parts[part], inputs=self.shape[1]
-            ),
-        )
+        self._runs = None
+        self._weight.pack(part, *found)
 
     def pack_dense(self, part: int, values_OI: torch.Tensor) -> None:
         """Pack one part of values of any element type; a second time replaces the first."""
-        assert values_OI.shape == (self._parts[part], self.shape[1])
-        self._take(
-            part, PackedMatrix.pack_dense(self._runtime, values_OI.to(self._dtype).contiguous())
-        )
+        self._runs = None
+        self._weight.pack_dense(part, values_OI)
 
-    def _take(self, part: int, matrix: PackedMatrix) -> None:
-        self._packed[part] = matrix
-        if len(self._packed) < len(self._parts):
-            return
-        self._runs = []
-        kinds: list[bool] = []
-        first = 0
-        for index, outputs in enumerate(self._parts):
-            packed = self._packed[index]
-            dense = packed.format in _DENSE
-            if kinds and kinds[-1] == dense:
-                rows, matrices = self._runs[-1]
-                self._runs[-1] = slice(rows.start, first + outputs), [*matrices, packed]
-            else:
-                self._runs.append((slice(first, first + outputs), [packed]))
-                kinds.append(dense)
-            first += outputs
+
+def _runs_of(matrices: Sequence[PackedMatrix]) -> list[tuple[slice, list[PackedMatrix]]]:
+    runs = []
+    first = 0
+    for _, together in groupby(matrices, key=lambda matrix: matrix.format in _DENSE):
+        run = list(together)
+        end = first + sum(matrix.outputs for matrix in run)
+        runs.append((slice(first, end), run))
+        first = end
+    return runs
