@@ -52,13 +52,13 @@ def heads_on(platform: Platform | None, *, deterministic: bool = False) -> Laten
     return heads
 
 
-def ran(heads: LatentHeads, rows: PagedRows, pages: int) -> torch.Tensor:
+def ran(heads: LatentHeads, rows: PagedRows, pages: int, size: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(6)
     tokens = int(rows.query_starts[-1])
     q_THD = torch.randn(tokens, 3, 24, generator=generator)
     kv_TE = torch.randn(tokens, 56, generator=generator)
     turns_TE = torch.randn(tokens, 4, generator=generator)
-    latents_PCE = torch.randn(pages, 16, 56, generator=generator)
+    latents_PCE = torch.randn(pages, 16, 56, generator=generator) * size
     angles = Angles(turns_TE.cos(), turns_TE.sin())
     return heads(q_THD, kv_TE, angles, rows, latents_PCE)
 
@@ -72,6 +72,14 @@ def test_prompts_with_made_keys_give_what_absorbed_queries_give_beside_other_row
         wanted = ran(heads_on(None), rows, pages)
         found = ran(heads_on(GPU), rows, pages)
         assert (found - wanted).norm() < 1e-5 * wanted.norm(), lengths
+
+
+def test_a_later_chunk_may_weigh_more_than_numbers_can_say() -> None:
+    """Sums of two chunks are merged by their logarithms, whichever is the greater."""
+    rows, pages = scattered_rows([(290, 110)], page_size=16, seed=SEED % 1000)
+    wanted = ran(heads_on(None), rows, pages, size=300.0)
+    found = ran(heads_on(GPU), rows, pages, size=300.0)
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_only_rows_are_parted_whose_positions_are_seen_by_enough_tokens() -> None:
