@@ -15,6 +15,7 @@ import platform
 import random
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def main() -> None:
             set_way(runner, way)
             llm._core.control = control = Scheduler(runner._config)
             learn_pace(runner, runner._config, control)
-            learn_drafts(runner, runner._config, control)
+            deque(learn_drafts(runner, runner._config, control), maxlen=0)
             planned[0] = 0
             before, began_s = llm.stats(), time.process_time()
             outputs = llm.generate(asked, params)

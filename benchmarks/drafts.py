@@ -35,6 +35,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +59,6 @@ from benchmarks.support.draft_loads import (  # noqa: E402
     recorded_turns,
 )
 from benchmarks.support.draft_pairs import measure_pairs  # noqa: E402
-
 from tokenspeed import SamplingParams, __version__, loader  # noqa: E402
 from tokenspeed.control import Scheduler  # noqa: E402
 from tokenspeed.core.config import EngineConfig, SchedulerConfig  # noqa: E402
@@ -148,7 +148,7 @@ class Bench:
         control = Scheduler(config)
         learn_pace(runner, config, control)
         if config.step_drafts_max:
-            learn_drafts(runner, config, control)
+            deque(learn_drafts(runner, config, control), maxlen=0)
         return EngineCore(
             control,
             runner,

@@ -3,9 +3,9 @@
     python benchmarks/history_reuse.py FILE [--model MODEL] [--sessions 20] [--temperatures 0 1]
 
 Servers as a user starts them, one for each temperature with token-exact history and one without,
-side by side but asked one at a time. Recorded sessions of coding agents are replayed through the
-gateway, a session on each of the servers before the next one, with the model's own answers sent
-back as the history, cut to the context. Of every turn but a session's first, the cached tokens that
+side by side. Recorded sessions of coding agents are replayed through the gateway, each session on
+all of the servers at once before the next one, with the model's own answers sent back as the
+history, cut to the context. Of every turn but a session's first, the cached tokens that
 the usage tells are put beside what an ideal cache would have had:
 
     the longest beginning, in bytes, that the text of this prompt as the template renders it has in
@@ -16,16 +16,20 @@ the usage tells are put beside what an ideal cache would have had:
 Such a cache reuses what any cache of pages of exact prefixes can, and some it cannot: the answer's
 last token, which was never fed. That the text rendered here is the gateway's is checked by the
 count of its tokens. With `--minutes` no session begins later than that, and what is reported are
-the sessions that every server had. Appends to benchmarks/history/history_reuse.jsonl.
+the sessions that every server had. With `--state FILE` each session is appended to that file as it
+ends on a server, and what is in the file is not run again: a run that was broken off goes on.
+Appends to benchmarks/history/history_reuse.jsonl.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import platform
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -40,6 +44,18 @@ sys.path.insert(0, str(ROOT))
 from tests.e2e.serving import Serve  # noqa: E402
 
 PAGE_SIZE = 32
+COUNTERS = ("history_prompts", "history_replaced_tokens")
+
+# Temperature, and the flag that turns token-exact history on or off.
+Kind = tuple[float, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+    """A session on one server: each turn's tokens, and by how much the counters grew."""
+
+    turns: list[dict[str, int]]
+    counters: dict[str, float]
 
 
 def common_bytes(one: bytes, other: bytes) -> int:
@@ -116,22 +132,21 @@ def sums(sessions: list[list[dict[str, int]]]) -> dict[str, int]:
 
 
 def report(
-    arguments: argparse.Namespace,
-    console: Console,
-    history: str,
-    temperature: float,
-    sessions: list[list[dict[str, int]]],
-    counters: dict[str, float],
+    arguments: argparse.Namespace, console: Console, kind: Kind, done: dict[str, Done]
 ) -> None:
     """Print and append what the turns after the first of each session had."""
+    temperature, history = kind
+    sessions = [session.turns for session in done.values()]
     later = [turn for turns in sessions for turn in turns[1:]]
     prompt, cached, ideal = sums(sessions).values()
     short = sum(turn["cached"] < 0.99 * turn["ideal"] for turn in later)
     took_s = sum(turn["took_ms"] for turn in later) / 1000
-    remembered = {name: value for name, value in counters.items() if name.startswith("history_")}
+    remembered = {
+        name: sum(session.counters[name] for session in done.values()) for name in COUNTERS
+    }
     console.print(
         f"{arguments.model} at temperature {temperature:g}, {history}: {cached} of {ideal} tokens "
-        f"of an ideal cache, {100 * cached / max(ideal, 1):.2f}%; {short} of {len(later)} turns "
+        f"of an ideal cache, {100 * cached / max(ideal, 1):.3f}%; {short} of {len(later)} turns "
         f"below 99%; {prompt - cached} of {prompt} prompt tokens computed; {took_s:.0f} s; "
         f"{remembered}",
         soft_wrap=True,
@@ -139,11 +154,14 @@ def report(
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        **vars(arguments),
+        **{name: value for name, value in vars(arguments).items() if name != "state"},
         "file": arguments.file.name,
         "temperature": temperature,
         "history": history,
         "sessions": sum(map(bool, sessions)),
+        "longest_prompts": [
+            max((turn["prompt"] for turn in turns), default=0) for turns in sessions
+        ],
         "turns_after_the_first": len(later),
         "prompt_tokens": prompt,
         "cached_tokens": cached,
@@ -154,6 +172,47 @@ def report(
     }
     with (ROOT / "benchmarks/history/history_reuse.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def run(
+    arguments: argparse.Namespace,
+    tokenizer: loader.Tokenizer,
+    session: Session,
+    kind: Kind,
+    server: Serve,
+) -> Done:
+    """Replay a session on a server, and append it to the state."""
+    with (
+        server.servicer() as channel,
+        httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client,
+    ):
+        before = server.counters(channel)
+        turns = replay(
+            client,
+            tokenizer,
+            session,
+            temperature=kind[0],
+            output_tokens=arguments.output_tokens,
+            context_max=arguments.max_context,
+        )
+        after = server.counters(channel)
+    done = Done(turns, {name: after.get(name, 0.0) - before.get(name, 0.0) for name in COUNTERS})
+    if arguments.state is not None:
+        with arguments.state.open("a") as file:
+            line = {"session": session.name, "kind": kind, **dataclasses.asdict(done)}
+            file.write(json.dumps(line) + "\n")
+    return done
+
+
+def resume(state: Path | None) -> dict[Kind, dict[str, Done]]:
+    """The sessions that a state file has, by kind and name."""
+    found: dict[Kind, dict[str, Done]] = {}
+    if state is not None and state.exists():
+        for line in map(json.loads, state.read_text().splitlines()):
+            temperature, history = line["kind"]
+            done = Done(line["turns"], line["counters"])
+            found.setdefault((temperature, history), {})[line["session"]] = done
+    return found
 
 
 def serve(arguments: argparse.Namespace, log: Path, history: str) -> Serve:
@@ -171,51 +230,59 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--sessions", type=int, default=20)
+    parser.add_argument("--skip", type=int, default=0, help="of these sessions the first so many")
     parser.add_argument("--turns", type=int, default=None)
     parser.add_argument("--max-context", type=int, default=32768)
     parser.add_argument("--output-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--state", type=Path, default=None)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     arguments = parser.parse_args()
     console = Console()
     workload = read_sessions(arguments.file, limit=arguments.sessions)
     workload = cut(workload, turns_max=arguments.turns, output_tokens=arguments.output_tokens)
+    # The shortest first: a run that is broken off leaves out as few as can be.
+    sessions = sorted(
+        workload.sessions[arguments.skip :],
+        key=lambda session: sum(turn.new_tokens for turn in session.turns),
+    )
     tokenizer = loader.Tokenizer(loader.resolve(arguments.model).tokenizer_dir)
-    kinds = [
+    kinds: list[Kind] = [
         (temperature, history)
         for temperature in arguments.temperatures
         for history in ("--token-exact-history", "--no-token-exact-history")
     ]
-    turns: dict[tuple[float, str], list[list[dict[str, int]]]] = {kind: [] for kind in kinds}
+    found = resume(arguments.state)
+    done = {kind: found.get(kind, {}) for kind in kinds}
     begin_s = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as stack,
+        ThreadPoolExecutor(len(kinds)) as pool,
+    ):
         servers = {
             kind: stack.enter_context(serve(arguments, Path(folder) / f"log{number}", kind[1]))
             for number, kind in enumerate(kinds)
         }
-        for session in workload.sessions:
+        for session in sessions:
             spent_minutes = (time.monotonic() - begin_s) / 60
             if arguments.minutes is not None and spent_minutes > arguments.minutes:
                 break
-            for kind, server in servers.items():
-                with httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client:
-                    turns[kind].append(
-                        replay(
-                            client,
-                            tokenizer,
-                            session,
-                            temperature=kind[0],
-                            output_tokens=arguments.output_tokens,
-                            context_max=arguments.max_context,
-                        )
-                    )
-                console.print(f"{session.name} {kind}: {sums(turns[kind])}", soft_wrap=True)
-        for (temperature, history), server in servers.items():
-            with server.servicer() as channel:
-                counters = server.counters(channel)
-            found = turns[temperature, history]
-            report(arguments, console, history, temperature, found, counters)
+            running = {
+                kind: pool.submit(run, arguments, tokenizer, session, kind, server)
+                for kind, server in servers.items()
+                if session.name not in done[kind]
+            }
+            for kind, future in running.items():
+                done[kind][session.name] = future.result()
+                told = sums([done[kind][session.name].turns])
+                console.print(f"{session.name} {kind}: {told}", soft_wrap=True)
+    everywhere = [
+        session.name for session in sessions if all(session.name in done[kind] for kind in kinds)
+    ]
+    for kind in kinds:
+        report(arguments, console, kind, {name: done[kind][name] for name in everywhere})
     return 0
 
 

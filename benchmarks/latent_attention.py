@@ -2,13 +2,15 @@
 
 Sizes are DeepSeek-V2-Lite's: latents of 512 + 64, 16 heads of 128 + 64 and values of 128. The
 second form computes K and V of all positions by the up-projections, writes them to pages, and
-attends; that is what prefill does elsewhere. CPU time of one thread, in bfloat16.
+attends; that is what prefill does elsewhere. Beside them what one of two ranks that share the
+context takes for its part, absorbed, of half of the positions. CPU time of one thread, in bfloat16.
 
     python benchmarks/latent_attention.py
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,8 +23,8 @@ from tokenspeed.kernels import PackedWeight
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.kernels.cpu.attention import append
 from tokenspeed.kernels.cpu.gemm import linear
-from tokenspeed.kernels.cpu.latent import paged_mla
-from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.cpu.latent import paged_mla, partial_mla
+from tokenspeed.kernels.rows import ContextShare, PagedRows
 
 HEADS, NOPE, ROPE, VALUE, RANK = 16, 128, 64, 128, 512
 PAGE = 32
@@ -53,7 +55,13 @@ def main() -> None:
         runtime=runtime,
     )
     up.pack_dense(0, noise(HEADS * (NOPE + VALUE), RANK))
-    table = Table("context + tokens", "absorbed", "of the bf16 peak", "keys and values made of it")
+    table = Table(
+        "context + tokens",
+        "absorbed",
+        "of the bf16 peak",
+        "a part of two",
+        "keys and values made of it",
+    )
     for context, tokens in ROWS:
         length = context + tokens
         pages = -(-length // PAGE)
@@ -69,6 +77,10 @@ def main() -> None:
         absorbed_s = best_s(
             partial(paged_mla, q, latents, rows, SCALE, value_dim=RANK, runtime=runtime)
         )
+        half = replace(rows, share=ContextShare(index=0, ranks=2))
+        half_s = best_s(
+            partial(partial_mla, q, latents, half, SCALE, value_dim=RANK, runtime=runtime)
+        )
         seen = sum(context + token + 1 for token in range(tokens))
         rate = 2 * (RANK + ROPE + RANK) * HEADS * seen / absorbed_s
 
@@ -83,7 +95,17 @@ def main() -> None:
             best_s(partial(append, k, v, k_pool, v_pool, slots, runtime=runtime)),
             best_s(
                 partial(
-                    _cpu.attend, runtime, wide_q, k_pool, v_pool, *table_of_rows, SCALE, 0, 0.0, y
+                    _cpu.attend,
+                    runtime,
+                    wide_q,
+                    k_pool,
+                    v_pool,
+                    *table_of_rows,
+                    SCALE,
+                    0,
+                    0.0,
+                    None,
+                    y,
                 )
             ),
         )
@@ -92,6 +114,7 @@ def main() -> None:
             f"{context} + {tokens}",
             f"{absorbed_s * 1e3:.2f} ms",
             f"{rate / peak:.0%}",
+            f"{half_s * 1e3:.2f} ms",
             f"{words} = {sum(parts_s) * 1e3:.1f} ms",
         )
     Console(width=100).print(table)

@@ -2,8 +2,9 @@
 
 Each engine holds the model in a process of its own, which idles while another one works. In each
 of the pairs every engine gets the same new prompt of random tokens, in turn; the first round warms
-up and is not counted. Printed and recorded: tokens a second of prefill and decode, and the median
-of our rate over each peer's within a round. Checked: every engine gave as many tokens as were
+up and is not counted. Ours runs twice, with KV in bfloat16, the default, and in bytes, as OpenVINO
+keeps it by default. Printed and recorded: tokens a second of prefill and decode, and the median of
+our rates over each peer's within a round. Checked: every engine gave as many tokens as were
 asked for. Printed as well: for how many prompts llama.cpp, which reads the same file, chose our
 first token.
 
@@ -43,6 +44,7 @@ DECODE = {
     "qwen2.5-coder-1.5b": (16, 4096),
 }
 NEW_TOKENS = 64
+OURS = ("tokenspeed", "tokenspeed-int8")
 PEERS = {
     "smollm2-135m": ("llama.cpp", "vllm", "openvino-int4"),
     "qwen2.5-coder-0.5b": ("llama.cpp", "vllm", "openvino-int4", "openvino-int8"),
@@ -103,11 +105,11 @@ def start(engine: str, name: str, threads: int, context: int) -> Worker:
     files = loader.resolve(name)
     folder = engine.partition("-")[0]
     script = str(ENGINES / f"{folder.replace('.cpp', '')}_worker.py")
-    interpreter = sys.executable if engine == "tokenspeed" else str(python(folder))
+    interpreter = sys.executable if engine in OURS else str(python(folder))
     command = [interpreter, script]
     environment = {}
-    if engine == "tokenspeed":
-        command += [name, str(threads), str(context)]
+    if engine in OURS:
+        command += [name, str(threads), str(context), engine.partition("-")[2] or "auto"]
     elif engine == "llama.cpp":
         # Repacked, the 1.5B model's prefill is slower.
         extra = ["--no-repack"] if name.endswith("1.5b") else []
@@ -171,17 +173,15 @@ def ratios(ours: list[float], theirs: list[float]) -> float:
 
 
 def show(name: str, rates: dict[str, dict[str, list[float]]]) -> None:
-    peers = [engine for engine in next(iter(rates.values())) if engine != "tokenspeed"]
-    table = Table(title=f"{name}: tokens a second, min / median / max; our rate over theirs")
-    for column in ("work", "tokenspeed", *peers):
+    table = Table(title=f"{name}: tokens a second, min / median / max; our rates over theirs")
+    for column in ("work", *next(iter(rates.values()))):
         table.add_column(column)
     for work, found in rates.items():
         cells = []
-        for engine in ("tokenspeed", *peers):
-            of = found[engine]
+        for engine, of in found.items():
             cell = f"{min(of):.1f} / {statistics.median(of):.1f} / {max(of):.1f}"
-            if engine != "tokenspeed":
-                cell += f"  x{ratios(found['tokenspeed'], of):.2f}"
+            if engine not in OURS:
+                cell += "  " + ", ".join(f"x{ratios(found[ours], of):.2f}" for ours in OURS)
             cells.append(cell)
         table.add_row(work, *cells)
     Console(width=200).print(table)
@@ -199,9 +199,7 @@ def main() -> None:
     for name in options.model or PEERS:
         peers = list(options.engines if options.engines is not None else PEERS[name])
         load = os.getloadavg()[0]
-        result = measure(
-            name, ["tokenspeed", *peers], options.pairs, options.threads, options.depth_max
-        )
+        result = measure(name, [*OURS, *peers], options.pairs, options.threads, options.depth_max)
         show(name, result["tokens_per_s"])
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

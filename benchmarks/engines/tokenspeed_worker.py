@@ -1,4 +1,4 @@
-"""One stream on TokenSpeed, stepped in this process: MODEL THREADS CONTEXT."""
+"""One stream on TokenSpeed, stepped in this process: MODEL THREADS CONTEXT KV_DTYPE."""
 
 import importlib
 import itertools
@@ -20,12 +20,14 @@ def main() -> None:
     # Only now, because it imports torch.
     build_engine = importlib.import_module("tokenspeed.engine.build").build_engine
 
-    model, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    model, kv_dtype = sys.argv[1], sys.argv[4]
+    threads, context = int(sys.argv[2]), int(sys.argv[3])
     core = build_engine(
         EngineConfig(
             model=model,
             threads=threads,
             max_context=context,
+            kv_dtype=kv_dtype,
             prefix_cache=False,
             max_running=1,
             # Each engine computes every token.

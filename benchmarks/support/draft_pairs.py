@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from benchmarks.support.draft_loads import Asked, Forcing
 
+from benchmarks.support.draft_loads import Asked, Forcing
 from tokenspeed import SamplingParams
 from tokenspeed.engine.core import EngineCore
 from tokenspeed.engine.wire import Submit

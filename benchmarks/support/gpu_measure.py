@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from benchmarks.support.gpu_rivals import RIVALS
 
+from benchmarks.support.gpu_rivals import RIVALS
 from tokenspeed.kernels.triton.measure import Ceilings, time_us
 from tokenspeed.kernels.triton.workloads import Workload, workloads
 

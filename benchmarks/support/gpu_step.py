@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.support.gpu_sizes import LLAMA_3_8B, STEPS, WARM_STEPS
 
+from benchmarks.support.gpu_sizes import LLAMA_3_8B, STEPS, WARM_STEPS
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import CacheGroup, SchedulerConfig
 from tokenspeed.core.sampling import SamplingParams

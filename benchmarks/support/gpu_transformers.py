@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from benchmarks.support.gpu_sizes import LLAMA_3_8B, STEPS, WARM_STEPS
 
 __all__ = ["one_user_of_transformers"]

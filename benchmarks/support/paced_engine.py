@@ -98,7 +98,12 @@ def main() -> int:
         found(Path(engine.info.tokenizer_dir))
         return engine
 
-    return serve(builder, arguments.socket, parent_pid=os.getppid())
+    return serve(
+        builder,
+        arguments.socket,
+        parent_pid=os.getppid(),
+        stream_interval_s=config.stream_interval_ms / 1000,
+    )
 
 
 if __name__ == "__main__":

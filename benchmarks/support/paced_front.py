@@ -15,13 +15,14 @@ from tokenspeed.entrypoint.parsers import PASSTHROUGH, Parsers
 from tokenspeed.entrypoint.servicer import Servicer, start_server
 
 
-async def main(model: str, running: int, pace_ms: float, stream_interval_ms: float) -> None:
+async def main(model: str, running: int, pace_ms: float, stream_interval_ms: int) -> None:
     """Serve until standard input ends; the first line printed tells where, and who."""
     command = (sys.executable, str(Path(__file__).with_name("paced_engine.py")))
     config = EngineConfig(
         model=model,
         max_running=running,
         kernels={"pace_ms": str(pace_ms)},
+        stream_interval_ms=stream_interval_ms,
     )
     engine = await EngineProcess.start(config, command=command)
     servicer = Servicer(stream_interval_s=stream_interval_ms / 1000)
@@ -48,4 +49,4 @@ async def main(model: str, running: int, pace_ms: float, stream_interval_ms: flo
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])))
+    uvloop.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))

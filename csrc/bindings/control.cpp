@@ -183,17 +183,19 @@ NB_MODULE(_control, module) {
                std::int32_t overlap_depth, bool prefix_cache, std::int32_t cache_policy,
                std::optional<double> tps_floor, std::optional<std::int64_t> queue_timeout_us,
                std::int32_t step_drafts_max, std::int32_t step_proposals_max,
-               std::int32_t proposal_length_max, std::uint64_t draft_memory_size_bytes) {
+               std::int32_t proposal_length_max, std::int32_t proposal_window,
+               std::uint64_t draft_memory_size_bytes) {
                 new (self) control::Scheduler(
                     {group_configs(groups), page_size, slots_max, step_tokens_max, context_max,
                      overlap_depth, prefix_cache, static_cast<control::CachePolicy>(cache_policy),
                      tps_floor, queue_timeout_us, step_drafts_max, step_proposals_max,
-                     proposal_length_max, draft_memory_size_bytes});
+                     proposal_length_max, proposal_window, draft_memory_size_bytes});
             },
             nb::kw_only(), "groups"_a, "page_size"_a, "slots_max"_a, "step_tokens_max"_a,
             "context_max"_a, "overlap_depth"_a, "prefix_cache"_a, "cache_policy"_a,
             "tps_floor"_a.none(), "queue_timeout_us"_a.none(), "step_drafts_max"_a,
-            "step_proposals_max"_a, "proposal_length_max"_a, "draft_memory_size_bytes"_a)
+            "step_proposals_max"_a, "proposal_length_max"_a, "proposal_window"_a,
+            "draft_memory_size_bytes"_a)
         .def(
             "submit",
             [](control::Scheduler& self, std::int64_t request, const Tokens& prompt,
@@ -230,13 +232,16 @@ NB_MODULE(_control, module) {
             "commit",
             [](control::Scheduler& self, std::int64_t step, const Tokens& tokens,
                std::int64_t now_us, const Tokens& proposed_starts, const Tokens& proposed_tokens,
-               const Given<float>& proposed_chances, const Cuts& cuts) {
+               const Given<float>& proposed_chances, std::int64_t caught_up_tokens,
+               const Cuts& cuts) {
                 self.commit(control::StepId(step), span(tokens), now_us,
-                            {span(proposed_starts), span(proposed_tokens), span(proposed_chances)},
+                            {span(proposed_starts), span(proposed_tokens), span(proposed_chances),
+                             caught_up_tokens},
                             drafts_of(cuts));
             },
             "step"_a, "tokens"_a.noconvert(), "now_us"_a, "proposed_starts"_a.noconvert(),
-            "proposed_tokens"_a.noconvert(), "proposed_chances"_a.noconvert(), "cuts"_a = Cuts())
+            "proposed_tokens"_a.noconvert(), "proposed_chances"_a.noconvert(),
+            "caught_up_tokens"_a = 0, "cuts"_a = Cuts())
         .def("take_outcome", take_outcome)
         .def(
             "tokens",
@@ -249,26 +254,28 @@ NB_MODULE(_control, module) {
             "observe",
             [](control::Scheduler& self, std::int64_t prefill_tokens, std::int64_t decode_rows,
                std::int64_t draft_tokens, std::int64_t proposed_tokens,
-               std::int64_t proposal_rounds, std::int64_t context_tokens, double prefill_pairs,
-               std::int64_t took_us) {
+               std::int64_t proposal_rounds, std::int64_t caught_up_tokens,
+               std::int64_t context_tokens, double prefill_pairs, std::int64_t took_us) {
                 self.observe({prefill_tokens, decode_rows, draft_tokens, proposed_tokens,
-                              proposal_rounds, context_tokens, prefill_pairs},
+                              proposal_rounds, caught_up_tokens, context_tokens, prefill_pairs},
                              took_us);
             },
             nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "draft_tokens"_a,
-            "proposed_tokens"_a, "proposal_rounds"_a, "context_tokens"_a, "prefill_pairs"_a,
-            "took_us"_a)
+            "proposed_tokens"_a, "proposal_rounds"_a, "caught_up_tokens"_a, "context_tokens"_a,
+            "prefill_pairs"_a, "took_us"_a)
         .def(
             "predict_us",
             [](const control::Scheduler& self, std::int64_t prefill_tokens,
                std::int64_t decode_rows, std::int64_t draft_tokens, std::int64_t proposed_tokens,
-               std::int64_t proposal_rounds, std::int64_t context_tokens, double prefill_pairs) {
-                return self.step_times().predict_us({prefill_tokens, decode_rows, draft_tokens,
-                                                     proposed_tokens, proposal_rounds,
-                                                     context_tokens, prefill_pairs});
+               std::int64_t proposal_rounds, std::int64_t caught_up_tokens,
+               std::int64_t context_tokens, double prefill_pairs) {
+                return self.step_times().predict_us(
+                    {prefill_tokens, decode_rows, draft_tokens, proposed_tokens, proposal_rounds,
+                     caught_up_tokens, context_tokens, prefill_pairs});
             },
             nb::kw_only(), "prefill_tokens"_a, "decode_rows"_a, "draft_tokens"_a,
-            "proposed_tokens"_a, "proposal_rounds"_a, "context_tokens"_a, "prefill_pairs"_a)
+            "proposed_tokens"_a, "proposal_rounds"_a, "caught_up_tokens"_a, "context_tokens"_a,
+            "prefill_pairs"_a)
         .def(
             "interval_bound_us",
             [](const control::Scheduler& self, std::int32_t context) {

@@ -3,9 +3,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <utility>
 
 #include "attention.h"
 #include "errors.h"
@@ -110,12 +114,17 @@ NB_MODULE(_cpu, module) {
     nb::register_exception_translator(translate, errors.ptr());
 
     module.def("supported_isas", supported_isas);
-    // Refers to torch, and is kept for as long as the process for that.
+    // Comes to refer to torch, and is kept for as long as the process for that.
     static const auto& tensors = *new tokenspeed::bindings::TensorReader();  // NOLINT
 
+    nb::class_<cpu::Arena>(module, "WeightMemory")
+        .def(nb::init<std::size_t>(), nb::kw_only(), "size_bytes"_a)
+        .def_prop_ro("taken_size_bytes", &cpu::Arena::taken_size_bytes)
+        .def("give_back", &cpu::Arena::give_back, nb::call_guard<nb::gil_scoped_release>());
+
     nb::class_<cpu::Runtime>(module, "Runtime")
-        .def(nb::init<int, std::optional<std::string_view>>(), nb::kw_only(), "threads"_a,
-             "isa"_a.none())
+        .def(nb::init<int, std::optional<std::string_view>, std::shared_ptr<cpu::Arena>>(),
+             nb::kw_only(), "threads"_a, "isa"_a.none(), "memory"_a.none() = nb::none())
         .def_prop_ro("isa", [](const cpu::Runtime& self) { return self.isa().name; })
         .def_prop_ro("threads", [](cpu::Runtime& self) { return self.pool().threads(); })
         .def("measure_read_bytes_per_s", &cpu::measure_read_bytes_per_s, nb::kw_only(),
@@ -193,13 +202,28 @@ NB_MODULE(_cpu, module) {
     module.def(
         "lookup",
         [](cpu::Runtime& runtime, nb::handle ids, const cpu::PackedMatrix& table, float scale,
-           nb::handle y) {
+           nb::handle y, std::optional<std::int64_t> first) {
             const auto rows = tensors.integers<std::int64_t>(ids, "ids");
             const auto y_rows = tensors.rows<void*>(y, "y");
             const nb::gil_scoped_release release;
-            cpu::lookup(runtime, rows, table, scale, y_rows);
+            cpu::lookup(runtime, rows, table, scale, first, y_rows);
         },
-        "runtime"_a, "ids"_a, "table"_a, "scale"_a, "y"_a);
+        "runtime"_a, "ids"_a, "table"_a, "scale"_a, "y"_a, "first"_a.none() = nb::none());
+    module.def(
+        "aside",
+        [](cpu::Runtime& runtime, std::int64_t rows, nb::callable call) {
+            // Whoever drops the last copy may not hold the interpreter.
+            const std::shared_ptr<nb::callable> kept(new nb::callable(std::move(call)),
+                                                     [](nb::callable* made) {
+                                                         const nb::gil_scoped_acquire held;
+                                                         delete made;
+                                                     });
+            runtime.perform(rows, [kept](std::int64_t count) {
+                const nb::gil_scoped_acquire held;
+                (*kept)(count);
+            });
+        },
+        "runtime"_a, "rows"_a, "call"_a);
     module.def(
         "add_rms_norm",
         [](cpu::Runtime& runtime, nb::handle x, nb::handle residual, nb::handle weight,
@@ -454,7 +478,7 @@ NB_MODULE(_cpu, module) {
         "attend_latents",
         [](cpu::Runtime& runtime, nb::handle q, nb::handle pool, HostInts query_starts,
            HostInts context_lens, HostInts row_slots, nb::handle page_table, float scale,
-           nb::handle y) {
+           nb::handle y, std::optional<HostInts> seen, nb::handle log_sums) {
             cpu::LatentAttention call{};
             call.heads = tensors.borrow(q, "q").shape[1];
             call.q = tensors.heads<const void*>(q, "q");
@@ -472,11 +496,27 @@ NB_MODULE(_cpu, module) {
             call.rows = {query_starts.data(), context_lens.data(), row_slots.data(), pages.data(),
                          table.shape[1]};
             call.scale = scale;
+            if (seen.has_value() == log_sums.is_none()) {
+                throw cpu::KernelError("what tokens see and logarithms of sums go together");
+            }
+            if (!seen) {
+                const nb::gil_scoped_release release;
+                cpu::attend_latents(runtime, call, rows);
+                return;
+            }
+            if (static_cast<std::int64_t>(seen->shape(0)) != call.q.rows) {
+                throw cpu::KernelError("every token needs the end of what it sees");
+            }
+            float* const sums = tensors
+                                    .floats(log_sums, "log_sums",
+                                            static_cast<std::size_t>(call.q.rows * call.heads))
+                                    .data();
             const nb::gil_scoped_release release;
-            cpu::attend_latents(runtime, call, rows);
+            cpu::attend_latent_parts(runtime, call, rows, seen->data(), sums);
         },
         "runtime"_a, "q"_a, "pool"_a, "query_starts"_a, "context_lens"_a, "row_slots"_a,
-        "page_table"_a, "scale"_a, "y"_a);
+        "page_table"_a, "scale"_a, "y"_a, "seen"_a.none() = nb::none(),
+        "log_sums"_a.none() = nb::none());
     module.def(
         "argmax",
         [](cpu::Runtime& runtime, nb::handle logits, nb::handle tokens) {

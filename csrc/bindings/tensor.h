@@ -35,21 +35,9 @@ struct DLTensor {
 
 class TensorReader {
   public:
-    // Imports torch.
-    TensorReader() {
-        namespace nb = nanobind;
-        const nb::object capsule =
-            nb::module_::import_("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-        const auto* table = static_cast<const Exchange*>(
-            PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-        if (table == nullptr) throw nb::python_error();
-        if (table->major != 1) throw nb::import_error("this PyTorch offers another DLPack than 1");
-        read_ = table->borrow;
-        tensor_type_ = nb::object(nb::module_::import_("torch").attr("Tensor")).release();
-    }
-
     // The tensor behind an object, for as long as the object lives.
     DLTensor borrow(nanobind::handle object, const char* name) const {
+        if (read_ == nullptr) connect();
         DLTensor tensor;
         if (PyObject_IsInstance(object.ptr(), tensor_type_.ptr()) != 1) {
             throw cpu::KernelError(std::string(name) + " must be a torch.Tensor");
@@ -228,6 +216,19 @@ class TensorReader {
         int (*borrow)(void* object, DLTensor* tensor);
     };
 
+    // Imports torch: only now, because there are things to do here before that.
+    void connect() const {
+        namespace nb = nanobind;
+        const nb::object type = nb::module_::import_("torch").attr("Tensor");
+        const nb::object capsule = type.attr("__dlpack_c_exchange_api__");
+        const auto* table = static_cast<const Exchange*>(
+            PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        if (table == nullptr) throw nb::python_error();
+        if (table->major != 1) throw nb::import_error("this PyTorch offers another DLPack than 1");
+        tensor_type_ = type.inc_ref();
+        read_ = table->borrow;
+    }
+
     static cpu::KvFormat kv_format(const DLTensor& tensor) {
         if (tensor.element.code == 0 && tensor.element.bits == 8) return cpu::KvFormat::i8;
         return element(tensor, "a pool") == cpu::Element::f32 ? cpu::KvFormat::f32
@@ -240,8 +241,8 @@ class TensorReader {
         throw cpu::KernelError(std::string(name) + " must be float32 or bfloat16");
     }
 
-    int (*read_)(void* object, DLTensor* tensor);
-    nanobind::handle tensor_type_;
+    mutable int (*read_)(void* object, DLTensor* tensor) = nullptr;
+    mutable nanobind::handle tensor_type_;
 };
 
 }  // namespace tokenspeed::bindings

@@ -23,20 +23,26 @@ class DraftSource {
         TokenCount most;                  // tokens that a draft may have
         const Proposal* proposal;         // what the draft model proposed; may be nothing
         std::vector<std::int32_t> draft;  // filled in: guesses of what comes after the last token
+        double expected = 1;              // filled in: tokens that the row is expected to give
     };
     // A row of the step whose request may be given proposals by the draft model, once its samples
     // are known.
     struct Ask {
         const Request* request;
-        TokenCount most;   // tokens to propose
-        TokenCount count;  // filled in: how many it shall propose
+        TokenCount most;       // tokens to propose
+        TokenCount remaining;  // tokens that are expected to come after these
+        bool begins;           // its first token comes of this step
+        TokenCount count;      // filled in: how many it shall propose
+        TokenCount reads;      // filled in: what the draft model is to read for it first
     };
     struct Step {
-        StepWork work;                   // all its decode rows
-        TokenCount most;                 // tokens that all drafts, or proposals, may have together
-        bool prompts;                    // a prompt would make use of a draft's place
-        std::optional<double> limit_us;  // that rows, drafts and proposals may take, as predicted
-        bool overlaps = false;           // who proposes is left out of a step to come
+        StepWork work;    // all its decode rows
+        TokenCount most;  // tokens that all drafts, or proposals, may have together
+        bool prompts;     // a prompt would make use of a draft's place
+        // That the step may take, as predicted, for each token that the least row is expected to
+        // give; no limit where one row is alone.
+        std::optional<double> limit_us;
+        bool overlaps = false;  // who proposes is left out of a step to come
     };
 
     virtual ~DraftSource() = default;

@@ -45,6 +45,12 @@ double expected(const std::vector<float>& chances) {
     return std::accumulate(chances.begin(), chances.end(), 0.0);
 }
 
+// A step that is too long anyhow may be so long for each token that comes of it.
+std::optional<double> floor_of(const DraftSource::Step& step, double step_us) {
+    if (!step.limit_us) return std::nullopt;
+    return std::max(*step.limit_us, step_us);
+}
+
 }  // namespace
 
 // --- what matches were worth --------------------------------------------------------------------
@@ -252,7 +258,7 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
         std::min<std::int64_t>(step.most.value, model.draft_tokens_within_reach()));
     std::vector<std::size_t> lengths =
         draft_lengths(chances, static_cast<std::size_t>(step.work.decode_rows),
-                      {step_us, token_us, step.limit_us}, most);
+                      {step_us, token_us, floor_of(step, step_us)}, most);
     if (std::ranges::any_of(lengths, [](std::size_t length) { return length > 0; })) {
         dear_for_ = 0;
         patience_ = kPatience;
@@ -262,7 +268,10 @@ void Drafter::draft(std::span<Row> rows, const Step& step, const StepTimeModel& 
         patience_ = std::min(2 * patience_, kPatienceMax);
     }
     for (std::size_t i = 0; i < rows.size(); ++i) {
+        rows[i].expected += std::accumulate(
+            chances[i].begin(), chances[i].begin() + static_cast<std::ptrdiff_t>(lengths[i]), 0.0);
         if (proposed[i]) {
+            proposer_.drafted(*rows[i].request, lengths[i]);
             const auto begin = rows[i].proposal->tokens.begin();
             rows[i].draft.assign(begin, begin + static_cast<std::ptrdiff_t>(lengths[i]));
             continue;

@@ -59,7 +59,9 @@ class Drafter final : public DraftSource {
     static constexpr std::size_t kSharedTokensMax = 65'536;  // of a generation
 
     // Automata take no more than so much, as `SuffixAutomaton::size_bytes` counts.
-    explicit Drafter(std::size_t memory_max_bytes) : memory_max_bytes_(memory_max_bytes) {}
+    // `window`: see `Proposer`.
+    explicit Drafter(std::size_t memory_max_bytes, TokenCount window = TokenCount(0))
+        : memory_max_bytes_(memory_max_bytes), proposer_(window) {}
 
     void follow(std::span<const Request* const> running) override;
     void draft(std::span<Row> rows, const Step& step, const StepTimeModel& model) override;

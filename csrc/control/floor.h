@@ -1,14 +1,17 @@
 // The floor: the least tokens a second that whoever decodes is to get.
 //
 // What is promised: 99 of 100 intervals between two tokens of an admitted user last no longer than
-// 1 / floor seconds. Where 90% of what one user alone would get, as the model of step times has it,
-// is less than the floor, that takes its place: a floor that leaves nothing to prompts would let
-// nobody in. Time saved in one step is not spent in another: a user who reads along sees the slow
-// step, whatever the mean.
+// 1 / floor seconds, and so many times that where so many tokens come together. Where 90% of what
+// one user alone would get, as the model of step times has it, is less than the floor, that takes
+// its place: a floor that leaves nothing to prompts would let nobody in. Time saved in one step is
+// not spent in another: a user who reads along sees the slow step, whatever the mean.
 //
 // Kept by what a step takes along: no more of the prompts than fits under the limit beside the
-// decode rows, and no further user as long as one row more would break it. So that prompts come on
-// even where the decode rows alone fill the limit, one step in 128 takes a page of them all the
+// decode rows, and no further user as long as one row more would break it. A step may last as many
+// intervals as its decode rows are expected to give tokens, of all the one that is expected to give
+// least; so a draft that brings its user more tokens a second is not cut, and one that would hold
+// up others is. A user alone has whatever draft brings most tokens a second. So that prompts come
+// on even where the decode rows alone fill the limit, one step in 128 takes a page of them all the
 // same; it is among the one in a hundred that may be late.
 #pragma once
 
@@ -42,11 +45,14 @@ class Floor {
     }
 
     // How much of a prompt a step may take along: `work` is what it runs already, `longest` the
-    // longest context among its decode rows.
+    // longest context among its decode rows, each of which is expected to give `least` tokens or
+    // more.
     TokenCount chunk(const StepTimeModel& model, const StepWork& work, TokenCount longest,
-                     TokenCount context, TokenCount most, TokenCount page_size) const noexcept {
+                     double least, TokenCount context, TokenCount most,
+                     TokenCount page_size) const noexcept {
         if (!held() || work.decode_rows == 0) return most;
-        const TokenCount fits = model.chunk_within(limit_us(model, longest), work, context, most);
+        const double limit = least * limit_us(model, longest);
+        const TokenCount fits = model.chunk_within(limit, work, context, most);
         if (fits == TokenCount(0) && late_for_ >= kPatience) return std::min(most, page_size);
         return fits;
     }

@@ -13,7 +13,8 @@ std::optional<std::int64_t> expected_wait_us(const Outlook& outlook, const StepT
         std::max(outlook.step_tokens_max.value - static_cast<std::int32_t>(step.decode_rows), 1));
     // A prompt half computed stands for all of them.
     const TokenCount context(outlook.longest.value / 2);
-    TokenCount chunk = floor.chunk(model, step, outlook.longest, context, most, outlook.page_size);
+    TokenCount chunk =
+        floor.chunk(model, step, outlook.longest, 1.0, context, most, outlook.page_size);
     double steps_for_a_chunk = 1.0;
     if (chunk == TokenCount(0)) {
         chunk = outlook.page_size;

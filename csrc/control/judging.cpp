@@ -20,6 +20,7 @@ StepWork Scheduler::drafted_work() const noexcept {
             work.add_chunk(rows_[i].start, rows_[i].count);
         }
         work.add_proposal(rows_[i].propose);
+        work.caught_up_tokens += rows_[i].reads;
     }
     return work;
 }
@@ -27,10 +28,12 @@ StepWork Scheduler::drafted_work() const noexcept {
 TokenCount Scheduler::chunk_within_floor(TokenCount context, TokenCount most) const noexcept {
     if (!floor_.held() || decode_count_ == 0) return most;
     TokenCount longest;
+    double least = std::numeric_limits<double>::infinity();
     for (std::int32_t i = 0; i < decode_count_; ++i) {
         longest = std::max(longest, rows_[static_cast<std::size_t>(i)].start);
+        least = std::min(least, rows_[static_cast<std::size_t>(i)].expected);
     }
-    return floor_.chunk(model_, drafted_work(), longest, context, most, page_size_);
+    return floor_.chunk(model_, drafted_work(), longest, least, context, most, page_size_);
 }
 
 // Whether all who run, but one, and a newcomer could decode together, each past its prompt.

@@ -103,7 +103,7 @@ void Scheduler::draft_guesses() {
     }
     if (guesses_.empty() || left <= TokenCount(0)) return;
     std::optional<double> limit_us;
-    if (floor_.held()) limit_us = floor_.limit_us(model_, longest);
+    if (floor_.held() && work.decode_rows > 1) limit_us = floor_.limit_us(model_, longest);
     drafts_->draft(guesses_, {work, left, prompts_wait(), limit_us}, model_);
     auto guess = guesses_.begin();
     for (Row& row : rows_) {
@@ -114,6 +114,8 @@ void Scheduler::draft_guesses() {
         const TokenCount reached =
             reach_for(row.slot, row.start, std::min({wanted, guess->most, left}));
         draft.resize(static_cast<std::size_t>(reached.value));
+        if (wanted > TokenCount(0))
+            row.expected += (guess->expected - 1) * reached.value / wanted.value;
         row.draft = std::move(draft);
         row.count += reached;
         budget_ -= reached.value;

@@ -20,6 +20,7 @@ struct Proposed {
     std::span<const std::int32_t> starts = {};
     std::span<const std::int32_t> tokens = {};
     std::span<const float> chances = {};
+    std::int64_t caught_up = 0;  // tokens that the draft model read first
 };
 
 }  // namespace tokenspeed::control

@@ -7,6 +7,13 @@
 
 namespace tokenspeed::control {
 
+namespace {
+
+// Tokens to come of an answer while nothing is known of how long answers get.
+constexpr std::int32_t kRemainingUnknown = 256;
+
+}  // namespace
+
 bool Scheduler::prompts_wait() const noexcept {
     return turns_.head().has_value() || std::ranges::any_of(order_, [&](SlotId slot) {
                return prompt_left(slot) > TokenCount(0);
@@ -34,14 +41,22 @@ void Scheduler::draft_proposals(std::size_t first) {
         const Request& request = running(row.slot);
         const TokenCount most = std::min(request.remaining(context_max_) - pending - TokenCount(2),
                                          TokenCount(proposal_length_max_));
-        if (most > TokenCount(0)) asks_.push_back({&request, most, TokenCount(0)});
+        if (most <= TokenCount(0)) continue;
+        const TokenCount outputs = request.outputs() + pending;
+        const auto whole = answers_.expected(outputs, request.outputs_max());
+        const TokenCount remaining =
+            std::min(request.remaining(context_max_) - pending - TokenCount(1),
+                     whole ? *whole - outputs : TokenCount(kRemainingUnknown));
+        asks_.push_back({.request = &request,
+                         .most = most,
+                         .remaining = remaining,
+                         .begins = outputs == TokenCount(0),
+                         .count = TokenCount(0),
+                         .reads = TokenCount(0)});
     }
     if (asks_.empty() || left <= TokenCount(0)) return;
     std::optional<double> limit_us;
-    if (floor_.held()) {
-        const double rest_us = model_.predict_us(drafted_work()) - model_.predict_us(work);
-        limit_us = floor_.limit_us(model_, longest) - rest_us;
-    }
+    if (floor_.held() && work.decode_rows > 1) limit_us = floor_.limit_us(model_, longest);
     const bool overlaps = ledger_.depth() > 0;
     drafts_->propose(asks_, {work, left, prompts_wait(), limit_us, overlaps}, model_);
     auto ask = asks_.begin();
@@ -49,6 +64,7 @@ void Scheduler::draft_proposals(std::size_t first) {
         if (&running(rows_[i].slot) != ask->request) continue;
         const TokenCount count = std::min({ask->count, ask->most, left});
         rows_[i].propose = count.value;
+        if (count > TokenCount(0)) rows_[i].reads = ask->reads.value;
         left -= count;
         ++ask;
     }
@@ -59,7 +75,8 @@ void Scheduler::check_proposed(const Flight& flight, const Proposed& proposed) c
     const auto refuse = [&](const std::string& why) {
         throw EngineError("step " + text(flight.step.value) + " " + why);
     };
-    const auto [starts, tokens, chances] = proposed;
+    const auto [starts, tokens, chances, caught_up] = proposed;
+    if (caught_up < 0) refuse("caught up on " + text(caught_up) + " tokens");
     if (tokens.size() != chances.size()) {
         refuse("proposed " + text(static_cast<std::int64_t>(tokens.size())) + " tokens with " +
                text(static_cast<std::int64_t>(chances.size())) + " chances");
@@ -87,8 +104,9 @@ void Scheduler::check_proposed(const Flight& flight, const Proposed& proposed) c
 // took.
 void Scheduler::reserve_proposals(Flight& flight, const Proposed& proposed) {
     proposals_.clear();
-    flight.work.proposed_tokens = flight.work.proposal_rounds = 0;
+    flight.work.proposed_tokens = flight.work.proposal_rounds = flight.work.caught_up_tokens = 0;
     if (proposed.starts.empty()) return;
+    flight.work.caught_up_tokens = proposed.caught_up;
     const auto chance = [](float told) {
         return std::isnan(told) ? 0.0F : std::clamp(told, 0.0F, 1.0F);
     };

@@ -78,6 +78,10 @@ const Config& checked(const Config& config) {
             "least 1, but are " +
             text(config.step_proposals_max) + " and " + text(config.proposal_length_max));
     }
+    if (config.proposal_window < 0) {
+        throw ConfigError("proposal_window must be at least 0, but is " +
+                          text(config.proposal_window));
+    }
     if (config.step_tokens_max < config.slots_max) {
         throw ConfigError("step_tokens_max (" + text(config.step_tokens_max) +
                           ") must be at least slots_max (" + text(config.slots_max) + ")");
@@ -120,8 +124,9 @@ Scheduler::Scheduler(const Config& config, std::unique_ptr<DraftSource> drafts)
       step_proposals_max_(allows_drafts(config) ? config.step_proposals_max : 0),
       proposal_length_max_(allows_drafts(config) ? config.proposal_length_max : 0),
       drafts_(!allows_drafts(config) ? nullptr
-              : drafts               ? std::move(drafts)
-                                     : std::make_unique<Drafter>(config.draft_memory_size_bytes)),
+              : drafts ? std::move(drafts)
+                       : std::make_unique<Drafter>(config.draft_memory_size_bytes,
+                                                   TokenCount(config.proposal_window))),
       store_(config.groups, page_size_, config.slots_max, context_max_, config.prefix_cache,
              config.cache_policy),
       ledger_(static_cast<std::size_t>(config.overlap_depth)),

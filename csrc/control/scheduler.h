@@ -53,6 +53,7 @@ struct Config {
     std::int32_t step_drafts_max;                  // drafted tokens of a step; 0: no drafts
     std::int32_t step_proposals_max = 0;           // of a draft model in a step; 0: there is none
     std::int32_t proposal_length_max = 0;          // of these, for one row
+    std::int32_t proposal_window = 0;              // what it reads of a request first; 0: all along
     std::size_t draft_memory_size_bytes = std::size_t{512} << 20;  // of texts that drafts come from
 };
 
@@ -116,6 +117,8 @@ class Scheduler {
         bool samples;
         std::vector<std::int32_t> draft = {};  // of the tokens, those that are guesses
         std::int32_t propose = 0;              // tokens the draft model shall propose then
+        std::int32_t reads = 0;                // and tokens that it is to read for it
+        double expected = 1;                   // tokens it is expected to give
         std::size_t cut = 0;                   // of these, so many at the end were not run
 
         std::size_t sample_count() const noexcept { return samples ? 1 + draft.size() : 0; }

@@ -21,7 +21,8 @@ constexpr std::int32_t kStraysMax = 4;
 constexpr double kQuantile = 0.995;
 constexpr double kSpreadPace = 0.05;
 constexpr double kSpreadMax = 2.0;
-// What a draft model's forward pass is taken to cost before one was seen, of a row's step.
+// What a draft model's forward pass is taken to cost before one was seen, of a row's step; and a
+// token that it reads, of one of a prompt.
 constexpr double kFirstRoundShare = 0.125;
 
 }  // namespace
@@ -34,7 +35,8 @@ StepTimeModel::Terms StepTimeModel::terms(const StepWork& work) noexcept {
             static_cast<double>(work.context_tokens),
             work.prefill_pairs,
             static_cast<double>(work.proposed_tokens),
-            static_cast<double>(work.proposal_rounds)};
+            static_cast<double>(work.proposal_rounds),
+            static_cast<double>(work.caught_up_tokens)};
 }
 
 void StepTimeModel::Moments::fade(double keep) noexcept {
@@ -78,14 +80,17 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     if (took_us <= 0) return;
     auto time = static_cast<double>(took_us);
     const double predicted = predict_us(work);
+    const bool reads = work.caught_up_tokens >= kReadingMin;
     // The first drafts may cost anything, and the first proposals: none of these times is a stray.
     const bool known = (work.draft_tokens == 0 || draft_steps_ >= kTrustedAfter) &&
-                       (work.proposed_tokens == 0 || proposal_steps_ >= kTrustedAfter);
+                       (work.proposed_tokens == 0 || proposal_steps_ >= kTrustedAfter) &&
+                       (!reads || reading_steps_ >= kTrustedAfter);
     if (trusted() && predicted > 0 && known) {
         if (work.decode_rows > 0) learn_spread(predicted, time);
         time = calm(predicted, time);
     }
-    Moments& kind = kinds_[work.proposed_tokens > 0   ? 4
+    Moments& kind = kinds_[reads                      ? 5
+                           : work.proposed_tokens > 0 ? 4
                            : work.draft_tokens > 0    ? 3
                            : work.prefill_tokens == 0 ? 0
                            : work.decode_rows == 0    ? 1
@@ -98,6 +103,7 @@ void StepTimeModel::observe(const StepWork& work, std::int64_t took_us) noexcept
     draft_steps_ += work.draft_tokens > 0 ? 1 : 0;
     proposed_seen_ = std::max(proposed_seen_, work.proposed_tokens);
     proposal_steps_ += work.proposed_tokens > 0 ? 1 : 0;
+    reading_steps_ += reads ? 1 : 0;
     solve();
 }
 
@@ -192,6 +198,9 @@ void StepTimeModel::solve() noexcept {
     if (!seen[kDraftToken]) cost_us_[kDraftToken] = cost_us_[kDecodeRow];
     if (!seen[kProposalRound]) {
         cost_us_[kProposalRound] = kFirstRoundShare * (cost_us_[kStep] + cost_us_[kDecodeRow]);
+    }
+    if (!seen[kCaughtUpToken]) {
+        cost_us_[kCaughtUpToken] = kFirstRoundShare * cost_us_[kPrefillToken];
     }
 }
 

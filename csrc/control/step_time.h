@@ -1,9 +1,9 @@
 // What a step will take: microseconds as a linear function of what it runs, fitted as steps return.
 //
 // Time = constant + prefill tokens (matrix products) + decode rows + drafted tokens beyond one a
-//        row + tokens that a draft model proposes + its forward passes, one after the other + KV
-//        tokens that rows read + pairs of (prompt token, context token) that prefill attention
-//        visits.
+//        row + tokens that a draft model proposes + its forward passes, one after the other +
+//        tokens that it reads before + KV tokens that rows read + pairs of (prompt token, context
+//        token) that prefill attention visits.
 //
 // A row reads its context once, be it a decode row or a chunk: what small chunks of a long prompt
 // cost is mostly that, and not their pairs.
@@ -26,11 +26,12 @@ namespace tokenspeed::control {
 struct StepWork {
     std::int64_t prefill_tokens = 0;
     std::int64_t decode_rows = 0;
-    std::int64_t draft_tokens = 0;     // guesses of decode rows, beyond one token each
-    std::int64_t proposed_tokens = 0;  // by a draft model, over all rows
-    std::int64_t proposal_rounds = 0;  // its forward passes: the longest proposal of a row
-    std::int64_t context_tokens = 0;   // contexts of all rows, which attention reads
-    double prefill_pairs = 0;          // sum over chunks of chunk * (context + chunk / 2)
+    std::int64_t draft_tokens = 0;      // guesses of decode rows, beyond one token each
+    std::int64_t proposed_tokens = 0;   // by a draft model, over all rows
+    std::int64_t proposal_rounds = 0;   // its forward passes: the longest proposal of a row
+    std::int64_t caught_up_tokens = 0;  // that it reads first, beyond the last of each row
+    std::int64_t context_tokens = 0;    // contexts of all rows, which attention reads
+    double prefill_pairs = 0;           // sum over chunks of chunk * (context + chunk / 2)
 
     void add_decode(TokenCount context) noexcept {
         decode_rows += 1;
@@ -72,6 +73,9 @@ class StepTimeModel {
     // that propose run together. Before any was seen a pass is taken for an eighth of a row's step.
     double proposed_token_us() const noexcept { return cost_us_[kProposedToken]; }
     double proposal_round_us() const noexcept { return cost_us_[kProposalRound]; }
+    // What each token adds that a draft model reads first: before any was seen, an eighth of what a
+    // prompt token does.
+    double caught_up_token_us() const noexcept { return cost_us_[kCaughtUpToken]; }
     // How many drafted tokens a step may have for its time to be foretold: twice as many as ever.
     std::int64_t draft_tokens_within_reach() const noexcept {
         return std::max(2 * drafts_seen_, kFirstDrafts);
@@ -92,6 +96,7 @@ class StepTimeModel {
         kPair,
         kProposedToken,
         kProposalRound,
+        kCaughtUpToken,
         kTerms
     };
     using Terms = std::array<double, kTerms>;
@@ -108,8 +113,9 @@ class StepTimeModel {
         void fade(double keep) noexcept;
         void add(const Terms& x, double weight, double time) noexcept;
     };
-    // Decode only, prefill only, mixed, any with drafts, any with proposals.
-    std::array<Moments, 5> kinds_;
+    // Decode only, prefill only, mixed, any with drafts, any with proposals, and with a text that a
+    // draft model begins to read.
+    std::array<Moments, 6> kinds_;
 
     Terms cost_us_{};
     double spread_ = 1.05;
@@ -120,7 +126,10 @@ class StepTimeModel {
     std::int64_t draft_steps_ = 0;
     std::int64_t proposed_seen_ = 0;  // the most proposed tokens of any step
     std::int64_t proposal_steps_ = 0;
+    std::int64_t reading_steps_ = 0;
     static constexpr std::int64_t kFirstDrafts = 2;
+    // Fewer are what accepted proposals leave to be read.
+    static constexpr std::int64_t kReadingMin = 32;
     static constexpr std::int64_t kTrustedAfter = 8;
 };
 

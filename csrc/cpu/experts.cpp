@@ -131,10 +131,20 @@ struct Visit {
     std::int64_t token, weight;
 };
 
+// In which forms a product reads its rows: the parts of its matrix may be of both kinds.
+struct Reads {
+    bool dense = false, quantised = false;
+
+    explicit Reads(const std::vector<const PackedMatrix*>& parts) {
+        for (const PackedMatrix* part : parts) (part->format().dense() ? dense : quantised) = true;
+    }
+};
+
 // Rows of one expert, behind those of the experts before it.
 struct Share {
     std::size_t expert;
     std::int64_t first, rows;
+    Reads reads_x, reads_hidden;
     QuantisedRows x, hidden;
 };
 
@@ -156,7 +166,15 @@ struct Visits {
         each([&](std::size_t expert, std::int64_t) { ++begins[expert + 1]; });
         for (std::size_t expert = 0; expert < call.gate_up.size(); ++expert) {
             const std::int64_t rows = begins[expert + 1];
-            if (rows > 0) shares.push_back({expert, begins[expert], rows, {}, {}});
+            if (rows > 0) {
+                shares.push_back({expert,
+                                  begins[expert],
+                                  rows,
+                                  Reads(call.gate_up[expert]),
+                                  Reads(call.down[expert]),
+                                  {},
+                                  {}});
+            }
             begins[expert + 1] += begins[expert];
         }
         visits.resize(static_cast<std::size_t>(begins.back()));
@@ -245,40 +263,36 @@ void run_experts(Runtime& runtime, const Experts& call, std::int64_t tokens) {
     auto& [visits, shares] = found;
     const auto lease = runtime.lease();
     const Kernels& kernels = runtime.kernels();
-    const bool dense = call.gate_up.front().front()->format().dense();
     const std::int64_t features = call.x.columns;
     const std::int64_t hidden = call.down.front().front()->inputs();
     const std::int64_t element = call.x.element_size_bytes();
     const auto rows = static_cast<std::int64_t>(visits.size());
     // Dense weights are as wide as whole steps, and so are their rows.
-    const auto wide = [&](std::int64_t columns) {
-        return dense ? step_count(columns) * step_inputs : columns;
-    };
+    const auto wide = [](std::int64_t columns) { return step_count(columns) * step_inputs; };
+    const bool hidden_dense =
+        std::ranges::any_of(shares, [](const Share& share) { return share.reads_hidden.dense; });
     Carver carver;
     const std::int64_t x_at = carver.take(rows * wide(features) * element);
     const std::int64_t both_at = carver.take(rows * 2 * hidden * element);
-    const std::int64_t hidden_at = dense ? carver.take(rows * wide(hidden) * element) : 0;
+    const std::int64_t hidden_at = hidden_dense ? carver.take(rows * wide(hidden) * element) : 0;
     const std::int64_t found_at = carver.take(rows * features * element);
     std::vector<std::pair<std::int64_t, std::int64_t>> quantised_at;
-    if (!dense) {
-        for (const Share& share : shares) {
-            const auto x_size = quantised_size_bytes(kernels, share.rows, features);
-            const auto hidden_size = quantised_size_bytes(kernels, share.rows, hidden);
-            const std::int64_t first = carver.take(x_size);
-            quantised_at.emplace_back(first, carver.take(hidden_size));
-        }
+    for (const Share& share : shares) {
+        const auto room = [&](const Reads& reads, std::int64_t columns) {
+            return carver.take(reads.quantised ? quantised_size_bytes(kernels, share.rows, columns)
+                                               : 0);
+        };
+        const std::int64_t first = room(share.reads_x, features);
+        quantised_at.emplace_back(first, room(share.reads_hidden, hidden));
     }
     std::byte* const memory = lease.memory(carver.size_bytes());
     for (std::size_t at = 0; at < shares.size(); ++at) {
         // Products of dense rows go by how many lie together, too.
         Share& share = shares[at];
-        std::byte* const x_memory = dense ? nullptr : memory + quantised_at[at].first;
-        std::byte* const hidden_memory = dense ? nullptr : memory + quantised_at[at].second;
-        share.x = quantised_rows(kernels, x_memory, share.rows);
-        share.hidden = quantised_rows(kernels, hidden_memory, share.rows);
-        if (dense) continue;
-        fill_up(share.x, share.rows, features);
-        fill_up(share.hidden, share.rows, hidden);
+        share.x = quantised_rows(kernels, memory + quantised_at[at].first, share.rows);
+        share.hidden = quantised_rows(kernels, memory + quantised_at[at].second, share.rows);
+        if (share.reads_x.quantised) fill_up(share.x, share.rows, features);
+        if (share.reads_hidden.quantised) fill_up(share.hidden, share.rows, hidden);
     }
     const auto matrix = [&](std::int64_t at, std::int64_t columns, std::int64_t stride) {
         return Out{memory + at, call.x.type, rows, columns, stride};
@@ -308,7 +322,7 @@ void run_experts(Runtime& runtime, const Experts& call, std::int64_t tokens) {
                 std::memcpy(to, call.x.at(visit.token), used);
                 std::memset(to + used, 0,
                             static_cast<std::size_t>((wide(features) - features) * element));
-                if (!dense) kernels.quantise(own, row, share->x);
+                if (share->reads_x.quantised) kernels.quantise(own, row, share->x);
             }
         });
         multiply(runtime, shares, call.gate_up, in(x), &Share::x, call.gate_up_bias, both);
@@ -316,12 +330,17 @@ void run_experts(Runtime& runtime, const Experts& call, std::int64_t tokens) {
         jobs = cut_rows(shares, 2 * hidden);
         runtime.pool().run(static_cast<int>(jobs.size()), [&](int chunk, int) noexcept {
             const auto& [share, begin, end] = jobs[static_cast<std::size_t>(chunk)];
-            Result to{of(gated, *share), {}};
-            if (!dense) to = {{nullptr, Element::f32, share->rows, hidden, hidden}, share->hidden};
-            const Gated gate{activation, of(in(both), *share), to, call.limit.value_or(0.0f)};
+            const auto write = [&](const Result& to, std::int64_t row) {
+                const float limit = call.limit.value_or(0.0f);
+                kernels.gate({activation, of(in(both), *share), to, limit}, row, 0, hidden);
+            };
             for (std::int64_t row = begin; row < end; ++row) {
-                kernels.gate(gate, row, 0, hidden);
-                if (dense && wide(hidden) > hidden) {
+                if (share->reads_hidden.quantised) {
+                    const Out shape{nullptr, Element::f32, share->rows, hidden, hidden};
+                    write({shape, share->hidden}, row);
+                }
+                if (share->reads_hidden.dense) {
+                    write({of(gated, *share), {}}, row);
                     auto* const row_at = static_cast<std::byte*>(gated.at(share->first + row));
                     std::memset(row_at + hidden * element, 0,
                                 static_cast<std::size_t>((wide(hidden) - hidden) * element));
@@ -357,16 +376,15 @@ void run_experts(Runtime& runtime, const Experts& call, std::int64_t tokens) {
     });
 }
 
-// Throws where the matrices of experts are not of one shape, and of one kind.
+// Throws where the matrices of experts are not of one shape, or dense ones not of x's type.
 void expect_matrices(const ExpertMatrices& matrices, std::int64_t inputs, std::int64_t outputs,
-                     const In& x, bool dense) {
+                     const In& x) {
     for (const auto& parts : matrices) {
         std::int64_t found = 0;
         for (const PackedMatrix* part : parts) {
             const Format& format = part->format();
             found += part->outputs();
-            const bool fits =
-                format.dense() == dense && (!dense || format.bits == 8 * x.element_size_bytes());
+            const bool fits = !format.dense() || format.bits == 8 * x.element_size_bytes();
             if (part->inputs() != inputs || !fits) {
                 throw KernelError("a matrix of an expert takes " + std::to_string(part->inputs()) +
                                   " inputs in " + std::string(format.name) + ", but " +
@@ -406,9 +424,8 @@ void experts(Runtime& runtime, const Experts& call) {
         throw KernelError("experts need a matrix of gates and ups each, and one down");
     }
     const std::int64_t hidden = call.down.front().front()->inputs();
-    const bool dense = call.gate_up.front().front()->format().dense();
-    expect_matrices(call.gate_up, call.x.columns, 2 * hidden, call.x, dense);
-    expect_matrices(call.down, hidden, call.x.columns, call.x, dense);
+    expect_matrices(call.gate_up, call.x.columns, 2 * hidden, call.x);
+    expect_matrices(call.down, hidden, call.x.columns, call.x);
     if (call.y.rows != call.x.rows || call.y.columns != call.x.columns ||
         call.y.type != call.x.type || call.chosen.size() != call.weights.size() ||
         (call.x.rows > 0 && call.chosen.size() % static_cast<std::size_t>(call.x.rows) != 0)) {

@@ -152,23 +152,28 @@ void linear(Runtime& runtime, const Operand& x, std::span<const PackedMatrix* co
 }
 
 void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMatrix& table,
-            float scale, const Out& y) {
+            float scale, std::optional<std::int64_t> first, const Out& y) {
     if (y.columns != table.inputs() || y.rows != static_cast<std::int64_t>(ids.size())) {
         throw KernelError("y is " + std::to_string(y.rows) + " x " + std::to_string(y.columns) +
                           ", but the rows looked up are " + std::to_string(ids.size()) + " x " +
                           std::to_string(table.inputs()));
     }
     if (y.type != Element::f32) throw KernelError("rows of a table are looked up in float32");
-    runtime.perform(y.rows, [&runtime, ids, &table, scale, y](std::int64_t rows) {
+    runtime.perform(y.rows, [&runtime, ids, &table, scale, first, y](std::int64_t rows) {
         for (const std::int64_t id : ids.first(static_cast<std::size_t>(rows))) {
-            if (id < 0 || id >= table.outputs()) {
+            if (!first && (id < 0 || id >= table.outputs())) {
                 throw KernelError("row " + std::to_string(id) + " of a table of " +
                                   std::to_string(table.outputs()) + " rows");
             }
         }
         runtime.pool().run(static_cast<int>(rows), [&](int index, int) noexcept {
             auto* const row = static_cast<float*>(y.at(index));
-            table.read_row(ids[static_cast<std::size_t>(index)], y.type, row);
+            const std::int64_t id = ids[static_cast<std::size_t>(index)] - first.value_or(0);
+            if (id < 0 || id >= table.outputs()) {
+                std::fill_n(row, y.columns, 0.0f);
+                return;
+            }
+            table.read_row(id, y.type, row);
             if (scale == 1.0f) return;
             for (std::int64_t at = 0; at < y.columns; ++at) row[at] *= scale;
         });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "kernels.h"
 #include "packed.h"
@@ -15,9 +16,10 @@ namespace tokenspeed::cpu {
 void linear(Runtime& runtime, const Operand& x, std::span<const PackedMatrix* const> weight,
             const void* bias, const Out& y);
 
-// y[t] = scale W[ids[t]], in float32.
-// Throws KernelError: an id outside the table, or shapes that do not fit.
+// y[t] = scale W[ids[t]], in float32. Where the table is a part of one, whose row `first` is its
+// first, ids of other rows give 0.
+// Throws KernelError: an id outside the whole table, or shapes that do not fit.
 void lookup(Runtime& runtime, std::span<const std::int64_t> ids, const PackedMatrix& table,
-            float scale, const Out& y);
+            float scale, std::optional<std::int64_t> first, const Out& y);
 
 }  // namespace tokenspeed::cpu

@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -27,10 +28,12 @@ struct Call {
 
 class Runtime {
   public:
-    // Throws ConfigError: an instruction set this CPU lacks, or a wrong number of threads.
-    Runtime(int threads, std::optional<std::string_view> isa)
+    // Weights go to `memory`, or to an arena of its own where that is null. Throws ConfigError: an
+    // instruction set this CPU lacks, or a wrong number of threads.
+    Runtime(int threads, std::optional<std::string_view> isa,
+            std::shared_ptr<Arena> memory = nullptr)
         : isa_(select_isa(isa)),
-          arena_(std::make_shared<Arena>()),
+          arena_(memory ? std::move(memory) : std::make_shared<Arena>()),
           pool_(threads),
           scratch_(scratch_arena_.allocate(kernels().scratch_size_bytes *
                                            static_cast<std::size_t>(threads))) {}

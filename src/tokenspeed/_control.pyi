@@ -40,6 +40,7 @@ class Scheduler:
         step_drafts_max: int,
         step_proposals_max: int,
         proposal_length_max: int,
+        proposal_window: int,
         draft_memory_size_bytes: int,
     ) -> None: ...
     def submit(
@@ -82,6 +83,7 @@ class Scheduler:
         proposed_starts: npt.NDArray[np.int32] = ...,
         proposed_tokens: npt.NDArray[np.int32] = ...,
         proposed_chances: npt.NDArray[np.float32] = ...,
+        caught_up_tokens: int = ...,
         cuts: Sequence[tuple[int, int]] = ...,
     ) -> None: ...
     def take_outcome(
@@ -99,6 +101,7 @@ class Scheduler:
         draft_tokens: int,
         proposed_tokens: int,
         proposal_rounds: int,
+        caught_up_tokens: int,
         context_tokens: int,
         prefill_pairs: float,
         took_us: int,
@@ -111,6 +114,7 @@ class Scheduler:
         draft_tokens: int,
         proposed_tokens: int,
         proposal_rounds: int,
+        caught_up_tokens: int,
         context_tokens: int,
         prefill_pairs: float,
     ) -> float: ...

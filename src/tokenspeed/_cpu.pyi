@@ -5,7 +5,7 @@ KernelError. What norms and gates write and products read may be quantised rows 
 tensors of `quantised_size_bytes`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,16 @@ def supported_isas() -> list[str]: ...
 def quantised_size_bytes(runtime: Runtime, rows: int, columns: int) -> int: ...
 def prefer_huge_pages(tensor: torch.Tensor) -> None: ...
 
+class WeightMemory:
+    def __init__(self, *, size_bytes: int) -> None: ...
+    @property
+    def taken_size_bytes(self) -> int: ...
+    def give_back(self) -> None: ...
+
 class Runtime:
-    def __init__(self, *, threads: int, isa: str | None) -> None: ...
+    def __init__(
+        self, *, threads: int, isa: str | None, memory: WeightMemory | None = None
+    ) -> None: ...
     @property
     def isa(self) -> str: ...
     @property
@@ -48,8 +56,14 @@ def linear(
     y: torch.Tensor,
 ) -> None: ...
 def lookup(
-    runtime: Runtime, ids: torch.Tensor, table: PackedMatrix, scale: float, y: torch.Tensor
+    runtime: Runtime,
+    ids: torch.Tensor,
+    table: PackedMatrix,
+    scale: float,
+    y: torch.Tensor,
+    first: int | None = None,
 ) -> None: ...
+def aside(runtime: Runtime, rows: int, call: Callable[[int], None]) -> None: ...
 def add_rms_norm(
     runtime: Runtime,
     x: torch.Tensor,
@@ -142,6 +156,8 @@ def attend_latents(
     page_table: torch.Tensor,
     scale: float,
     y: torch.Tensor,
+    seen: npt.NDArray[np.int32] | None = None,
+    log_sums: torch.Tensor | None = None,
 ) -> None: ...
 def draw(
     runtime: Runtime,

@@ -1,10 +1,13 @@
 """Answers with a draft model are those without, whatever they must follow or end at."""
 
 import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import pytest
 
 from tokenspeed import LLM, SamplingParams, StructuredOutputs, loader
+from tokenspeed.core.stats import SchedulerStats
 from tokenspeed.core.step import StepWork
 
 PROMPTS = [
@@ -35,28 +38,33 @@ PARAMS = {
 
 
 def answers(
-    model: str, speculate: str, **options: int
-) -> tuple[dict[str, list[tuple[list[int], str]]], int]:
-    """Tokens and text of each prompt's answer, by how it was asked; and how many tokens a draft
-    model proposed."""
-    sizes = {"max_context": 512, "kv_cache_size_bytes": 1 << 28}
-    with LLM(model, speculate=speculate, seed=0, **sizes, **options) as llm:
+    model: str,
+    speculate: str,
+    prompts: Sequence[str] = PROMPTS,
+    ways: Mapping[str, SamplingParams] = MappingProxyType(PARAMS),
+    **options: int,
+) -> tuple[dict[str, list[tuple[list[int], str]]], SchedulerStats]:
+    """Tokens and text of each prompt's answer, by how it was asked; and what the scheduler did."""
+    sizes = {"max_context": 512, "kv_cache_size_bytes": 1 << 28, **options}
+    with LLM(model, speculate=speculate, seed=0, **sizes) as llm:
         # A model is no cheaper than itself, so that it would be left alone: let it look so.
-        for drafted, proposed in [(0, 0), (3, 0), (0, 3)] * 100:
+        for drafted, proposed, read in [(0, 0, 0), (3, 0, 0), (0, 3, 1), (0, 3, 100)] * 100:
             work = StepWork(
                 decode_rows=1,
                 context_tokens=64,
                 draft_tokens=drafted,
                 proposed_tokens=proposed,
                 proposal_rounds=proposed,
+                caught_up_tokens=read,
             )
-            llm._core.control.observe(work, 30_000 + 100 * drafted + 10 * proposed)
+            llm._core.control.observe(work, 30_000 + 100 * drafted + 10 * proposed + read)
         found = {}
         # The second time beginnings are cached.
-        for name, params in [*PARAMS.items(), *PARAMS.items()]:
-            outputs = [output.completions[0] for output in llm.generate(PROMPTS, params)]
+        for name, params in [*ways.items(), *ways.items()]:
+            made = llm.generate(list(prompts), params)
+            outputs = [output.completions[0] for output in made]
             found[name] = [(output.token_ids, output.text) for output in outputs]
-        return found, llm._core.control.stats().proposed_tokens
+        return found, llm._core.control.stats()
 
 
 @pytest.mark.parametrize("options", [{}, {"overlap_depth": 1}, {"max_running": 2}])
@@ -65,9 +73,32 @@ def test_answers_with_a_draft_model_are_those_without(
 ) -> None:
     model = str(smollm2.path)
     wanted, _ = answers(model, "off")
-    found, proposed = answers(model, f"draft:{model}", **options)
+    found, stats = answers(model, f"draft:{model}", **options)
     assert found == wanted
-    assert proposed > 0
+    assert stats.proposed_tokens > 0
+
+
+def test_so_they_are_where_requests_are_retracted_and_their_pages_come_from_the_host(
+    smollm2: loader.ModelFiles,
+) -> None:
+    model = str(smollm2.path)
+    # Prompts of a page and more, so that there is something to be found again.
+    words = ", ".join(["tree", "sun", "house", "river"] * 2)
+    prompts = [f"{n}. {words}: {prompt}" for n in range(4) for prompt in PROMPTS]
+    few = {"kv_cache_size_bytes": 13 << 20, "host_cache_size_bytes": 64 << 20, "page_size": 16}
+    # Answers get longer than those before, so that more were let in than there are pages for.
+    ways = {
+        "short": SamplingParams(temperature=0.0, max_new_tokens=16, ignore_eos=True),
+        "long": SamplingParams(temperature=0.0, max_new_tokens=80, ignore_eos=True),
+        "drawn": SamplingParams(temperature=0.9, seed=3, max_new_tokens=80, ignore_eos=True),
+    }
+    wanted, _ = answers(model, "off", prompts, ways)
+    found, stats = answers(model, f"draft:{model}", prompts, ways, **few)
+    print(f"{stats.retractions} retractions, {stats.loads} loads, {stats.proposed_tokens} proposed")
+    assert found == wanted
+    assert stats.proposed_tokens > 0
+    assert stats.retractions > 0
+    assert stats.loads > 0
 
 
 @pytest.mark.slow

@@ -9,8 +9,13 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import tokenizers
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
 
 from tests.e2e.serving import Serve
+from tests.models.test_tiny_models import prompt
+from tests.models.tiny import write_tiny
 from tokenspeed import LLM, AsyncLLM, SamplingParams
 from tokenspeed.core.errors import ConfigError, EngineError, TokenSpeedError
 from tokenspeed.engine.rank_launch import _Child
@@ -84,6 +89,39 @@ def test_ranks_that_share_contexts_give_the_text_of_one(smollm2: ModelFiles, ran
         assert llm.info.page_size == 16 * ranks
         size_bytes = llm.info.kv_size_bytes / (llm.info.pages * llm.info.page_size)
         assert size_bytes == whole_size_bytes / ranks
+
+
+@pytest.mark.slow
+def test_ranks_that_share_latents_give_the_text_of_one(tmp_path: Path) -> None:
+    write_tiny("deepseek-v3", tmp_path)
+    words = tokenizers.Tokenizer(WordLevel({f"w{token}": token for token in range(199)}))
+    words.decoder = ByteLevel()
+    words.save(str(tmp_path / "tokenizer.json"))
+    # Chunks of 24 tokens, and pages of 8 on each rank.
+    options = {
+        "dtype": "float32",
+        "max_context": 384,
+        "max_running": 4,
+        "max_step_tokens": 24,
+        "page_size": 8,
+    }
+    prompts = [prompt(200, seed=1), prompt(5, seed=2), prompt(40, seed=3)]
+
+    def all_tokens(llm: LLM) -> list[list[int]]:
+        return [output.completions[0].token_ids for output in llm.generate(prompts, GREEDY)]
+
+    with LLM(str(tmp_path), **options) as llm:
+        alone = all_tokens(llm)
+        whole_size_bytes = llm.info.kv_size_bytes / (llm.info.pages * llm.info.page_size)
+    with LLM(str(tmp_path), cp=2, tp=2, **options) as llm:
+        assert all_tokens(llm) == alone
+        before = llm.stats().cached_tokens
+        assert all_tokens(llm) == alone
+        # The second time prompts come from the cache, of which each rank has its part.
+        assert llm.stats().cached_tokens - before >= 192 + 32
+        # Latents are the same for all heads: ranks of `tp` keep them whole.
+        size_bytes = llm.info.kv_size_bytes / (llm.info.pages * llm.info.page_size)
+        assert size_bytes == whole_size_bytes / 2
 
 
 @pytest.mark.slow

@@ -7,18 +7,36 @@ import torch
 
 from tokenspeed._cpu import Runtime, supported_isas
 from tokenspeed.core.errors import KernelError
-from tokenspeed.kernels import PackedWeight
+from tokenspeed.kernels import PackedGroups, PackedWeight
 from tokenspeed.kernels.cpu import moe
 from tokenspeed.kernels.reference import moe as reference
 from tokenspeed.kernels.verify.blocks import packed_weight
 from tokenspeed.kernels.verify.case import noise
+from tokenspeed.kernels.verify.quantised import random_float4, random_int4
 
 EXPERTS, CHOSEN, TOKENS, FEATURES, HIDDEN = 5, 3, 83, 96, 64
+
+
+def groups(
+    outputs: int, inputs: int, dtype: torch.dtype, runtime: Runtime, *, seed: int
+) -> PackedGroups:
+    """Of four bits, of five, and dense, all in one or each alone."""
+    half = outputs // 2
+    weight = PackedGroups((outputs, inputs), parts=(half, half), dtype=dtype, runtime=runtime)
+    weight.pack(0, random_int4(half, inputs, 32, zeros=seed % 2 == 0, seed=seed))
+    weight.pack(1, random_float4(half, inputs, seed=seed))
+    for part in range(2):
+        if seed >> part & 1:
+            weight.pack_dense(part, noise(half, inputs, dtype=dtype, seed=seed) * 0.1)
+    return weight
 
 
 def matrices(kind: str, outputs: int, inputs: int, dtype: torch.dtype, runtime: Runtime) -> Any:
     found = []
     for expert in range(EXPERTS):
+        if kind == "groups":
+            found.append(groups(outputs, inputs, dtype, runtime, seed=expert))
+            continue
         if kind == "dense":
             weight = PackedWeight((outputs, inputs), parts=(outputs,), dtype=dtype, runtime=runtime)
             weight.pack_dense(0, noise(outputs, inputs, dtype=dtype, seed=expert))
@@ -64,7 +82,7 @@ def results(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("kind", ["dense", "packed", "groups"])
 @pytest.mark.parametrize("limit", [None, 1.5])
 def test_a_token_gets_the_same_bits_in_any_batch_and_on_any_number_of_threads(
     kind: str, dtype: torch.dtype, limit: float | None
@@ -76,9 +94,36 @@ def test_a_token_gets_the_same_bits_in_any_batch_and_on_any_number_of_threads(
         assert torch.equal(whole_TM[rows], results(kind, dtype, two, rows, limit)), rows
 
 
-def test_every_instruction_set_gives_the_same_bits_of_packed_experts() -> None:
+def test_experts_of_which_some_are_dense_give_what_each_kind_gives_alone() -> None:
+    runtime = Runtime(threads=1, isa=None)
+    x_TM = noise(9, FEATURES, dtype=torch.float32)
+    gate_up = matrices("groups", 2 * HIDDEN, FEATURES, torch.float32, runtime)
+    down = matrices("groups", FEATURES, HIDDEN, torch.float32, runtime)
+
+    def out(experts: list[int]) -> torch.Tensor:
+        """Every token goes to all of these."""
+        return moe.experts(
+            x_TM,
+            [gate_up[expert] for expert in experts],
+            [down[expert] for expert in experts],
+            torch.arange(len(experts)).expand(9, -1).contiguous(),
+            torch.ones(9, len(experts)),
+            first=0,
+            runtime=runtime,
+        )
+
+    alone = [out([expert]) for expert in range(EXPERTS)]
+    total_TM = alone[0]
+    for expert in range(1, EXPERTS):
+        total_TM = total_TM + alone[expert]
+    assert torch.equal(out(list(range(EXPERTS))), total_TM)
+
+
+@pytest.mark.parametrize("kind", ["packed", "groups"])
+def test_every_instruction_set_gives_the_same_bits_of_packed_experts(kind: str) -> None:
+    # Products of dense matrices are made of other sums where there are products of bfloat16.
     found = [
-        results("packed", torch.float32, Runtime(threads=1, isa=isa), slice(0, 40), 1.5)
+        results(kind, torch.float32, Runtime(threads=1, isa=isa), slice(0, 40), 1.5)
         for isa in supported_isas()
     ]
     assert all(torch.equal(found[0], other) for other in found[1:])

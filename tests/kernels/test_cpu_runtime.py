@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+import torch
 
+from tokenspeed._cpu import PackedMatrix, linear
 from tokenspeed.core.errors import ConfigError
-from tokenspeed.kernels.cpu import Roofline, start_runtime, supported_isas
+from tokenspeed.kernels.cpu import Roofline, WeightMemory, start_runtime, supported_isas
 from tokenspeed.kernels.cpu.bench import bench_gemm
 
 LADDER = ["avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar"]
@@ -50,6 +52,26 @@ def test_an_instruction_set_the_cpu_lacks_is_refused_with_those_it_has(
 def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
     with pytest.raises(ConfigError, match="threads must be from 1 to 1024"):
         start_runtime(threads=threads)
+
+
+def test_weights_are_the_same_in_memory_that_was_taken_ahead() -> None:
+    memory = WeightMemory(size_bytes=16 << 20)
+    values = torch.randn(1000, 512, generator=torch.Generator().manual_seed(1))
+    x_TI = torch.randn(3, 512, generator=torch.Generator().manual_seed(2))
+    products = []
+    for taken in (memory, None):
+        runtime = start_runtime(threads=1, memory=taken)
+        y_TO = torch.empty(3, 1000)
+        weights = [PackedMatrix.pack_dense(runtime, values) for _ in range(9)]
+        # What the weights need stays; there are more of them than memory was taken for.
+        memory.give_back()
+        for weight in weights:
+            y_TO.zero_()
+            linear(runtime, x_TI, [weight], None, y_TO)
+            products.append(y_TO.clone())
+    assert 9 * weights[0].size_bytes > 17 << 20
+    assert all(torch.equal(product, products[0]) for product in products)
+    assert products[0].count_nonzero() == 3000
 
 
 def test_the_roofline_is_measured() -> None:

@@ -12,8 +12,8 @@ import torch
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import CpuRuntime, supported_isas
-from tokenspeed.kernels.cpu.latent import append_latents, paged_mla
-from tokenspeed.kernels.rows import PagedRows
+from tokenspeed.kernels.cpu.latent import append_latents, paged_mla, partial_mla
+from tokenspeed.kernels.rows import ContextShare, PagedRows
 from tokenspeed.kernels.verify.case import noise
 from tokenspeed.kernels.verify.paging import scattered_rows
 
@@ -106,6 +106,32 @@ def test_a_token_gets_the_same_bits_however_its_row_is_cut(dtype: torch.dtype) -
             assert torch.equal(part[:-1], whole[start:end]), (isa, start, end)
             assert torch.equal(part[-1], whole[512]), isa
     assert all(torch.equal(found[0], whole) for whole in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tokens_part_is_the_same_bits_however_its_row_is_cut(dtype: torch.dtype) -> None:
+    """Of a share that the row's positions come to in runs, and that its first do not."""
+    length, share = 1300, ContextShare(index=1, ranks=2)
+    case = make_case([(0, length)], dtype=dtype)
+    whole = replace(case.rows, share=share)
+    runtime = CpuRuntime(threads=2, isa=None)
+    options = {"value_dim": RANK}
+    found = partial_mla(case.q, case.pool, whole, 0.05, **options, runtime=runtime)
+    assert found[:PAGE, :, -1].isneginf().all() and not found[:PAGE, :, :-1].any()
+    assert found[PAGE:].isfinite().all()
+    for isa in supported_isas():
+        for threads, start, end in ((1, 0, 40), (2, 600, 640), (1, 1290, 1300), (3, 1299, 1300)):
+            other = CpuRuntime(threads=threads, isa=isa)
+            rows = replace(
+                whole,
+                query_starts=np.array([0, end - start, end - start + 1], dtype=np.int32),
+                context_lens=np.array([start, 1200], dtype=np.int32),
+                row_slots=np.repeat(case.rows.row_slots, 2),
+            )
+            q = torch.cat((case.q[start:end], case.q[1200:1201]))
+            part = partial_mla(q, case.pool, rows, 0.05, **options, runtime=other)
+            assert torch.equal(part[:-1], found[start:end]), (isa, start, end)
+            assert torch.equal(part[-1], found[1200]), isa
 
 
 def test_latents_may_be_kept_in_another_type() -> None:

@@ -12,8 +12,8 @@ from tokenspeed.kernels.cpu import CpuRuntime, start_runtime
 from tokenspeed.kernels.cpu.gemm import linear, linear_groups
 from tokenspeed.kernels.cpu.groups import exact_blocks
 from tokenspeed.kernels.dequantise import dequantise_blocks
-from tokenspeed.kernels.quantised import Int4Groups
-from tokenspeed.kernels.verify.quantised import random_float8, random_int4
+from tokenspeed.kernels.quantised import Float4Groups, Int4Groups
+from tokenspeed.kernels.verify.quantised import random_float4, random_float8, random_int4
 
 OUTPUTS, INPUTS = 50, 384
 
@@ -23,7 +23,7 @@ def runtime() -> CpuRuntime:
     return start_runtime(threads=1)
 
 
-def packed(runtime: CpuRuntime, *matrices: Int4Groups) -> PackedGroups:
+def packed(runtime: CpuRuntime, *matrices: Float4Groups | Int4Groups) -> PackedGroups:
     parts = [len(matrix.numbers) for matrix in matrices]
     weight = PackedGroups((sum(parts), INPUTS), parts=parts, dtype=torch.float32, runtime=runtime)
     for part, matrix in enumerate(matrices):
@@ -80,6 +80,38 @@ def test_scales_that_are_no_float16_numbers_leave_a_part_dense(
     assert [rows for rows, _ in weight.runs] == [slice(0, OUTPUTS), slice(OUTPUTS, 3 * OUTPUTS)]
     exact = torch.cat((plain.to_float(), odd.to_float(), odd.to_float()))
     assert torch.equal(rows_of(runtime, weight), exact)
+
+
+def test_packed_mxfp4_is_the_checkpoints_numbers_to_the_bit(runtime: CpuRuntime) -> None:
+    matrix = random_float4(OUTPUTS, INPUTS)
+    # The least and the greatest scales that half of has float16, and those of zeros.
+    matrix.powers_OG[0, :2] = torch.tensor([104, 143])
+    matrix.powers_OG[1, :3] = torch.tensor([0, 90, 200])
+    matrix.numbers[1, : 3 * 32] = 0
+    matrix.numbers[1, 40:50] = 8
+    found = exact_blocks(matrix)
+    assert found is not None
+    name, blocks = found
+    exact = matrix.to_float()
+    assert torch.equal(dequantise_blocks(blocks.view(-1, 22), name).view_as(exact), exact)
+    weight = packed(runtime, matrix)
+    assert torch.equal(rows_of(runtime, weight), exact)
+    assert weight.nbytes == 64 * INPUTS * 22 // 32
+    assert not weight.dequantised
+
+
+@pytest.mark.parametrize("power", [103, 144, 0, 254])
+def test_mxfp4_whose_scales_no_float16_number_is_half_of_is_dense(
+    runtime: CpuRuntime, power: int
+) -> None:
+    plain, odd = random_float4(OUTPUTS, INPUTS), random_float4(OUTPUTS, INPUTS)
+    odd.powers_OG[3, 2] = power
+    assert exact_blocks(odd) is None
+    weight = packed(runtime, plain, odd)
+    assert weight.dequantised == {1}
+    assert torch.equal(rows_of(runtime, weight), torch.cat((plain.to_float(), odd.to_float())))
+    weight.pack(1, plain)
+    assert not weight.dequantised
 
 
 def test_groups_of_other_sizes_and_fp8_have_no_exact_format() -> None:

@@ -6,7 +6,8 @@ import torch
 from tests.kernels.triton_cases import GPU, SEED, drawn_cases, interpreting, verify_interpreted
 from tests.support.triton_interpreter import needs_interpreter
 from tokenspeed.kernels import KernelSelector, Platform
-from tokenspeed.kernels.quantised import FLOAT8_BLOCKS, INT4_GROUPS, QUANTISED, QuantisedWeight
+from tokenspeed.kernels.quantised import FLOAT4_GROUPS, FLOAT8_BLOCKS, INT4_GROUPS, QUANTISED
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.triton import quantised
 from tokenspeed.kernels.verify.quantised import random_float8, random_int4
 
@@ -16,7 +17,7 @@ __all__ = ["interpreting"]
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("format_name", QUANTISED)
+@pytest.mark.parametrize("format_name", [FLOAT8_BLOCKS, INT4_GROUPS])
 def test_a_product_is_what_the_formula_says(format_name: str) -> None:
     for kernel, case in drawn_cases("gemm.linear", each=4):
         if case.format_name == format_name:
@@ -92,10 +93,16 @@ def test_groups_that_no_kernel_reads_are_dense() -> None:
     assert torch.equal(dense, matrix.to_float())
 
 
-def test_a_gpu_reads_quantised_weights_and_one_without_float8_only_those_of_four_bits() -> None:
+@pytest.mark.parametrize("op", ["gemm.linear", "moe.experts"])
+def test_a_gpu_reads_quantised_weights_and_one_without_float8_only_those_of_four_bits(
+    op: str,
+) -> None:
     older = Platform(device="cuda", features=frozenset({"triton"}), arch=(8, 0))
+    # Checkpoints of MXFP4 have experts and nothing else.
+    four_bits = (INT4_GROUPS,) if op == "gemm.linear" else (INT4_GROUPS, FLOAT4_GROUPS)
+    traits = {"bias": True} if op == "gemm.linear" else {}
     for deterministic in (False, True):
-        for platform, formats in ((GPU, QUANTISED), (older, (INT4_GROUPS,))):
+        for platform, formats in ((GPU, (FLOAT8_BLOCKS, *four_bits)), (older, four_bits)):
             selector = KernelSelector(
                 device=torch.device("cuda"),
                 dtype=torch.bfloat16,
@@ -103,5 +110,5 @@ def test_a_gpu_reads_quantised_weights_and_one_without_float8_only_those_of_four
                 deterministic=deterministic,
             )
             for name in QUANTISED:
-                explained = selector.explain("gemm.linear", format_name=name, traits={"bias": True})
+                explained = selector.explain(op, format_name=name, traits=traits)
                 assert (explained.winner is not None) == (name in formats), str(explained)

@@ -39,6 +39,7 @@ def shown(program: Program) -> list[str]:
 
 def test_llama_sums_after_attention_and_after_the_mlp_and_gathers_logits() -> None:
     program = compile_model(ModelConfig.from_hf(LLAMA), kernels=kernels(), mesh=Mesh(tp=2))
+    assert program.keeps_tokens_together
     assert shown(program) == [
         "blocks.0.attention_norm.x_TM: all_reduce",
         "blocks.0.mlp_norm.x_TM: all_reduce",
@@ -143,6 +144,7 @@ def test_latent_projections_are_made_on_shares_of_tokens(
     mesh: Mesh, gate_up: dict[str, tuple[int, ...]]
 ) -> None:
     program = compile_model(ModelConfig.from_hf(DEEPSEEK), kernels=kernels(), mesh=mesh)
+    assert not program.keeps_tokens_together
     assert shown(program) == [
         # 7168 features are added up for a share of the tokens; 1536 and 576 come back of all.
         "blocks.0.attention_norm.x_TM: reduce_scatter",
@@ -187,6 +189,43 @@ def test_latents_of_requests_of_their_own_stay_at_home() -> None:
     assert not [step for step in found if "attention" in step[0] and step[2] == dp]
     assert ("blocks.1.mlp", "all_gather", dp) in found
     assert ("blocks.1.mlp.both", "reduce_scatter", dp) in found
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 4)])
+def test_of_a_shared_context_values_move_and_not_compressed_kv(tp: int, ep: int) -> None:
+    mesh = Mesh(cp=2, tp=tp, ep=ep)
+    program = compile_model(ModelConfig.from_hf(DEEPSEEK), kernels=kernels(), mesh=mesh)
+    merges = [f"blocks.{layer}.attention.heads.shared.merge.parts_TQX: merge" for layer in (0, 1)]
+    # What experts of all ranks add up is made whole over both axes, one after the other.
+    behind = "blocks.1.mlp.both.a_TM: all_reduce"
+    if tp == 1:
+        assert shown(program) == [*merges, behind]
+    else:
+        assert shown(program) == [
+            "blocks.0.attention_norm.x_TM: all_reduce",
+            merges[0],
+            "blocks.0.mlp_norm.x_TM: all_reduce",
+            "blocks.1.attention_norm.x_TM: all_reduce",
+            merges[1],
+            "blocks.1.mlp_norm.x_TM: all_reduce",
+            behind,
+            "norm.x_TM: all_reduce",
+            "model.result: all_gather",
+        ]
+    found = [step.transition for step in program.steps if step.transition.kind == "merge"]
+    assert {transition.cells for transition in found} == {mesh.cells_of("cp")}
+    # Of each head 128 elements of its value and a logarithm, and not 512 of compressed KV.
+    assert {transition.moved for transition in found} == {Fraction(128 // tp * 129 * 4)}
+    heads = {"heads": mesh.cells_of("tp")} if tp > 1 else None
+    divided = {name: weight.divided for name, weight in program.weights.items()}
+    assert divided.get("blocks.1.attention.heads.v_up") == heads
+
+
+def test_parts_are_put_together_before_values_are_made_where_these_are_larger() -> None:
+    config = ModelConfig.from_hf({**DEEPSEEK, "v_head_dim": 1024})
+    program = compile_model(config, kernels=kernels(), mesh=Mesh(cp=2))
+    assert shown(program)[0] == "blocks.0.attention.heads.shared.values.parts_TQX: merge"
+    assert program.steps[0].transition.moved == 128 * 513 * 4
 
 
 def test_a_model_of_one_rank_is_left_as_it_is() -> None:

@@ -2,8 +2,9 @@
 rank gives that has all."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from tests.models.test_tiny_models import assert_close, expected, prompt
 from tests.models.tiny import Tiny, write_tiny
 from tests.support.forward import Driver
 from tests.support.ranks import in_threads
-from tokenspeed.core.errors import ConfigError
-from tokenspeed.distributed import Mesh
+from tokenspeed.distributed import Group, Mesh, connect
 from tokenspeed.engine.outline import outline
 from tokenspeed.kernels import KernelSelector
 from tokenspeed.kernels.rows import ContextShare
@@ -49,6 +49,11 @@ def driver(model: Model, mesh: Mesh, rank: int) -> Driver:
         # Windows, of which some ranks have nothing; sinks, which count once.
         ("gemma3", Mesh(cp=4)),
         ("gpt-oss", Mesh(cp=2)),
+        # Latents, of which each rank has some positions, whole for all of its heads.
+        ("deepseek-v2-lite", Mesh(cp=2)),
+        ("deepseek-v2", Mesh(cp=4)),
+        ("deepseek-v3", Mesh(cp=2)),
+        ("deepseek-v3", Mesh(cp=2, tp=2, ep=4)),
     ],
     ids=str,
 )
@@ -73,10 +78,11 @@ def test_ranks_that_share_contexts_give_the_logits_of_transformers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-bias", "deepseek-v3"])
 def test_a_tokens_logits_do_not_depend_on_how_its_prompt_was_cut(
-    tiny: Callable[[str], Tiny], dtype: torch.dtype
+    tiny: Callable[[str], Tiny], name: str, dtype: torch.dtype
 ) -> None:
-    path = tiny("llama-bias").path
+    path = tiny(name).path
     tokens = prompt(50, seed=2)
     mesh = Mesh(cp=2)
 
@@ -89,6 +95,29 @@ def test_a_tokens_logits_do_not_depend_on_how_its_prompt_was_cut(
 
     for alone, together in in_threads(2, run):
         assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(cp=2), Mesh(cp=2, tp=2)], ids=str)
+def test_a_step_over_latents_exchanges_what_was_planned(
+    tiny: Callable[[str], Tiny], mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiny("deepseek-v3")
+    known: dict[int, Mapping[tuple[int, ...], Group]] = {}
+
+    def remembered(mesh: Mesh, rank: int, *cells: Any, **options: Any) -> Any:
+        known[rank] = connect(mesh, rank, *cells, **options)
+        return known[rank]
+
+    monkeypatch.setattr("tokenspeed.modeling.model.connect", remembered)
+
+    def run(rank: int, store: Store) -> int:
+        model = load(found.path, mesh, rank, store)
+        driver(model, mesh, rank).prefill(prompt(40, seed=3), chunk=20)
+        return sum(group.calls for group in known[rank].values())
+
+    steps = compiled(found, mesh)
+    assert sum(kind == "merge" for _, _, kind, _ in steps) == 3
+    assert in_threads(mesh.world, run) == [2 * len(steps)] * mesh.world
 
 
 def compiled(found: Tiny, mesh: Mesh) -> list[tuple[str, str, str, float]]:
@@ -116,8 +145,3 @@ def test_a_plan_gives_each_rank_its_part_of_a_contexts_kv(tiny: Callable[[str], 
     whole, shared = outline(path, Mesh()), outline(path, Mesh(cp=2))
     assert 2 * shared.kv_token_size_bytes == whole.kv_token_size_bytes
     assert shared.weights_size_bytes == whole.weights_size_bytes
-
-
-def test_latents_cannot_be_shared_out_yet(tiny: Callable[[str], Tiny]) -> None:
-    with pytest.raises(ConfigError, match="there are none over latents; leave --cp out"):
-        compiled(tiny("deepseek-v3"), Mesh(cp=2))

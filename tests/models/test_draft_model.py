@@ -19,9 +19,10 @@ from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.step import StepPlan, StepResult
 from tokenspeed.execution import Runner
-from tokenspeed.execution.draft_model import Drafting
+from tokenspeed.execution.draft_passes import Drafting
+from tokenspeed.execution.draft_window import seat_pages
 from tokenspeed.execution.graph import StepGraph
-from tokenspeed.modeling import Model
+from tokenspeed.modeling import Head, Model
 
 PROMPTS = ([40, 30, 50, 77, 6], [90, 12, 13], [*range(45, 95)])
 SLOTS = (3, 0, 6)
@@ -58,8 +59,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return load
 
 
-def pools_of(model: Model, config: SchedulerConfig) -> KVPools:
-    pools = KVPools(model.kv_specs(), pages=64, page_size=config.page_size, device=CPU)
+def pools_of(model: Model, config: SchedulerConfig, *, pages: int = 64) -> KVPools:
+    pools = KVPools(model.kv_specs(), pages=pages, page_size=config.page_size, device=CPU)
     for pool in pools.pools:
         for layer in range(pool.spec.layers):
             for part in (pool.latents(layer),) if pool.spec.latent else pool.layer(layer):
@@ -67,8 +68,21 @@ def pools_of(model: Model, config: SchedulerConfig) -> KVPools:
     return pools
 
 
-def runner_of(target: Model, draft: Model, config: SchedulerConfig, **options: float) -> Runner:
-    drafting = Drafting(model=draft, pools=pools_of(draft, config), groups=(0,), **options)
+def runner_of(
+    target: Model,
+    draft: Model,
+    config: SchedulerConfig,
+    *,
+    window: int = 128,
+    seats: int = 3,
+    **options: float,
+) -> Runner:
+    if isinstance(draft, Head):
+        drafting = Drafting(model=draft, pools=pools_of(draft, config), groups=(0,), **options)
+    else:
+        pages = seats * seat_pages(window, config.page_size)
+        pools = pools_of(draft, config, pages=pages)
+        drafting = Drafting(model=draft, pools=pools, window=window, **options)
     runner = Runner(
         target, pools_of(target, config), config, device=CPU, threads=1, drafting=drafting
     )
@@ -211,24 +225,106 @@ def test_another_model_proposes_what_it_would_say_with_its_own_probabilities(
     runner.close()
 
 
-def test_a_proposal_ends_where_its_request_has_no_page_and_where_it_is_hardly_right(
-    tiny: Load,
+@pytest.mark.parametrize(("chance_min", "count"), [(0.0, 6), (1.1, 1)])
+def test_a_proposal_ends_where_it_is_hardly_right(
+    tiny: Load, chance_min: float, count: int
 ) -> None:
-    model = tiny()
-    for chance_min in (0.0, 1.1):
-        runner = runner_of(model, tiny(), CONFIG, chance_min=chance_min)
-        planner = Planner(CONFIG)
-        request = Request(slot=2, prompt=[*range(20, 33)])
-        bind(runner, request, GREEDY)
-        plan = planner.plan([], [(request, 13)])
-        lengths = []
-        for length in range(13, 20):
-            counts = np.full(1, 6, dtype=np.int32)
-            result = runner.launch(replace(plan, propose_counts=counts)).result()
-            room = -length % CONFIG.page_size
-            found = int(result.proposed_starts[1])
-            assert found == (min(6, room) if chance_min == 0.0 else min(1, room))
-            lengths.append(found)
-            plan = planner.plan([request])
-        assert 0 in lengths
-        runner.close()
+    runner = runner_of(tiny(), tiny(), CONFIG, chance_min=chance_min)
+    alone = Alone(runner, [*range(20, 33)])
+    assert [len(alone.step(6)[0]) for _ in range(7)] == [count] * 7
+    runner.close()
+
+
+# --- how much it reads ---
+
+
+class Alone:
+    """A request whose output is decoded token by token."""
+
+    def __init__(self, runner: Runner, prompt: list[int], *, slot: int = 2) -> None:
+        self.runner = runner
+        self.planner = Planner(CONFIG)
+        self.request = Request(slot=slot, prompt=prompt)
+        self.text = [*prompt]
+        bind(runner, self.request, GREEDY)
+
+    def step(self, asked: int) -> tuple[list[int], int]:
+        """What is proposed to follow, of so many tokens asked for, and how many tokens the draft
+        model read first."""
+        fed = self.request.length
+        plan = (
+            self.planner.plan([self.request])
+            if fed
+            else self.planner.plan([], [(self.request, len(self.request.prompt))])
+        )
+        counts = np.full(1, asked, dtype=np.int32)
+        result = self.runner.launch(replace(plan, propose_counts=counts)).result()
+        self.text += result.tokens.tolist()
+        return result.proposed_tokens.tolist(), result.caught_up_tokens
+
+
+@pytest.mark.parametrize("prompt", [9, 16, 17, 60])
+def test_it_reads_nothing_before_it_is_asked_and_then_a_window_at_most(
+    tiny: Load, prompt: int
+) -> None:
+    draft = tiny(0.1)
+    runner = runner_of(tiny(), draft, CONFIG, window=16)
+    alone = Alone(runner, [*range(20, 20 + prompt)])
+    assert alone.step(0) == ([], 0)
+    assert alone.step(0) == ([], 0)
+    for step in range(60):
+        proposed, read = alone.step(3 if step % 4 else 0)
+        if step % 4 == 0:
+            assert (proposed, read) == ([], 0)
+            continue
+        if step == 1:
+            base = max(0, len(alone.text) - 16)
+            assert read == len(alone.text) - base - 1
+        elif len(alone.text) + 3 - base > 48:
+            # The seat is full.
+            base = len(alone.text) - 16
+            assert read == 15
+        else:
+            assert read <= 2
+        # It takes the window for a text of its own, which begins as the whole does.
+        window = [alone.text[0], *alone.text[base + 1 :]]
+        assert proposed == greedy(draft, window, 3)
+    runner.close()
+
+
+def test_after_a_pause_it_reads_no_more_than_a_window(tiny: Load) -> None:
+    draft = tiny(0.1)
+    runner = runner_of(tiny(), draft, CONFIG, window=16)
+    alone = Alone(runner, [*range(20, 29)])
+    alone.step(0)
+    assert alone.step(1)[1] == 10
+    for _ in range(25):
+        alone.step(0)
+    proposed, read = alone.step(2)
+    assert read == 15
+    assert proposed == greedy(draft, [alone.text[0], *alone.text[-15:]], 2)
+    runner.close()
+
+
+def test_who_has_not_proposed_for_longest_gives_its_seat(tiny: Load) -> None:
+    draft = tiny(0.1)
+    runner = runner_of(tiny(), draft, CONFIG, seats=2)
+    first, second, third = (Alone(runner, [*prompt], slot=n) for n, prompt in enumerate(PROMPTS))
+    for alone in (first, second, third):
+        alone.step(0)
+    for alone in (first, second):
+        assert alone.step(2)[0] == greedy(draft, alone.text, 2)
+    assert third.step(2) == ([], 0)
+    for _ in range(40):
+        third.step(0)
+        assert second.step(1)[1] <= 1
+    # A seat that was not used for long is taken, and what was read in it read again later.
+    proposed, read = third.step(2)
+    assert proposed == greedy(draft, third.text, 2)
+    assert read == len(third.text) - 1
+    assert first.step(2) == ([], 0)
+    # The slot's next request knows nothing of the one before.
+    other = Alone(runner, [8, 9, 10], slot=1)
+    assert other.step(2)[0] == greedy(draft, other.text, 2)
+    assert first.step(2) == ([], 0)
+    runner.close()

@@ -22,7 +22,7 @@ from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.errors import KernelError
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.execution import Runner
-from tokenspeed.execution.graph import StepGraph, _Keeper, _Memory
+from tokenspeed.execution.graph import StepGraph
 from tokenspeed.kernels import PACKED, QUANTISED_ROWS, KernelSelector, ops
 from tokenspeed.kernels.cpu import start_runtime
 from tokenspeed.modeling import ForwardBatch, Model, ModelConfig, build_model
@@ -172,30 +172,6 @@ def test_a_token_beyond_the_vocabulary_is_refused(model: Model) -> None:
     request = Request(slot=0, prompt=[1, size])
     with pytest.raises(KernelError, match=f"row {size} of a table of {size} rows"):
         graph.run(Planner(config).plan([], [(request, 2)]))
-
-
-def test_memory_is_given_again_once_no_view_of_it_is_left() -> None:
-    memory = _Memory()
-    first = memory.tensor((3, 5), torch.bfloat16)
-    view, at = first[1:], first.data_ptr()
-    del first
-    second = memory.tensor((15,), torch.bfloat16)
-    assert second.data_ptr() != at
-    del view
-    third = memory.tensor((4, 4), torch.bfloat16)
-    assert third.data_ptr() == at and third.shape == (4, 4)
-    assert memory.tensor((0, 4), torch.float32).numel() == 0
-    assert len(memory.blocks) == 3
-
-
-def test_memory_does_not_grow_with_layers(model: Model) -> None:
-    keeper = _Keeper()
-    with keeper:
-        for _ in range(100):
-            x = torch.empty(64, 64)
-            x = torch.empty_like(x)
-    assert len(keeper.memory.blocks) <= 3
-    del x
 
 
 def test_a_forward_with_any_other_kernel_is_not_recorded(model: Model) -> None:

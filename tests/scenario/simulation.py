@@ -340,6 +340,7 @@ class Simulation:
             "proposed_starts": i32(*starts),
             "proposed_tokens": i32(*tokens),
             "proposed_chances": np.array(chances, dtype=np.float32),
+            "caught_up_tokens": model.choice([0, 1, 70]),
         }
 
     def _rows(self, plan: StepPlan) -> list[Row]:

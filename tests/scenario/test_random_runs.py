@@ -65,6 +65,7 @@ def run(seed: int, world: str, *, depth: int, cache: bool, events: int) -> Simul
         step_drafts_max=drafts_max,
         step_proposals_max=proposals_max,
         proposal_length_max=rng.choice([1, 3, 8]) if proposals_max else 0,
+        proposal_window=(0, 5, 64)[seed % 3],
         draft_memory_size_bytes=2**29,
         **dict(zip(FIELDS, sizes, strict=True)),
     )
@@ -165,7 +166,7 @@ def test_tight_worlds_retract_and_evict() -> None:
     """The random runs mean nothing if they never come to the hard places."""
     stats = [
         run(seed, world, depth=1, cache=True, events=1000).scheduler.stats()
-        for seed in range(2)
+        for seed in range(3)
         for world in ("tight", "starved", "wide pages")
     ]
     assert sum(s.retractions for s in stats) > 10

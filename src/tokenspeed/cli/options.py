@@ -17,6 +17,9 @@ __all__ = ["DEFAULT_MODEL", "LogLevel", "LogLevelOption", "parse_size", "takes_e
 DEFAULT_MODEL = "smollm2-135m"
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+# Whatever is below can be counted in 64 bits.
+_SIZE_MAX_BYTES = 2**62
+_SHOWN_MAX = 40
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     "KI": 2**10,
     "MI": 2**20,
@@ -73,19 +76,30 @@ LogLevelOption = Annotated[
 ]
 
 
-def parse_size(text: str, flag: str = "--kv-cache-memory") -> int:
+def parse_size(text: str, flag: str, *, least: int = 0) -> int:
     """Bytes of a size such as `2GiB`, `512MiB`, `1.5G` or `1000000`; an error names the flag.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none, less than `least`, or more than any machine has.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            f"{flag} {text!r} is no size; write a number and a unit, such as 512MiB or 2GiB"
+            f"{flag} {shortened(text)!r} is no size; write a number and a unit, such as 512MiB or "
+            "2GiB"
         )
     number, unit = match.groups()
-    return int(float(number) * _UNITS[unit.upper().removesuffix("B")])
+    size_bytes = float(number) * _UNITS[unit.upper().removesuffix("B")]
+    if size_bytes >= _SIZE_MAX_BYTES:
+        raise ConfigError(f"{flag} {shortened(text)!r} is more than any machine has")
+    if size_bytes < least:
+        raise ConfigError(f"{flag} {text!r} is less than {least} byte; write such as 512MiB")
+    return int(size_bytes)
+
+
+def shortened(text: str) -> str:
+    """What was given, as far as a message should repeat it."""
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
 
 
 def parse_kernels(choices: list[str]) -> dict[str, str]:
@@ -99,7 +113,7 @@ def parse_kernels(choices: list[str]) -> dict[str, str]:
         op, equals, solution = choice.partition("=")
         if not (op and equals and solution):
             raise ConfigError(
-                f"--kernel {choice!r} must be OP=SOLUTION, such as attention.mha=reference; "
+                f"--kernel {choice!r} must be OP=SOLUTION, such as attention.paged_mha=reference; "
                 "`tokenspeed kernels list` names both"
             )
         if op in kernels:
@@ -212,8 +226,14 @@ def _engine_flags(
         "max_running": max_running,
         "max_step_tokens": max_step_tokens,
         "page_size": page_size,
-        "kv_cache_size_bytes": None if kv_cache_memory is None else parse_size(kv_cache_memory),
-        "host_cache_size_bytes": 0 if host_cache_memory is None else parse_size(host_cache_memory),
+        "kv_cache_size_bytes": (
+            None
+            if kv_cache_memory is None
+            else parse_size(kv_cache_memory, "--kv-cache-memory", least=1)
+        ),
+        "host_cache_size_bytes": (
+            0 if host_cache_memory is None else parse_size(host_cache_memory, "--host-cache-memory")
+        ),
         "overlap_depth": overlap_depth,
         "prefix_cache": prefix_cache,
         "speculate": speculate,

@@ -21,6 +21,7 @@ from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.environment import torchrun
 from tokenspeed.core.errors import ConfigError, EngineDead, EngineError, TokenSpeedError
 from tokenspeed.engine.client import ProgressCallback
+from tokenspeed.engine.crowd import check_crowd
 from tokenspeed.engine.facts import EngineInfo
 from tokenspeed.engine.process import EngineProcess
 from tokenspeed.entrypoint.gateway import (
@@ -58,7 +59,6 @@ class ServeOptions:
     """What `tokenspeed serve` was asked for; the fields are its flags.
 
     Attributes:
-        stream_interval_s: the longest time that a token waits to share a message.
         curl: print a curl when ready; None for on a terminal.
         operations: the operations port; None for none.
     """
@@ -70,7 +70,6 @@ class ServeOptions:
     tool_call_parser: str | None
     reasoning_parser: str | None
     token_exact_history: bool
-    stream_interval_s: float
     restart: bool
     curl: bool | None
     shutdown_timeout_s: int
@@ -100,6 +99,9 @@ def _check(options: ServeOptions) -> None:
     if options.engine.dp > 1 and backend is None and torchrun() is not None:
         # The configuration says why.
         replace(options.engine, distributed_executor_backend="torchrun")
+    # Each engine would find out by itself, but only after all of them were started.
+    starts_ranks = backend == "mp" or (backend is None and torchrun() is None)
+    check_crowd(options.engine, ranks=options.engine.tp * options.engine.cp if starts_ranks else 1)
     check_exposure(options.host, options.api_key)
     check_address(options.host, options.port)
     for flag, name, known in (
@@ -194,7 +196,7 @@ class _Supervisor:
         self._options = options
         first = Servicer(
             token_exact_history=options.token_exact_history,
-            stream_interval_s=options.stream_interval_s,
+            stream_interval_s=options.engine.stream_interval_ms / 1000,
         )
         self._replicas = [
             _Replica(

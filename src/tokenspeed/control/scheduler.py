@@ -54,10 +54,14 @@ class Scheduler:
 
     One engine step reads `plan`, launch, `commit`, `take_outcome`. Not thread-safe. All arrays
     own their memory.
+
+    Attributes:
+        proposal_window: see `SchedulerConfig`.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         """Raises `ConfigError` if the configuration contradicts itself."""
+        self.proposal_window = config.proposal_window
         self._native = _control.Scheduler(
             groups=[
                 (
@@ -81,6 +85,7 @@ class Scheduler:
             step_drafts_max=config.step_drafts_max,
             step_proposals_max=config.step_proposals_max,
             proposal_length_max=config.proposal_length_max,
+            proposal_window=config.proposal_window,
             draft_memory_size_bytes=config.draft_memory_size_bytes,
         )
 
@@ -201,6 +206,7 @@ class Scheduler:
                 result.proposed_starts,
                 result.proposed_tokens,
                 result.proposed_chances,
+                result.caught_up_tokens,
                 cuts=cuts,
             )
 
@@ -240,6 +246,7 @@ class Scheduler:
             draft_tokens=work.draft_tokens,
             proposed_tokens=work.proposed_tokens,
             proposal_rounds=work.proposal_rounds,
+            caught_up_tokens=work.caught_up_tokens,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
             took_us=took_us,
@@ -253,6 +260,7 @@ class Scheduler:
             draft_tokens=work.draft_tokens,
             proposed_tokens=work.proposed_tokens,
             proposal_rounds=work.proposal_rounds,
+            caught_up_tokens=work.caught_up_tokens,
             context_tokens=work.context_tokens,
             prefill_pairs=work.prefill_pairs,
         )

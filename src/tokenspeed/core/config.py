@@ -143,6 +143,8 @@ class SchedulerConfig:
         step_proposals_max: tokens that a draft model proposes in a step, over all its rows; 0
             where there is no draft model.
         proposal_length_max: of these, the most for one row.
+        proposal_window: of a request, the most tokens that the draft model reads when it is first
+            to propose for it; 0 where it reads along with every step.
         draft_memory_size_bytes: what the texts that drafts come from may take; of them the least
             recently used goes first.
     """
@@ -160,10 +162,14 @@ class SchedulerConfig:
     step_drafts_max: int = 0
     step_proposals_max: int = 0
     proposal_length_max: int = 0
+    proposal_window: int = 0
     draft_memory_size_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("step_drafts_max", "step_proposals_max", "proposal_length_max"):
+        for name in (
+            *("step_drafts_max", "step_proposals_max", "proposal_length_max"),
+            "proposal_window",
+        ):
             value = getattr(self, name)
             if not 0 <= value < 2**20:
                 raise ConfigError(f"{name} must be in [0, 2^20), but is {value}")
@@ -241,6 +247,8 @@ class EngineConfig:
             before; "draft:MODEL", also from a smaller model of the same tokenizer; "auto",
             wherever they can; "off", nowhere. They change no token.
         draft_memory_size_bytes: what the texts that suffix drafts come from may take.
+        stream_interval_ms: the longest time that a token of a stream waits for others, where many
+            stream; 0 for none, as every client of an engine but a server wants it.
     """
 
     model: str
@@ -271,6 +279,7 @@ class EngineConfig:
     queue_timeout_s: float | None = None
     speculate: str = "auto"
     draft_memory_size_bytes: int = 512 * 2**20
+    stream_interval_ms: int = 0
 
     def __post_init__(self) -> None:
         if self.draft_model is None:
@@ -283,13 +292,14 @@ class EngineConfig:
         _one_of("device", self.device, ("cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn"))
-        _at_least("max_context", self.max_context, 1)
-        _at_least("max_running", self.max_running, 1)
-        _at_least("max_step_tokens", self.max_step_tokens, 1)
-        _at_least("page_size", self.page_size, 1)
+        _at_least("max_context", self.max_context, 1, bits=31)
+        _at_least("max_running", self.max_running, 1, bits=31)
+        _at_least("max_step_tokens", self.max_step_tokens, 1, bits=31)
+        _at_least("page_size", self.page_size, 1, bits=31)
         _at_least("kv_cache_size_bytes", self.kv_cache_size_bytes, 1)
         _at_least("host_cache_size_bytes", self.host_cache_size_bytes, 0)
         _at_least("draft_memory_size_bytes", self.draft_memory_size_bytes, 0)
+        _at_least("stream_interval_ms", self.stream_interval_ms, 0)
         _at_least("tp", self.tp, 1)
         _at_least("ep", self.ep, 1)
         _at_least("cp", self.cp, 1)
@@ -334,9 +344,14 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _positive(name: str, value: float | None) -> None:
     if value is not None and not 0.0 < value < 1e9:
-        raise ConfigError(f"{name} must be above 0 or None, but is {value}")
+        raise ConfigError(f"{name} must be above 0 and below 1e9, or None, but is {value}")
 
 
-def _at_least(name: str, value: Any, low: int) -> None:
-    if value is not None and not low <= value < 2**63:
+def _at_least(name: str, value: Any, low: int, *, bits: int = 63) -> None:
+    if value is not None and value < low:
         raise ConfigError(f"{name} must be at least {low}, but is {value}")
+    if value is not None and value >= 2**bits:
+        shown = str(value)
+        # It may have hundreds of digits.
+        shown = shown if len(shown) <= 24 else f"{shown[:24]}..."
+        raise ConfigError(f"{name} must be below 2^{bits}, but is {shown}")

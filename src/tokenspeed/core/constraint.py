@@ -1,11 +1,11 @@
 """What the text of an answer must be."""
 
 import enum
+import json
 from typing import Any
 
-import msgspec
-
 from tokenspeed.core.errors import InvalidParameter
+from tokenspeed.core.records import Record, set_field
 
 __all__ = ["CONSTRAINT_SIZE_MAX_BYTES", "ConstraintKind", "StructuredOutputs"]
 
@@ -26,7 +26,7 @@ class ConstraintKind(enum.StrEnum):
     STRUCTURAL_TAG = "structural_tag"
 
 
-class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StructuredOutputs(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A constraint: exactly one of the fields is given. Enforced or refused, never ignored.
 
     Attributes:
@@ -60,7 +60,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
             )
         if isinstance(self.json, dict):
             # As text it crosses to the engine however deep it is nested.
-            msgspec.structs.force_setattr(self, "json", _json_text(self.json))
+            set_field(self, "json", _json_text(self.json))
         if self.choice is not None and not 1 <= len(self.choice) <= CHOICES_MAX:
             raise InvalidParameter(
                 f"choice must hold 1 to {CHOICES_MAX} texts, but holds {len(self.choice)}"
@@ -105,6 +105,6 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
 def _json_text(value: Any) -> str:
     try:
-        return msgspec.json.encode(value).decode()
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidParameter(f"the constraint cannot be written as JSON: {error}") from None

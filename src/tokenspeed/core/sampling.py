@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-
-import msgspec
+from typing import Any, Self
 
 from tokenspeed.core.constraint import StructuredOutputs
 from tokenspeed.core.errors import InvalidParameter
+from tokenspeed.core.records import Record
 
 __all__ = ["SamplingParams"]
 
@@ -18,7 +18,7 @@ STOP_TOKENS_MAX = 256
 LOGIT_BIAS_MAX = 1024
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters of one request, valid once constructed.
 
     Attributes:
@@ -92,6 +92,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token, bias in self.logit_bias.items():
             _check("a token id of logit_bias", token, 0, TOKENS_MAX)
             _check(f"logit_bias of token {token}", bias, -100.0, 100.0)
+
+    @classmethod
+    def recommended(cls, values: Mapping[str, float]) -> Self:
+        """Parameters as the makers of a model recommend them, by field; JSON may write `top_k` as
+        a fraction."""
+        fields: dict[str, Any] = {**values}
+        if "top_k" in fields:
+            fields["top_k"] = int(fields["top_k"])
+        return cls(**fields)
 
     @property
     def greedy(self) -> bool:

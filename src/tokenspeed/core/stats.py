@@ -1,11 +1,11 @@
 """Where a scheduler stands, as every room that tells of it passes it on."""
 
-import msgspec
+from tokenspeed.core.records import Record
 
 __all__ = ["SchedulerStats"]
 
 
-class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+class SchedulerStats(Record, frozen=True, kw_only=True):
     """Where the scheduler stands.
 
     Attributes:

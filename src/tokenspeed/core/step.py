@@ -6,7 +6,7 @@ written, K events, M pages moved, X transfers begun, P tokens that a draft model
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -214,6 +214,8 @@ class StepWork:
         proposed_tokens: tokens that the draft model proposes, over all rows.
         proposal_rounds: forward passes of the draft model, one after the other: as many as the
             longest proposal has tokens, since all rows that propose run together.
+        caught_up_tokens: tokens that the draft model reads before it proposes, beyond the last one
+            of each row.
         context_tokens: tokens of KV that attention reads: the contexts of all rows.
         prefill_pairs: what prefill attention visits, the sum over chunks of
             chunk * (context + chunk / 2).
@@ -224,12 +226,24 @@ class StepWork:
     draft_tokens: int = 0
     proposed_tokens: int = 0
     proposal_rounds: int = 0
+    caught_up_tokens: int = 0
     context_tokens: int = 0
     prefill_pairs: float = 0.0
 
+    def ran(self, result: "StepResult") -> Self:
+        """The same with what the draft model did."""
+        counts = np.diff(result.proposed_starts)
+        return replace(
+            self,
+            proposed_tokens=int(counts.sum()),
+            proposal_rounds=int(counts.max(initial=0)),
+            caught_up_tokens=result.caught_up_tokens,
+        )
+
     @classmethod
     def of(cls, plan: StepPlan) -> Self:
-        """The work of a plan, if the draft model proposes all that it is asked for."""
+        """The work of a plan, if the draft model proposes all that it is asked for, and has read
+        what it needs."""
         decodes = plan.decode_count
         chunks = np.diff(plan.query_starts)[decodes:].astype(np.float64)
         contexts = plan.context_lens[decodes:]
@@ -277,6 +291,8 @@ class StepResult:
             and less where it knows less. [0] where nothing was asked for.
         proposed_tokens: [P] token ids, to follow the row's last sample that counts, in order.
         proposed_chances: [P] the probability that the draft model gives each, after those before.
+        caught_up_tokens: that the draft model read before, beyond the last one of each row that it
+            proposed for.
         cuts: slots whose drafts were run in part, because the request's grammar forbids the next
             guess, and how many guesses were; samples behind those may be any token ids.
     """
@@ -287,6 +303,7 @@ class StepResult:
     proposed_starts: Int32Array = field(default_factory=lambda: NO_COUNTS)
     proposed_tokens: Int32Array = field(default_factory=lambda: NO_COUNTS)
     proposed_chances: Float32Array = field(default_factory=lambda: _FLOAT32)
+    caught_up_tokens: int = 0
     cuts: Mapping[int, int] = field(default_factory=lambda: NO_CUTS)
 
 

@@ -11,8 +11,10 @@ import msgspec
 
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.environment import let_threads_sleep
+from tokenspeed.engine.ahead import take_memory
 from tokenspeed.engine.core import Engine
-from tokenspeed.loader import Progress
+from tokenspeed.engine.server import serve
+from tokenspeed.loader import Progress, resolve
 
 
 def main() -> int:
@@ -28,17 +30,29 @@ def main() -> int:
     # Modules and a model are many objects that stay: looking through them for garbage, again and
     # again while they come, takes a fifth of the time that imports take.
     gc.disable()
-    # Imported late: the torch behind it takes seconds, and wrong arguments should not.
-    from tokenspeed.engine.build import build_engine  # noqa: PLC0415
-    from tokenspeed.engine.server import serve  # noqa: PLC0415
 
     def build(progress: Progress, found: Callable[[Path], None]) -> Engine:
-        engine = build_engine(config, progress=progress, found=found)
+        files = resolve(config.model, progress=progress)
+        found(files.tokenizer_dir)
+        memory = take_memory(config, files)
+        # Imported late, for the torch behind it: meanwhile the system makes memory, and the client
+        # reads the tokenizer.
+        from tokenspeed.engine.build import build_engine  # noqa: PLC0415
+
+        engine = build_engine(config, progress=progress, memory=memory, learn=False)
         gc.freeze()
         gc.enable()
         return engine
 
-    code = serve(build, arguments.socket, parent_pid=parent_pid)
+    code = serve(
+        build,
+        arguments.socket,
+        parent_pid=parent_pid,
+        stream_interval_s=config.stream_interval_ms / 1000,
+    )
+    # A frame of torch's import refers to itself, and by those that called it to the engine: the
+    # interpreter's last look for garbage frees both.
+    gc.unfreeze()
     if config.tp * config.cp > 1:
         # Threads that listen to other ranks, and Ray's, still hold what the interpreter would take
         # down, of which it would complain; everything that matters is closed.

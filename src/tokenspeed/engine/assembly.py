@@ -13,10 +13,16 @@ from tokenspeed.core.config import EngineConfig, SchedulerConfig
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import Mesh, Place, share
 from tokenspeed.execution import Drafting, Runner, resolve_dtype, usable_cpu_count
-from tokenspeed.kernels import PACKED_GROUPS, QUANTISED_ROWS, KernelSelector, load_plugins
-from tokenspeed.kernels.cpu import start_runtime
+from tokenspeed.kernels import (
+    PACKED_FLOAT4,
+    PACKED_GROUPS,
+    QUANTISED_ROWS,
+    KernelSelector,
+    load_plugins,
+)
+from tokenspeed.kernels.cpu import WeightMemory, start_runtime
 from tokenspeed.kernels.kv_formats import kv_formats
-from tokenspeed.kernels.quantised import INT4_GROUPS
+from tokenspeed.kernels.quantised import FLOAT4_GROUPS, INT4_GROUPS
 from tokenspeed.kernels.rows import ContextShare
 from tokenspeed.modeling import Model, ModelConfig, build_model
 
@@ -63,6 +69,7 @@ def open_model(
     place: Place,
     progress: loader.Progress | None = None,
     beside: OpenedModel | None = None,
+    memory: WeightMemory | None = None,
 ) -> OpenedModel:
     """Find and check a model, and choose what computes it on this rank.
 
@@ -71,6 +78,7 @@ def open_model(
         place: which rank this is.
         progress: told how far it is.
         beside: a model that it takes turns with, on the same threads.
+        memory: where packed weights go, where some was taken ahead.
 
     Raises:
         ModelError: the model cannot be had, read or run.
@@ -90,13 +98,13 @@ def open_model(
         runtime, threads = beside.kernels.runtime, beside.threads
     else:
         with _own_cpus(sharing, config.dp_rank * place.local_ranks + place.local_rank):
-            runtime = start_runtime(threads=threads)
+            runtime = start_runtime(threads=threads, memory=memory)
     kernels = KernelSelector(
         device=device,
         dtype=dtype,
         overrides=config.kernels,
         weight_formats=(
-            *packed_formats(checkpoint),
+            *packed_formats(checkpoint.packed_format),
             f"{dtype_name}_panels",
             dtype_name,
         ),
@@ -184,20 +192,39 @@ def _context_share(mesh: Mesh, rank: int) -> ContextShare | None:
 
 
 def _device(config: EngineConfig, place: Place) -> torch.device:
-    """Where this rank runs; one alone leaves the choice of a GPU to torch."""
-    if config.device == "cpu" or place.store is None:
+    """Where this rank runs; one alone leaves the choice of a GPU to torch.
+
+    Raises:
+        ConfigError: there is no GPU for it.
+    """
+    if config.device == "cpu":
+        return torch.device(config.device)
+    # A PyTorch without CUDA counts none.
+    gpus = torch.cuda.device_count()
+    wanted = 0 if place.store is None else place.device_index
+    if wanted >= gpus:
+        raise ConfigError(
+            f"--device cuda needs {wanted + 1} GPU{'s' if wanted else ''} here, but PyTorch "
+            f"{torch.__version__} finds {gpus}: choose --device cpu, install a PyTorch for your "
+            "driver, or lower --tp and --cp"
+        )
+    if place.store is None:
         return torch.device(config.device)
     device = torch.device(config.device, place.device_index)
     torch.cuda.set_device(device)
     return device
 
 
-def packed_formats(checkpoint: loader.Checkpoint) -> tuple[str, ...]:
-    """In which a checkpoint's matrices can be had beside dense ones, best first."""
-    name = checkpoint.packed_format
+def packed_formats(name: str | None) -> tuple[str, ...]:
+    """In which matrices can be had beside dense ones, best first.
+
+    Args:
+        name: the checkpoint's `packed_format`.
+    """
     if name is None:
         return ()
-    return (name, PACKED_GROUPS) if name == INT4_GROUPS else (name,)
+    on_cpus = {INT4_GROUPS: PACKED_GROUPS, FLOAT4_GROUPS: PACKED_FLOAT4}.get(name)
+    return (name,) if on_cpus is None else (name, on_cpus)
 
 
 def _kv_formats(dtype_name: str, page_size: int) -> tuple[str, ...]:

@@ -5,8 +5,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.client import ProgressCallback
@@ -111,7 +109,7 @@ class AsyncLLM:
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's own generation config asks for."""
-        return msgspec.convert(self.info.default_sampling, SamplingParams)
+        return SamplingParams.recommended(self.info.default_sampling)
 
     @property
     def pid(self) -> int:

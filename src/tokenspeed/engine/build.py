@@ -1,8 +1,7 @@
 """Puts an engine together: files, model, pool, planes."""
 
-from collections.abc import Callable
+from collections import deque
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from tokenspeed.engine.sizing import (
 )
 from tokenspeed.execution import Runner, give_back_memory
 from tokenspeed.grammar import ConstraintCompiler, TokenTable
+from tokenspeed.kernels.cpu import WeightMemory
 from tokenspeed.modeling import ModelConfig, build_model
 
 __all__ = ["build_engine"]
@@ -35,14 +35,16 @@ def build_engine(
     config: EngineConfig,
     *,
     progress: loader.Progress | None = None,
-    found: Callable[[Path], None] | None = None,
+    memory: WeightMemory | None = None,
+    learn: bool = True,
 ) -> Engine:
     """Find, verify and load a model, and make it ready to step.
 
     Args:
         config: the model, and how it is to run.
         progress: told how far it is.
-        found: called with the tokenizer's folder, before anything is loaded.
+        memory: where packed weights go, where some was taken ahead.
+        learn: whether to learn now what is in `Engine.learning` else.
 
     Raises:
         ModelError: the model cannot be had, read or run.
@@ -55,7 +57,10 @@ def build_engine(
     # Ranks of this host start while this one looks for the model.
     group = RankGroup(config, mesh) if mesh.world > 1 else None
     try:
-        return _build(config, mesh, group, progress, found)
+        engine = _build(config, mesh, group, progress, memory)
+        if learn:
+            deque(engine.learning, maxlen=0)
+        return engine
     except BaseException:
         if group is not None:
             group.end()
@@ -67,12 +72,10 @@ def _build(
     mesh: Mesh,
     group: RankGroup | None,
     progress: loader.Progress | None,
-    found: Callable[[Path], None] | None,
+    memory: WeightMemory | None,
 ) -> Engine:
     place = Place() if group is None else group.place
-    opened = open_model(config, place=place, progress=progress)
-    if found is not None:
-        found(opened.files.tokenizer_dir)
+    opened = open_model(config, place=place, progress=progress, memory=memory)
     files, checkpoint, model_config = opened.files, opened.checkpoint, opened.config
     context_max = _context_max(config, model_config)
     # On the meta device a model has shapes and no memory: enough to know what it will take. The
@@ -85,18 +88,29 @@ def _build(
         mesh=mesh,
     )
     specs = shape.kv_specs()
-    weights_size_bytes = shape.planned_size_bytes(checkpoint.size_bytes)
-    draft = open_draft(
-        config, opened, shape, weights_size_bytes=weights_size_bytes, progress=progress
+    weights_size_bytes = shape.planned_size_bytes(
+        checkpoint.size_bytes, plain=checkpoint.plain_names
     )
-    all_specs = specs if draft is None else (*specs, *draft.specs)
     memory_size_bytes = memory_share_size_bytes(config, place)
+    if memory is not None:
+        memory_size_bytes += memory.taken_size_bytes
     if group is not None:
         memory_size_bytes = min(memory_size_bytes, group.await_opened(opened))
+    draft = open_draft(
+        config,
+        opened,
+        shape,
+        weights_size_bytes=weights_size_bytes,
+        available_size_bytes=memory_size_bytes,
+        progress=progress,
+    )
+    # A head's KV lie in the target's pages.
+    all_specs = (*specs, *draft.specs) if draft is not None and draft.head else specs
+    draft_size_bytes = draft.weights_size_bytes + draft.pages_size_bytes if draft else 0
     pages = pages_that_fit(
         config,
         all_specs,
-        weights_size_bytes=weights_size_bytes + (draft.weights_size_bytes if draft else 0),
+        weights_size_bytes=weights_size_bytes + draft_size_bytes,
         context_max=context_max,
         available_size_bytes=memory_size_bytes,
     )
@@ -132,6 +146,7 @@ def _build(
         draft_memory_size_bytes=config.draft_memory_size_bytes,
         step_proposals_max=step_drafts_max(config) if draft else 0,
         proposal_length_max=min(PROPOSAL_LENGTH_MAX, step_drafts_max(config)) if draft else 0,
+        proposal_window=draft.window if draft else 0,
     )
     if group is not None:
         group.set_up(scheduler_config)
@@ -155,8 +170,6 @@ def _build(
     scheduler = Scheduler(scheduler_config)
     if config.tps_floor is not None or config.queue_timeout_s is not None:
         learn_pace(runner, scheduler_config, scheduler)
-    if scheduler_config.step_drafts_max:
-        learn_drafts(runner, scheduler_config, scheduler)
     # Whoever serves texts reads the tokenizer; this side needs it for constraints alone.
     tokenizer = cache(lambda: loader.Tokenizer(files.tokenizer_dir))
     special = loader.SpecialTokens.read(files.tokenizer_dir) or tokenizer().special
@@ -197,11 +210,18 @@ def _build(
         tps_alone=None if config.tps_floor is None else tps_alone(scheduler, scheduler_config),
     )
     # What loading needed and nothing does from here on.
+    if memory is not None:
+        memory.give_back()
     give_back_memory()
-    return Engine(core=core, info=info, check=None if group is None else group.check)
+    return Engine(
+        core=core,
+        info=info,
+        learning=learn_drafts(runner, scheduler_config, scheduler),
+        check=None if group is None else group.check,
+    )
 
 
-def _token_table(tokenizer: loader.Tokenizer, vocabulary: int) -> TokenTable:
+def _token_table(tokenizer: "loader.Tokenizer", vocabulary: int) -> TokenTable:
     """What the tokens that have logits stand for."""
     return TokenTable(
         texts=[tokenizer.bytes_of(token) for token in range(vocabulary)],

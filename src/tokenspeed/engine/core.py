@@ -4,8 +4,8 @@ import secrets
 import select
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -139,6 +139,11 @@ class EngineCore:
     def idle(self) -> bool:
         """Whether no request is still to reach its end."""
         return not (self.busy or self._compiling)
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended, those that wait for their turn among them."""
+        return len(self._live) + len(self._compiling)
 
     @property
     def wake_descriptor(self) -> int | None:
@@ -307,7 +312,7 @@ class EngineCore:
                 self._confined[slot] = request
             else:
                 self._confined.pop(slot, None)
-            needs_tokens = confined or live.params.needs_history
+            needs_tokens = confined or live.params.needs_history or self.control.proposal_window > 0
             self.runner.bind(
                 slot,
                 live.params,
@@ -348,12 +353,15 @@ class Engine:
 
     Attributes:
         core, info: both.
+        learning: steps that teach what drafts cost on this machine, each made as it is asked for:
+            as many as there is time for before the first request, and none after it.
         check: to be called now and then while nothing is to do; raises EngineError where the
             engine could do nothing any more. None where there is nothing to check.
     """
 
     core: EngineCore
     info: EngineInfo
+    learning: Iterator[None] = field(default_factory=lambda: iter(()))
     check: Callable[[], None] | None = None
 
 

@@ -9,10 +9,11 @@ import torch
 from tokenspeed import loader
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import CacheGroupKind, EngineConfig, KVSpec, SchedulerConfig
-from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.errors import ConfigError, ModelError
 from tokenspeed.distributed import Place
 from tokenspeed.engine.assembly import OpenedModel, open_model
-from tokenspeed.execution import Drafting
+from tokenspeed.engine.sizing import PROPOSAL_WINDOW, draft_seats
+from tokenspeed.execution import Drafting, seat_pages
 from tokenspeed.modeling import Model, build_head, build_model
 from tokenspeed.modeling.models.registry import head_class
 
@@ -31,7 +32,8 @@ class OpenedDraft:
             target's checkpoint carries.
         head: whether it is a head of the target.
         specs: what its cache groups keep of a token.
-        groups: of each of them, whose pages of the target's it lies in.
+        groups: of each of a head's, whose pages of the target's it lies in; see `Drafting`.
+        pages, page_size: its own, for whole seats; none for a head.
         weights_size_bytes: what its weights will take.
         chance_min: see `Drafting`.
     """
@@ -40,8 +42,21 @@ class OpenedDraft:
     head: bool
     specs: tuple[KVSpec, ...]
     groups: tuple[int, ...]
+    pages: int
+    page_size: int
     weights_size_bytes: int
     chance_min: float
+
+    @property
+    def window(self) -> int:
+        """The most tokens of a request that it reads before it proposes; 0 for a head."""
+        return 0 if self.head else PROPOSAL_WINDOW
+
+    @property
+    def pages_size_bytes(self) -> int:
+        """What its own pages will take."""
+        tokens = self.pages * self.page_size
+        return tokens * sum(spec.token_size_bytes for spec in self.specs)
 
 
 def open_draft(
@@ -50,6 +65,7 @@ def open_draft(
     shape: Model,
     *,
     weights_size_bytes: int,
+    available_size_bytes: int,
     progress: loader.Progress | None = None,
 ) -> OpenedDraft | None:
     """Find the draft model that `config.speculate` names, or with `auto` the head that the target's
@@ -60,11 +76,13 @@ def open_draft(
         target: the model that verifies.
         shape: the same, without memory.
         weights_size_bytes: what its weights will take.
+        available_size_bytes: memory at hand before any weights are loaded.
         progress: told how far it is.
 
     Raises:
         ModelError: it cannot be had, read or run.
-        ConfigError: it is of another vocabulary, or keeps a past that the target has no pages for.
+        ConfigError: it is of another vocabulary, or a head that keeps a past which the target has
+            no pages for.
     """
     name = config.draft_model
     if name is None:
@@ -73,18 +91,35 @@ def open_draft(
         opened, size_bytes = target, target.checkpoint.size_bytes // (target.config.layers + 1)
     else:
         own_config = replace(config, model=name)
-        opened = open_model(own_config, place=Place(), progress=progress, beside=target)
+        try:
+            opened = open_model(own_config, place=Place(), progress=progress, beside=target)
+        except ModelError as error:
+            # Of two models, which one is it?
+            raise type(error)(f"--speculate {config.speculate}: {error}") from error
         size_bytes = opened.checkpoint.size_bytes
     head = opened is target or head_class(opened.config.architecture) is not None
     if not head:
         _check_vocabulary(opened, target)
     own = _build(opened, head=head, device=torch.device("meta"), target=shape)
-    size_bytes = own.planned_size_bytes(size_bytes)
+    size_bytes = own.planned_size_bytes(size_bytes, plain=opened.checkpoint.plain_names)
+    specs, pages = own.kv_specs(), 0
+    groups: tuple[int, ...] = ()
+    if head:
+        groups = groups_within(specs, shape.kv_specs(), name=name or opened.files.name)
+    else:
+        pages = seat_pages(PROPOSAL_WINDOW, config.page_size)
+        pages *= draft_seats(
+            config,
+            seat_size_bytes=pages * config.page_size * sum(s.token_size_bytes for s in specs),
+            room_size_bytes=available_size_bytes - weights_size_bytes - size_bytes,
+        )
     return OpenedDraft(
         opened=opened,
         head=head,
-        specs=own.kv_specs(),
-        groups=groups_within(own.kv_specs(), shape.kv_specs(), name=name or opened.files.name),
+        specs=specs,
+        groups=groups,
+        pages=pages,
+        page_size=config.page_size,
         weights_size_bytes=size_bytes,
         # Both read their weights once for a token of one request. A guess that is right less often
         # than it costs of a step of the target is not worth its making.
@@ -99,7 +134,7 @@ def load_draft(
     *,
     progress: loader.Progress | None = None,
 ) -> Drafting:
-    """Load a draft model, and make room for its KV in as many pages as the target has.
+    """Load a draft model, and make room for its KV: a head's in as many pages as the target has.
 
     Args:
         draft: which.
@@ -117,13 +152,19 @@ def load_draft(
     group = config.groups[0]
     pools = KVPools(
         draft.specs,
-        pages=group.pages,
+        pages=group.pages if draft.head else draft.pages,
         page_size=config.page_size,
         device=opened.device,
-        host_pages=group.host_pages,
+        host_pages=group.host_pages if draft.head else 0,
         padded=opened.device.type == "cuda",
     )
-    return Drafting(model=model, pools=pools, groups=draft.groups, chance_min=draft.chance_min)
+    return Drafting(
+        model=model,
+        pools=pools,
+        groups=draft.groups,
+        window=draft.window,
+        chance_min=draft.chance_min,
+    )
 
 
 def _build(opened: OpenedModel, *, head: bool, device: torch.device, target: Model) -> Model:
@@ -144,8 +185,8 @@ def _carries_head(target: OpenedModel) -> bool:
 def groups_within(
     draft: Sequence[KVSpec], target: Sequence[KVSpec], *, name: str
 ) -> tuple[int, ...]:
-    """Of each cache group of a draft model, a group of the target whose pages hold all positions
-    that it reads.
+    """Of each cache group of a head, a group of the target whose pages hold all positions that it
+    reads.
 
     Raises:
         ConfigError: there is none.

@@ -1,13 +1,12 @@
 """What an engine tells of itself and of its requests."""
 
-import msgspec
-
+from tokenspeed.core.records import Record
 from tokenspeed.core.stats import SchedulerStats
 
 __all__ = ["EngineInfo", "EngineStats", "LiveRequest", "RequestTimes", "StepTiming"]
 
 
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+class EngineInfo(Record, frozen=True, kw_only=True):
     """What a client may know of the engine it talks to; constant from its start to its end.
 
     `tps_floor` is the floor it was asked for, `tps_alone` what one user alone gets at a context of
@@ -38,7 +37,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     tps_alone: float | None
 
 
-class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
+class StepTiming(Record, frozen=True, kw_only=True):
     """Where the engine's time went since its start, and how evenly tokens came.
 
     Attributes:
@@ -46,7 +45,8 @@ class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
         intervals: intervals between two tokens of a request, counted by length: the buckets of
             `engine.ledger.INTERVAL_BOUNDS_US`, and one for all that are longer.
         intervals_us: their sum.
-        floor_violations: how many were longer than the floor allows.
+        floor_violations: how many were longer than the floor allows; tokens that come together
+            may take as many of its intervals.
     """
 
     plan_us: int = 0
@@ -66,7 +66,7 @@ class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
     floor_violations: int = 0
 
 
-class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
+class RequestTimes(Record, frozen=True, kw_only=True):
     """Where a request's time went in the engine, in microseconds; see `engine.ledger.Ledger`.
 
     Attributes:
@@ -84,7 +84,7 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     ended_at_us: int | None
 
 
-class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
+class LiveRequest(Record, frozen=True, kw_only=True):
     """A request that has not ended.
 
     Attributes:

@@ -180,6 +180,7 @@ def _run(leader: "Link", config: EngineConfig, place: "Place") -> None:
         return
     assert isinstance(setup, Setup)
     _, _, _, runner = make_runner(opened, setup.config, mesh=mesh, place=place)
+    runner.record()
     leader.send(encode(Loaded()))
     while True:
         match decode_to_follower(leader.receive()):

@@ -53,7 +53,7 @@ class Ledger:
     less its submission, exactly.
 
     Tokens that a step gives to one request come together: the first ends an interval, the others
-    end one of no length.
+    end one of no length. They keep the floor if they came within as many of its intervals.
 
     A step costs the same few array operations whatever its number of rows.
 
@@ -256,12 +256,15 @@ class Ledger:
             self._pace_us[again] = np.where(
                 counts > 1, paces + _PACE_WEIGHT * (of_each - paces), of_each
             )
-            self._book_violations(again, intervals)
+            self._book_violations(again, of_each)
         self._tokens[rows] += 1 if given is None else given
         self._context[rows] += 1 if given is None else given
         self._last_us[rows] = now_us
 
-    def _book_violations(self, rows: Int64Array, intervals: Int64Array) -> None:
+    def _book_violations(
+        self, rows: Int64Array, intervals: npt.NDArray[np.int64 | np.float64]
+    ) -> None:
+        """Rows got tokens after so long, for each of them."""
         # No context has a shorter bound than the shortest one.
         shortest_us = self._bound_us(1)
         if shortest_us is None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from tokenspeed import loader
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import InvalidParameter, RequestError
@@ -107,8 +105,10 @@ class LLM:
             for prompt, param in zip(ids, each, strict=True)
             for index in range(n)
         ]
-        collectors = [self._submit(*message) for message in messages]
+        collectors: list[_Collector] = []
         try:
+            for message in messages:
+                collectors.append(self._submit(*message))
             while len(self._streams):
                 self._step()
                 for collector in collectors:
@@ -144,7 +144,7 @@ class LLM:
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's own generation config asks for."""
-        return msgspec.convert(self.info.default_sampling, SamplingParams)
+        return SamplingParams.recommended(self.info.default_sampling)
 
     def stats(self) -> SchedulerStats:
         """Counters of the scheduler."""
@@ -189,8 +189,9 @@ class LLM:
             stop_strings=stops,
             abort=lambda: self._core.abort(message.request),
         )
-        self._streams.add(message.request, stream)
+        # What is refused at once has no stream to end.
         self._core.submit(message)
+        self._streams.add(message.request, stream)
         return _Collector(stream, TextAssembler(self.tokenizer, params.stop))
 
     def _step(self) -> None:

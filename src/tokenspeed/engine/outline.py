@@ -17,8 +17,9 @@ from tokenspeed.distributed import Mesh
 from tokenspeed.engine.assembly import packed_formats
 from tokenspeed.engine.sizing import RESERVE_SIZE_BYTES
 from tokenspeed.execution import resolve_dtype
-from tokenspeed.kernels import PACKED, PACKED_GROUPS, KernelSelector, load_plugins
+from tokenspeed.kernels import GROUPED, PACKED, KernelSelector, load_plugins
 from tokenspeed.loader.files import read_json_object
+from tokenspeed.loader.schemes import read_scheme
 from tokenspeed.modeling import ModelConfig, build_model, compile_model
 from tokenspeed.modeling.compiler import Step
 
@@ -130,20 +131,20 @@ def outline(
         ModelError: the model cannot be had, or is of no architecture that is computed here.
         ConfigError: it cannot be divided over so many ranks.
     """
-    name, hf_config, size_bytes, quantisation, packed = _described(model)
-    config = ModelConfig.from_hf(hf_config)
+    found = _described(model)
+    config = ModelConfig.from_hf(found.hf_config)
     context_max = min(max_context or config.context_max, config.context_max)
     device = torch.device("cpu")
     element = resolve_dtype(dtype, device)
     element_name = str(element).removeprefix("torch.")
     load_plugins()
-    formats = (*packed, f"{element_name}_panels", element_name)
+    formats = (*found.formats, f"{element_name}_panels", element_name)
     kernels = KernelSelector(device=device, dtype=element, weight_formats=formats)
     program = compile_model(config, kernels=kernels, mesh=mesh)
     shape = build_model(
         config, dtype=element, device=torch.device("meta"), kernels=kernels, mesh=mesh
     )
-    weights_size_bytes = shape.planned_size_bytes(size_bytes)
+    weights_size_bytes = shape.planned_size_bytes(found.size_bytes, plain=found.plain_names)
     # Of ranks that share contexts each has a part of the positions.
     kv_token_size_bytes = -(-sum(spec.token_size_bytes for spec in shape.kv_specs()) // mesh.cp)
     moved = program.moved()
@@ -158,10 +159,10 @@ def outline(
             fits=tokens >= context_max,
         )
     return Outline(
-        model=name,
+        model=found.name,
         architecture=config.architecture,
         dtype=element_name,
-        weights=quantisation or element_name,
+        weights=found.quantisation or element_name,
         ranks=mesh.world,
         tp=mesh.tp,
         ep=mesh.ep,
@@ -178,9 +179,28 @@ def outline(
     )
 
 
-def _described(model: str) -> tuple[str, dict[str, Any], int, str | None, tuple[str, ...]]:
-    """Name, configuration, bytes of the weights, their quantisation where they are packed, and the
-    formats that they may have then."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        name: for people.
+        hf_config: its configuration.
+        size_bytes: of the weights, where they are; 0 where they are not at hand.
+        quantisation: theirs, where they are packed.
+        formats: that they may have then.
+        plain_names: of what is not quantised beside what is, as far as is known.
+    """
+
+    name: str
+    hf_config: dict[str, Any]
+    size_bytes: int
+    quantisation: str | None
+    formats: tuple[str, ...]
+    plain_names: frozenset[str]
+
+
+def _described(model: str) -> _Described:
     path = Path(model)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (path / "config.json").exists():
         path = path / "config.json"
@@ -188,12 +208,28 @@ def _described(model: str) -> tuple[str, dict[str, Any], int, str | None, tuple[
         if not path.is_file():
             raise ConfigError(f"there is no file {model}")
         name = path.parent.resolve().name if path.name == "config.json" else path.stem
-        return name, dict(read_json_object(path)), 0, None, ()
+        hf_config = dict(read_json_object(path))
+        scheme = read_scheme(hf_config)
+        formats = packed_formats(scheme.format_name if scheme else None)
+        return _Described(
+            name=name,
+            hf_config=hf_config,
+            size_bytes=0,
+            quantisation=scheme.name if scheme and {*GROUPED} & {*formats} else None,
+            formats=formats,
+            plain_names=frozenset(),
+        )
     files = loader.resolve(model)
     checkpoint = loader.open_checkpoint(files)
-    formats = packed_formats(checkpoint)
-    quantisation = checkpoint.quantisation if {PACKED, PACKED_GROUPS} & set(formats) else None
-    return files.name, checkpoint.hf_config, checkpoint.size_bytes, quantisation, formats
+    formats = packed_formats(checkpoint.packed_format)
+    return _Described(
+        name=files.name,
+        hf_config=checkpoint.hf_config,
+        size_bytes=checkpoint.size_bytes,
+        quantisation=checkpoint.quantisation if {PACKED, *GROUPED} & {*formats} else None,
+        formats=formats,
+        plain_names=checkpoint.plain_names,
+    )
 
 
 def _alike(steps: tuple[Step, ...], mesh: Mesh) -> tuple[OutlineStep, ...]:

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -47,21 +48,35 @@ def learn_pace(runner: StepRunner, config: SchedulerConfig, control: Scheduler) 
         _teach(control, _run(runner, config, [_PROMPT_TOKENS_MIN] * users))
 
 
-def learn_drafts(runner: StepRunner, config: SchedulerConfig, control: Scheduler) -> None:
-    """Run a made-up row with drafts of some lengths and teach `control` how long its steps took.
+def learn_drafts(runner: StepRunner, config: SchedulerConfig, control: Scheduler) -> Iterator[None]:
+    """Run a made-up row with drafts of some lengths and teach `control` how long its steps took:
+    yields behind each step. Where there are to be no drafts, there are none.
 
-    It takes a fifth of a second, or one step of each length where those take longer. The KV is
-    nobody's: pages that no request reads. To be called before any request.
+    In all it takes a fifth of a second, or one step of each length where those take longer. The KV
+    is nobody's: pages that no request reads. To be gone on with before any request only; whoever
+    leaves off leaves the rest to be learned of the steps of requests.
     """
+    if not config.step_drafts_max:
+        return
     most = min(config.step_drafts_max, config.step_tokens_max - 1)
     lengths = [drafted for drafted in _DRAFTS if drafted <= most]
     room = min(config.context_max, config.page_size * min(group.pages for group in config.groups))
     context = min(_DRAFTS_CONTEXT, room - 1 - lengths[-1])
     if context < 1:
         return
-    none = np.zeros(0, dtype=np.int32)
-    params = SamplingParams(temperature=0.0, ignore_eos=True)
-    runner.bind(0, params, seed=0, prompt_count=1, tokens=None, stop_token_ids=none, grammar=None)
+
+    def bind() -> None:
+        runner.bind(
+            0,
+            SamplingParams(temperature=0.0, ignore_eos=True),
+            seed=0,
+            prompt_count=1,
+            tokens=np.zeros(context + 1, dtype=np.int32),
+            stop_token_ids=np.zeros(0, dtype=np.int32),
+            grammar=None,
+        )
+
+    bind()
     proposed = [count for count in _PROPOSED if count <= config.proposal_length_max]
     ends_s = time.monotonic() + _DRAFTS_BUDGET_S * (2 if proposed else 1)
     # The first of its kind pays for what is made once, so it is left out.
@@ -69,17 +84,19 @@ def learn_drafts(runner: StepRunner, config: SchedulerConfig, control: Scheduler
     plans += [
         replace(plans[0], propose_counts=np.full(1, count, dtype=np.int32)) for count in proposed
     ]
-    runner.launch(plans[-1]).result()
-    runner.launch(plans[len(lengths) - 1]).result()
+    for plan in (plans[-1], plans[len(lengths) - 1]):
+        runner.launch(plan).result()
+        yield
     while True:
         for plan in plans:
+            if plan is plans[-1] and config.proposal_window:
+                # It is to be read again.
+                bind()
             began_s = time.monotonic()
             result = runner.launch(plan).result()
             took_us = int((time.monotonic() - began_s) * 1e6)
-            # Of a text that means nothing fewer may have been proposed.
-            came = len(result.proposed_tokens)
-            work = replace(StepWork.of(plan), proposed_tokens=came, proposal_rounds=came)
-            control.observe(work, took_us)
+            control.observe(StepWork.of(plan).ran(result), took_us)
+            yield
         if time.monotonic() >= ends_s:
             return
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.environment import Torchrun, torchrun
 from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.records import json_text
 from tokenspeed.distributed import (
     ByteGroup,
     Mesh,
@@ -28,6 +27,7 @@ from tokenspeed.distributed import (
     meet,
     tcp_store,
 )
+from tokenspeed.engine.crowd import check_crowd
 from tokenspeed.engine.rank_links import GroupLink, Link, SocketLink
 
 __all__ = [
@@ -103,10 +103,14 @@ def executor_backend(config: EngineConfig) -> str:
 
 
 def check_ranks(config: EngineConfig, mesh: Mesh) -> None:
-    """Raises ConfigError where torchrun started more or fewer ranks than the mesh has."""
+    """Raises ConfigError where torchrun started more or fewer ranks than the mesh has, or where
+    this host would get far too many."""
     found = torchrun()
-    if executor_backend(config) == "torchrun" and found is not None:
+    backend = executor_backend(config)
+    if backend == "torchrun" and found is not None:
         check_torchrun(found, mesh)
+    if backend == "mp":
+        check_crowd(config, ranks=mesh.world)
 
 
 def check_torchrun(found: Torchrun, mesh: Mesh) -> None:
@@ -209,7 +213,7 @@ class _Child:
                     *("--rank", str(rank)),
                     *("--socket-fd", str(theirs.fileno())),
                     *("--store", str(store)),
-                    *("--config-json", msgspec.json.encode(config).decode()),
+                    *("--config-json", json_text(config)),
                 ],
                 pass_fds=[theirs.fileno()],
             )

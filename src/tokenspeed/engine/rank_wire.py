@@ -4,14 +4,15 @@ A message is msgpack. Arrays go as their bytes, in the order of the fields of a 
 both sides know.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Final, get_args, get_type_hints
 
-import msgspec
 import numpy as np
 
 from tokenspeed.core.config import EngineConfig, SchedulerConfig
+from tokenspeed.core.records import Record, decoder, encode
 from tokenspeed.core.step import Int32Array, Int64Array, StepPlan
 
 __all__ = [
@@ -33,23 +34,23 @@ __all__ = [
 _DTYPES: Final = ((Int32Array, np.int32), (Int64Array, np.int64))
 
 
-class Setup(msgspec.Struct, tag=True):
+class Setup(Record, tag=True):
     """Connect and load: the sizes that rank 0 chose for all."""
 
     config: SchedulerConfig
 
 
-class Launch(msgspec.Struct, tag=True):
+class Launch(Record, tag=True):
     """A step: the plan, with the tokens of decode rows in their places."""
 
     plan: list[Any]
 
 
-class Stop(msgspec.Struct, tag=True):
+class Stop(Record, tag=True):
     """End."""
 
 
-class Opened(msgspec.Struct, tag=True, kw_only=True):
+class Opened(Record, tag=True, kw_only=True):
     """The follower has found the model and waits for its `Setup`.
 
     Attributes:
@@ -65,11 +66,11 @@ class Opened(msgspec.Struct, tag=True, kw_only=True):
     memory_size_bytes: int
 
 
-class Loaded(msgspec.Struct, tag=True):
+class Loaded(Record, tag=True):
     """The follower is ready for steps."""
 
 
-class Failure(msgspec.Struct, tag=True):
+class Failure(Record, tag=True):
     """The follower cannot go on."""
 
     kind: str
@@ -79,23 +80,27 @@ class Failure(msgspec.Struct, tag=True):
 ToFollower = Setup | Launch | Stop
 FromFollower = Opened | Loaded | Failure
 
-_to_follower: msgspec.msgpack.Decoder[ToFollower] = msgspec.msgpack.Decoder(ToFollower)
-_from_follower: msgspec.msgpack.Decoder[FromFollower] = msgspec.msgpack.Decoder(FromFollower)
-
-
-def encode(message: ToFollower | FromFollower) -> bytes:
-    """The bytes of a message."""
-    return msgspec.msgpack.encode(message)
-
 
 def decode_to_follower(data: bytes) -> ToFollower:
     """What rank 0 sent."""
-    return _to_follower.decode(data)
+    message: ToFollower = _to_follower()(data)
+    return message
 
 
 def decode_from_follower(data: bytes) -> FromFollower:
     """What a rank that follows sent."""
-    return _from_follower.decode(data)
+    message: FromFollower = _from_follower()(data)
+    return message
+
+
+@cache
+def _to_follower() -> Callable[[bytes], Any]:
+    return decoder(ToFollower)
+
+
+@cache
+def _from_follower() -> Callable[[bytes], Any]:
+    return decoder(FromFollower)
 
 
 def encode_plan(plan: StepPlan) -> list[Any]:

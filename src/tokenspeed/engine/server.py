@@ -17,6 +17,7 @@ from tokenspeed.control import CacheEvents
 from tokenspeed.core.errors import RequestError, TokenSpeedError
 from tokenspeed.engine.core import Engine, step_timing
 from tokenspeed.engine.facts import EngineStats
+from tokenspeed.engine.outbox import Outbox
 from tokenspeed.engine.wire import (
     Abort,
     Begun,
@@ -54,30 +55,36 @@ CLEARED = CacheEvents(
 )
 
 
-def serve(build: EngineBuilder, socket_path: Path, *, parent_pid: int) -> int:
+def serve(
+    build: EngineBuilder, socket_path: Path, *, parent_pid: int, stream_interval_s: float = 0.0
+) -> int:
     """Build an engine and serve it. Returns the process's exit code.
 
     Args:
         build: makes the engine.
         socket_path: Unix-domain socket to bind; its folder must be the user's alone.
         parent_pid: the engine ends when its parent is no longer this process.
+        stream_interval_s: the longest time for which the client lets a token wait; see `outbox`.
     """
     # The terminal sends Ctrl-C to every process of the group; ending is the parent's to order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with _bound(socket_path) as socket:
         peer = _Peer(socket, parent_pid)
+        outbox = Outbox(lambda messages: peer.send(*messages), interval_max_s=stream_interval_s)
         try:
             peer.send(Begun())
             engine = build(_PeerProgress(peer), lambda folder: peer.send(Found(str(folder))))
             with closing(engine.core):
                 peer.send(Ready(engine.info))
-                _Server(engine, peer).run()
+                server = _Server(engine, peer, outbox)
+                server.learn(engine.learning)
+                server.run()
         except _ParentGone:
             return 1
         except Exception as error:
             if not isinstance(error, TokenSpeedError):
                 traceback.print_exc()
-            peer.send(Failed(type(error).__name__, str(error)))
+            outbox.put(Failed(type(error).__name__, str(error)))
             return 1
     return 0
 
@@ -93,11 +100,13 @@ class _Peer:
         self._socket = socket
         self._parent_pid = parent_pid
 
-    def send(self, message: FromEngine) -> None:
-        """Send a message; waits while no client is connected."""
+    def send(self, *messages: FromEngine) -> None:
+        """Send messages, which wake the client once; waits while none is connected."""
         while not self._socket.poll(IDLE_POLL_MS, zmq.POLLOUT):
             self.check_parent()
-        self._socket.send(encode(message))
+        # As parts of one: the first is not there before the last is. The client takes each by
+        # itself.
+        self._socket.send_multipart([encode(message) for message in messages])
 
     def wait(self, descriptor: int | None, check: Callable[[], None] | None) -> None:
         """Wait until a message is there, or a file descriptor has something.
@@ -132,14 +141,22 @@ class _Peer:
 class _Server:
     """Turns messages into calls of the core, and what the core gives into messages."""
 
-    def __init__(self, engine: Engine, peer: _Peer) -> None:
+    def __init__(self, engine: Engine, peer: _Peer, outbox: Outbox) -> None:
         self._core = engine.core
         self._check = engine.check
         self._peer = peer
+        self._outbox = outbox
         self._running = True
         self._started_s = time.monotonic()
         self._rate = _Rate()
         self._cache_sequence = 0
+
+    def learn(self, steps: Iterator[None]) -> None:
+        """Make steps that teach, until the first request comes."""
+        for _ in steps:
+            self._take_all()
+            if not (self._running and self._core.idle):
+                return
 
     def run(self) -> None:
         """Step until told to stop."""
@@ -147,16 +164,20 @@ class _Server:
             self._intake()
             outputs = self._core.step()
             for refused in self._core.take_refused():
-                self._peer.send(refused)
+                self._outbox.put(refused)
             if outputs is not None:
                 self._rate.add(len(outputs.tokens) // 4)
-                self._peer.send(outputs)
+                self._outbox.step(outputs, live=self._core.live)
             self._publish_cache_events()
 
     def _intake(self) -> None:
         """Take every message that waits; with nothing to do, wait for one."""
         if not self._core.busy:
+            self._outbox.flush()
             self._peer.wait(self._core.wake_descriptor, self._check)
+        self._take_all()
+
+    def _take_all(self) -> None:
         self._peer.check_parent()
         for data in self._peer.receive():
             self._take(data)
@@ -164,15 +185,16 @@ class _Server:
     def _take(self, data: bytes) -> None:
         match decode_to_engine(data):
             case Submit() as message:
+                self._outbox.submitted(message)
                 try:
                     self._core.submit(message)
                 except RequestError as error:
                     refused = Refused(message.request, type(error).__name__, str(error))
-                    self._peer.send(refused)
+                    self._outbox.put(refused)
             case Abort(request):
                 self._core.abort(request)
             case Call() as call:
-                self._peer.send(self._answer(call))
+                self._outbox.put(self._answer(call))
             case Shutdown():
                 self._running = False
 
@@ -228,7 +250,7 @@ class _Server:
 
     def _send_cache_batch(self, events: CacheEvents) -> None:
         self._cache_sequence += 1
-        self._peer.send(
+        self._outbox.cache_events(
             CacheEventBatch(
                 sequence=self._cache_sequence,
                 kinds=events.kinds.tobytes(),

@@ -2,14 +2,20 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenspeed.core.config import EngineConfig, KVSpec
 from tokenspeed.core.errors import InsufficientMemory
-from tokenspeed.distributed import Place
+
+if TYPE_CHECKING:
+    from tokenspeed.distributed import Place
 
 __all__ = [
     "PROPOSAL_LENGTH_MAX",
+    "PROPOSAL_WINDOW",
+    "RESERVE_SIZE_BYTES",
     "available_memory_size_bytes",
+    "draft_seats",
     "format_size",
     "memory_share_size_bytes",
     "pages_that_fit",
@@ -28,6 +34,11 @@ POOL_CONTEXTS_MAX = 32
 STEP_DRAFTS_MAX = 64
 # A chain of guesses of a model is hardly ever right for longer.
 PROPOSAL_LENGTH_MAX = 8
+# Tokens of a request that a draft model reads before it proposes. What comes next mostly follows
+# from what stands close by, and where it is quoted from farther off drafts out of text know it.
+PROPOSAL_WINDOW = 512
+# Of what the KV cache may take, what a draft model's own may take beside it.
+SEATS_SHARE = 1 / 8
 
 
 def format_size(size_bytes: int) -> str:
@@ -53,7 +64,7 @@ def available_memory_size_bytes() -> int:
     return available
 
 
-def memory_share_size_bytes(config: EngineConfig, place: Place) -> int:
+def memory_share_size_bytes(config: EngineConfig, place: "Place") -> int:
     """Memory that a rank may take, of what all engines and ranks on its host share."""
     return available_memory_size_bytes() // (config.dp * place.local_ranks)
 
@@ -102,12 +113,29 @@ def pages_that_fit(
         )
     if wanted < context_size_bytes:
         fitting = wanted // page_size_bytes * page_size
+        ways_out = "Raise --kv-cache-memory"
+        if fitting:
+            ways_out += f", or lower --max-context to {fitting} or less"
         raise InsufficientMemory(
             f"a context of {context_max} tokens needs {format_size(context_size_bytes)} of KV "
             f"cache, but --kv-cache-memory gives {format_size(wanted)}, which holds {fitting} "
-            f"tokens. Raise --kv-cache-memory, or lower --max-context to {fitting} or less."
+            f"tokens. {ways_out}."
         )
     return wanted // page_size_bytes
+
+
+def draft_seats(config: EngineConfig, *, seat_size_bytes: int, room_size_bytes: int) -> int:
+    """How many requests at once a draft model has KV for.
+
+    Args:
+        config: gives the requests that run at once, and the KV cache where the user set it.
+        seat_size_bytes: what the KV of one take.
+        room_size_bytes: memory at hand beside all weights.
+    """
+    cache = config.kv_cache_size_bytes
+    if cache is None:
+        cache = int((room_size_bytes - RESERVE_SIZE_BYTES) * POOL_FRACTION)
+    return max(1, min(config.max_running, int(cache * SEATS_SHARE) // seat_size_bytes))
 
 
 def step_drafts_max(config: EngineConfig) -> int:

@@ -4,14 +4,16 @@ Token arrays travel as raw little-endian bytes in columns, one message a step, s
 makes no Python object per request.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from tokenspeed.core import errors
 from tokenspeed.core.errors import EngineError, TokenSpeedError
+from tokenspeed.core.records import Record, decoder, encode
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.engine.facts import EngineInfo, EngineStats, LiveRequest, RequestTimes
 from tokenspeed.engine.ledger import TIMES_COLUMNS
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 
-class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
+class Submit(Record, frozen=True, tag="submit", array_like=True):
     """Run a request.
 
     Attributes:
@@ -64,13 +66,13 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     sent_us: int | None = None
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
+class Abort(Record, frozen=True, tag="abort", array_like=True):
     """End a request; unknown ones are ignored, for it may have finished meanwhile."""
 
     request: int
 
 
-class Call(msgspec.Struct, frozen=True, tag="call", array_like=True):
+class Call(Record, frozen=True, tag="call", array_like=True):
     """Ask for something that is answered by one `Reply` with the same number."""
 
     number: int
@@ -78,21 +80,21 @@ class Call(msgspec.Struct, frozen=True, tag="call", array_like=True):
     arguments: dict[str, str | int | bool | None]
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
+class Shutdown(Record, frozen=True, tag="shutdown", array_like=True):
     """End the engine process."""
 
 
-class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
+class Begun(Record, frozen=True, tag="begun", array_like=True):
     """The engine process lives; a model is about to be loaded."""
 
 
-class Found(msgspec.Struct, frozen=True, tag="found", array_like=True):
+class Found(Record, frozen=True, tag="found", array_like=True):
     """The model's files are there; its tokenizer can be read while the weights are."""
 
     tokenizer_dir: str
 
 
-class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
+class LoadProgress(Record, frozen=True, tag="progress", array_like=True):
     """How far a stage of the start has come, in units of the stage (bytes, tensors, packages)."""
 
     stage: str
@@ -101,20 +103,20 @@ class LoadProgress(msgspec.Struct, frozen=True, tag="progress", array_like=True)
     unit: str
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+class Ready(Record, frozen=True, tag="ready", array_like=True):
     """The engine takes requests."""
 
     info: EngineInfo
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
+class Failed(Record, frozen=True, tag="failed", array_like=True):
     """The engine ends. `kind` names the class of the error in `tokenspeed.core.errors`."""
 
     kind: str
     message: str
 
 
-class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
+class Refused(Record, frozen=True, tag="refused", array_like=True):
     """A request was wrong in a way only the engine could see."""
 
     request: int
@@ -122,7 +124,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
     message: str
 
 
-class LogprobColumns(msgspec.Struct, frozen=True, array_like=True):
+class LogprobColumns(Record, frozen=True, array_like=True):
     """Log-probabilities of some tokens of a `StepOutputs`.
 
     Attributes:
@@ -140,7 +142,7 @@ class LogprobColumns(msgspec.Struct, frozen=True, array_like=True):
     width: int
 
 
-class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
+class StepOutputs(Record, frozen=True, tag="step", array_like=True):
     """What a step gave its requests.
 
     Attributes:
@@ -169,7 +171,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     drafts: bytes = b""
 
 
-class CacheEventBatch(msgspec.Struct, frozen=True, tag="cache", array_like=True):
+class CacheEventBatch(Record, frozen=True, tag="cache", array_like=True):
     """Changes of the prefix cache.
 
     Attributes:
@@ -187,7 +189,7 @@ class CacheEventBatch(msgspec.Struct, frozen=True, tag="cache", array_like=True)
     tokens: bytes
 
 
-class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
+class Reply(Record, frozen=True, tag="reply", array_like=True):
     """The answer to a `Call`: `value`, or the kind and text of an error."""
 
     number: int
@@ -201,24 +203,27 @@ FromEngine = (
     Begun | Found | LoadProgress | Ready | Failed | Refused | StepOutputs | CacheEventBatch | Reply
 )
 
-_encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-
-
-def encode(message: ToEngine | FromEngine) -> bytes:
-    """The bytes of a message."""
-    return _encoder.encode(message)
-
 
 def decode_to_engine(data: bytes) -> ToEngine:
     """A message that a client sent. Raises msgspec.DecodeError on anything else."""
-    return _to_engine.decode(data)
+    message: ToEngine = _to_engine()(data)
+    return message
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
     """A message that an engine sent. Raises msgspec.DecodeError on anything else."""
-    return _from_engine.decode(data)
+    message: FromEngine = _from_engine()(data)
+    return message
+
+
+@cache
+def _to_engine() -> Callable[[bytes], Any]:
+    return decoder(ToEngine)
+
+
+@cache
+def _from_engine() -> Callable[[bytes], Any]:
+    return decoder(FromEngine)
 
 
 def request_times(outputs: StepOutputs) -> Iterator[RequestTimes]:

@@ -1,323 +1,49 @@
-"""A second model, or a head of the first, that proposes how requests go on.
-
-A model reads the target's tokens. A head reads the token behind each position, too, and what the
-target made of the position; where the target has not been it reads what itself made. So a head's
-text begins with the target's second token, and is one position ahead of a model's.
-
-Its KV lie beside the target's, in the same pages: what is shared, moved or dropped there is so
-here. A proposal is verified as any draft is, so KV that is missing or wrong, as that of a page
-which was shared before the draft model had filled it, costs acceptance and never a token.
-
-Legend: R rows, T tokens, S samples, P proposed tokens, M and F features of hidden states.
-"""
+"""What proposes drafts, by what kind of model it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.step import Float32Array, GroupPlan, Int32Array, StepPlan
 from tokenspeed.execution.buffers import PageTable
 from tokenspeed.execution.captured import Capture
-from tokenspeed.execution.draft_text import DraftProposal, DraftRow, DraftText, said_of
-from tokenspeed.execution.forward import StepForward
-from tokenspeed.execution.launched import AwaitedTokens
-from tokenspeed.kernels import ops
-from tokenspeed.modeling import GivenStates, Head, Model
+from tokenspeed.execution.draft_head import HeadDrafts
+from tokenspeed.execution.draft_passes import Drafting
+from tokenspeed.execution.draft_window import WindowDrafts
 
-__all__ = ["DraftModel", "Drafting", "Proposals"]
+__all__ = ["DraftModel", "draft_model_of"]
 
-_NONE = np.zeros(0, dtype=np.int32)
+DraftModel = HeadDrafts | WindowDrafts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drafting:
-    """A draft model that was loaded.
-
-    Attributes:
-        model: one of the target's vocabulary, or a `Head` of the target.
-        pools: its KV, with as many pages as the target's pools.
-        groups: of each of its cache groups, whose pages of the target's it lies in.
-        chance_min: a row's proposal ends where all of it is right with less than this chance.
-    """
-
-    model: Model
-    pools: KVPools
-    groups: tuple[int, ...]
-    chance_min: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposals:
-    """How a step's rows go on.
-
-    Attributes:
-        starts: int32 [R + 1]; row r is to go on with tokens starts[r] : starts[r + 1].
-        tokens: int32 [P].
-        chances: float32 [P], of each token the draft model's probability behind those before it.
-    """
-
-    starts: Int32Array
-    tokens: Int32Array
-    chances: Float32Array
-
-
-class DraftModel:
-    """Follows the steps of a target, and proposes where it is asked to.
-
-    Prompts are computed as their chunks are. Tokens that a request decodes wait until a proposal
-    is wanted, or their page is full, and are computed together.
+def draft_model_of(
+    drafting: Drafting | None,
+    config: SchedulerConfig,
+    *,
+    vocabulary: int,
+    tables: Sequence[PageTable],
+    device: torch.device,
+    capture: Capture | None,
+) -> DraftModel | None:
+    """A draft model beside a target; None where there is none.
 
     Args:
-        drafting: the model.
+        drafting: what was loaded.
         config: of the target's steps.
         vocabulary: tokens that the target has logits of.
         tables: the target's page tables.
         device: where both run.
         capture: what records launches on a GPU; None on a CPU.
     """
-
-    def __init__(
-        self,
-        drafting: Drafting,
-        config: SchedulerConfig,
-        *,
-        vocabulary: int,
-        tables: Sequence[PageTable],
-        device: torch.device,
-        capture: Capture | None,
-    ) -> None:
-        self._config = replace(
-            config, step_drafts_max=0, step_proposals_max=0, proposal_length_max=0
-        )
-        self._context_max = drafting.model.config.context_max
-        self._chance_min = drafting.chance_min
-        # Both know the same tokens; the tables of one may be filled up to another size.
-        self._vocabulary = drafting.model.config.vocab_size
-        self._known = vocabulary
-        self._device = device
-        self._head = drafting.model if isinstance(drafting.model, Head) else None
-        # How far the positions of its text are ahead of the target's.
-        self._ahead = int(self._head is not None)
-        self._tables = [tables[group] for group in drafting.groups]
-        self._steps = StepForward(
-            drafting.model,
-            drafting.pools,
-            self._config,
-            tables=self._tables,
+    if drafting is None:
+        return None
+    if drafting.groups:
+        return HeadDrafts(
+            drafting,
+            config,
+            vocabulary=vocabulary,
+            tables=tables,
             device=device,
             capture=capture,
-            state_layers=() if self._head is None else (0,),
         )
-        kernels = drafting.model.kernels
-        self._argmax = kernels.select(ops.sampling.argmax, format_name="float32")
-        self._logprobs = kernels.select(ops.sampling.logprobs, format_name="float32")
-        self._texts: dict[int, DraftText] = {}
-
-    def record(self) -> None:
-        """Record the forward where the device can; to be called once."""
-        # What a head does beside products, and that is little, is done by PyTorch.
-        if self._head is None:
-            self._steps.record()
-
-    def forget(self, slot: int) -> None:
-        """The slot is another request's from the next step on."""
-        self._texts.pop(slot, None)
-
-    @torch.inference_mode()
-    def follow(
-        self, plan: StepPlan, tokens_S: Int32Array, states_TF: torch.Tensor | None = None
-    ) -> Proposals:
-        """Go along with a step of the target.
-
-        Args:
-            plan: what ran; page tables are as it left them.
-            tokens_S: what was sampled.
-            states_TF: for a head, the target's states of the step's tokens.
-        """
-        asked = plan.propose_counts.tolist()
-        rows: list[DraftRow] = []
-        proposals: dict[int, DraftProposal] = {}
-        said = said_of(plan, tokens_S)
-        for row, (slot, tokens, most) in enumerate(
-            zip(plan.row_slots.tolist(), said, asked, strict=True)
-        ):
-            text = self._text(plan, row, slot, tokens, states_TF)
-            # The last token that was sampled has no KV in the target either, perhaps no page.
-            length = text.end + self._ahead - bool(tokens)
-            if length > self._context_max:
-                del self._texts[slot]
-                continue
-            pages = -(-length // self._config.page_size)
-            room = min(pages * self._config.page_size, self._context_max) - length
-            wanted = min(length - text.done, len(text.tail))
-            if most and tokens and room + self._ahead > 0:
-                wanted = len(text.tail)
-                proposals[row] = DraftProposal(
-                    slot=slot, first=length - self._ahead, most=min(most, room + self._ahead)
-                )
-            elif row < plan.decode_count and not self._leaves_page(text.done, length):
-                continue
-            if wanted > 0:
-                rows.append(text.take(slot, wanted, sampled=row in proposals))
-        self._propose(rows, proposals)
-        counts = [len(proposals[row].tokens) if row in proposals else 0 for row in range(len(said))]
-        return Proposals(
-            starts=np.cumsum([0, *counts], dtype=np.int32),
-            tokens=np.array([t for p in proposals.values() for t in p.tokens], dtype=np.int32),
-            chances=np.array([c for p in proposals.values() for c in p.chances], dtype=np.float32),
-        )
-
-    def _text(
-        self,
-        plan: StepPlan,
-        row: int,
-        slot: int,
-        said: Sequence[int],
-        states_TF: torch.Tensor | None,
-    ) -> DraftText:
-        """The text of a row's request, with what it ran and what was sampled behind it."""
-        text = self._texts.get(slot)
-        context = int(plan.context_lens[row])
-        start, end = plan.query_starts[row : row + 2].tolist()
-        if row < plan.decode_count:
-            known = context + 1 - self._ahead
-            if text is None or text.end != known:
-                # Its last token came to it elsewhere, and stays unknown here.
-                text = self._texts[slot] = DraftText(done=known)
-            text.goes_on(said)
-            end = start + len(said)
-        else:
-            tokens = plan.token_ids[start:end].tolist()
-            if text is None or text.end != context - self._ahead:
-                text = self._texts[slot] = DraftText(done=context)
-                tokens = tokens[self._ahead :]
-            text.guessed = []
-            text.tail += [*tokens, *said]
-        if states_TF is not None:
-            text.keep(states_TF[start:end])
-        return text
-
-    def _leaves_page(self, done: int, length: int) -> bool:
-        return length // self._config.page_size > done // self._config.page_size
-
-    def _propose(self, rows: list[DraftRow], proposals: dict[int, DraftProposal]) -> None:
-        """Run rows, then what follows of those that were sampled, token by token."""
-        going_on = list(proposals.values())
-        by_slot = {proposal.slot: proposal for proposal in going_on}
-        own = False
-        while rows:
-            for slot, token, chance, states_1M in self._run(rows, own=own):
-                by_slot[slot].states_1M = states_1M
-                if token < self._known:
-                    by_slot[slot].take(token, chance)
-                else:
-                    by_slot[slot].most = 0
-            own = True
-            going_on = [
-                proposal
-                for proposal in going_on
-                if len(proposal.tokens) < proposal.most and proposal.chance >= self._chance_min
-            ]
-            rows = [
-                DraftRow(
-                    proposal.slot,
-                    proposal.first + len(proposal.tokens),
-                    proposal.tokens[-1:],
-                    True,
-                    proposal.states_1M,
-                )
-                for proposal in going_on
-            ]
-        # The KV that a head made on its own states are made again on the target's.
-        for proposal in by_slot.values() if self._head is None else ():
-            self._texts[proposal.slot].guessed = proposal.tokens[:-1]
-
-    def _run(
-        self, rows: list[DraftRow], *, own: bool
-    ) -> list[tuple[int, int, float, torch.Tensor | None]]:
-        """Slot, likeliest token, its probability and a head's states behind each row that is
-        sampled."""
-        found: list[tuple[int, int, float, torch.Tensor | None]] = []
-        left = rows
-        while left:
-            now: list[DraftRow] = []
-            later: list[DraftRow] = []
-            room = self._config.step_tokens_max
-            for row in left:
-                count = min(len(row.tokens), room)
-                room -= count
-                first, rest = row.cut(count)
-                now += [first] if first.tokens else []
-                later += [rest] if rest.tokens else []
-            sampled = [row.slot for row in now if row.sampled]
-            tokens, chances = self._compute(now, own=own)
-            states: Sequence[torch.Tensor | None] = [None] * len(sampled)
-            if self._head is not None:
-                states_SM = self._steps.states(len(sampled))
-                states = [states_SM[index : index + 1] for index in range(len(sampled))]
-            found += zip(sampled, tokens.tolist(), chances.tolist(), states, strict=True)
-            left = later
-        return found
-
-    def _compute(self, rows: list[DraftRow], *, own: bool) -> tuple[Int32Array, Float32Array]:
-        """The likeliest token, and its probability, behind each row that is sampled."""
-        plan = self._plan(rows)
-        slots_S = plan.row_slots[plan.sample_rows]
-        if plan.decode_count:
-            self._steps.set_last_tokens(plan.row_slots, plan.token_ids)
-        recorded = self._steps.recorded
-        if recorded is not None and recorded.serves(plan):
-            logits_SV, chosen = recorded.run(plan, likeliest=True)
-            assert chosen is not None
-            tokens = chosen.result().tokens if isinstance(chosen, AwaitedTokens) else chosen
-            tokens_S = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
-        else:
-            states = [row.states_TF for row in rows if row.states_TF is not None]
-            given = GivenStates(states_TF=torch.cat(states), own=own) if states else None
-            logits_SV = self._steps.logits(plan, given)
-            tokens_S = self._argmax(logits_SV)
-            ids_S = tokens_S if self._head is None else self._head.tokens(tokens_S)
-            tokens = ids_S.cpu().numpy().astype(np.int32)
-        if not len(slots_S):
-            return tokens, np.zeros(0, dtype=np.float32)
-        chances_S, _, _ = self._logprobs(logits_SV, tokens_S, 0)
-        return tokens, chances_S.exp().cpu().numpy()
-
-    def _plan(self, rows: list[DraftRow]) -> StepPlan:
-        counts = [len(row.tokens) for row in rows]
-        sampled = [index for index, row in enumerate(rows) if row.sampled]
-        tokens = np.array([token for row in rows for token in row.tokens], dtype=np.int32)
-        decoding = len(sampled) == len(rows) and max(counts) == 1
-        page_size = self._config.page_size
-        groups = tuple(
-            GroupPlan(
-                kv_slots=np.concatenate(
-                    [
-                        table.kv_slots(row.slot, row.first, count, page_size=page_size)
-                        for row, count in zip(rows, counts, strict=True)
-                    ],
-                    dtype=np.int32,
-                ),
-                table_slots=_NONE,
-                table_indices=_NONE,
-                table_pages=_NONE,
-            )
-            for table in self._tables
-        )
-        return StepPlan(
-            step=0,
-            decode_count=len(rows) if decoding else 0,
-            row_slots=np.array([row.slot for row in rows], dtype=np.int32),
-            query_starts=np.cumsum([0, *counts], dtype=np.int32),
-            context_lens=np.array([row.first for row in rows], dtype=np.int32),
-            token_ids=np.where(tokens < self._vocabulary, tokens, 0),
-            sample_rows=np.array(sampled, dtype=np.int32),
-            sample_positions=np.zeros(len(sampled), dtype=np.int32),
-            bound_slots=_NONE,
-            bound_requests=np.zeros(0, dtype=np.int64),
-            groups=groups,
-        )
+    return WindowDrafts(drafting, config, vocabulary=vocabulary, device=device, capture=capture)

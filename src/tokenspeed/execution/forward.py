@@ -80,6 +80,8 @@ class StepForward:
 
     def record(self) -> None:
         """Record what can be; to be called once."""
+        if self._model.ranks > 1 and self._model.exchanges is None:
+            return
         self.recorded = record_steps(
             self._model,
             self._pools,
@@ -100,6 +102,16 @@ class StepForward:
         """logits_SV of a plan, float32, through Python; a head of drafts is given states."""
         self._states = HiddenStates(self._state_layers) if self._state_layers else None
         return self._model.forward(self._batch(plan, given), self._pools)
+
+    def compute(self, plan: StepPlan) -> None:
+        """A plan whose logits nobody here asks for; one without rows has changes of page tables."""
+        if not len(plan.row_slots):
+            for table, group in zip(self._tables, plan.groups, strict=True):
+                table.apply(group)
+        elif isinstance(self.recorded, StepGraph):
+            self.recorded.run(plan)
+        else:
+            self.logits(plan)
 
     def states(self, tokens: int) -> torch.Tensor:
         """States that the last step kept of its first tokens, float32; to be asked for once."""

@@ -1,11 +1,12 @@
 """Step graphs on CPUs: a step's kernel calls, recorded once and run again without Python.
 
+What ranks exchange is called from between them, which is all that Python does then.
+
 Legend: T tokens, R rows, S sampled rows, X slots, P pages of a slot, V vocabulary.
 """
 
-import math
-import weakref
-from collections import defaultdict
+import ctypes
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,15 +18,13 @@ from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
 from tokenspeed.core.step import Float32Array, Int32Array, SampledLogprobs, StepPlan
 from tokenspeed.execution.cpu_sampler import CpuSampler
+from tokenspeed.execution.step_memory import StepMemory, TrialMemory
 from tokenspeed.kernels import ops
-from tokenspeed.kernels.cpu import CpuSampling, StepRecording, prefer_huge_pages
+from tokenspeed.kernels.cpu import CpuRuntime, CpuSampling, StepRecording, aside
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.modeling import ForwardBatch, HiddenStates, Model
 
 __all__ = ["StepGraph"]
-
-# Blocks of memory begin where lines of any cache do.
-_ALIGNMENT_BYTES = 64
 
 _Sampling = tuple[CpuSampling, Int32Array, Float32Array, Int32Array, Float32Array]
 
@@ -58,40 +57,12 @@ class _NotRecordable(Exception):
     """PyTorch was to compute something, which a recording of kernels would leave out."""
 
 
-class _Memory:
-    """Memory for tensors. What a tensor had is given to another as soon as nothing refers to it.
-
-    A recording runs in the order in which it was made, so that memory is free again there, too.
-    """
-
-    def __init__(self) -> None:
-        self.blocks: list[torch.Tensor] = []
-        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
-
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor."""
-        size_bytes = max(1, math.prod(shape) * dtype.itemsize)
-        room_bytes = -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        free = self._free[room_bytes]
-        if not free:
-            block = torch.empty(room_bytes, dtype=torch.uint8)
-            prefer_huge_pages(block)
-            self.blocks.append(block)
-            free.append(block)
-        block = free.pop()
-        # The tensor and its views hold on to this view of the block, and nothing else does.
-        held = block.numpy()[:]
-        weakref.finalize(held, free.append, block).atexit = False
-        size_bytes = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(held)[:size_bytes].view(dtype).view(*shape)
-
-
 class _Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes tensors in memory that stays, and lets nothing but views pass."""
+    """Makes tensors in given memory, and lets nothing but views pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: StepMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.memory = _Memory()
+        self._memory = memory
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -111,7 +82,31 @@ class _Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func not in _ALLOCATIONS:
             raise _NotRecordable(str(func))
         like = func(*args, **{**(kwargs or {}), "device": "meta"})
-        return self.memory.tensor(like.shape, like.dtype)
+        return self._memory.tensor(like.shape, like.dtype)
+
+
+def _borrowed(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, which may go to other tensors meanwhile: of what is kept for later, x is
+    what it is when its turn comes."""
+    memory = (ctypes.c_byte * x.nbytes).from_address(x.data_ptr())
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+
+
+def _keep(
+    runtime: CpuRuntime,
+    x: torch.Tensor,
+    made: torch.Tensor,
+    exchange: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Record an exchange of ranks: `made`, as far as a step has rows, from what x has then."""
+    if not x.is_contiguous():
+        raise _NotRecordable("an exchange of rows that lie apart")
+    source, target = _borrowed(x), _borrowed(made)
+
+    def call(rows: int) -> None:
+        target[:rows].copy_(exchange(source[:rows]))
+
+    aside(runtime, len(x), call)
 
 
 class StepGraph:
@@ -150,7 +145,7 @@ class StepGraph:
         """Record a model's forward; None where a part of it is not a native CPU kernel, or a kernel
         works on something else than the step's tokens, rows or samples.
 
-        Nothing is computed meanwhile.
+        Nothing is computed, or exchanged, meanwhile.
 
         Args:
             model: loaded.
@@ -161,6 +156,9 @@ class StepGraph:
             last_token_X: int64, the last token of each slot, likewise.
             state_layers: of `HiddenStates`, which are kept in `states` then.
         """
+        exchanges = model.exchanges
+        if model.ranks > 1 and exchanges is None:
+            return None
         # By its number of rows a recorded kernel is known to work on tokens, on rows or on samples,
         # so these must differ.
         rows_max = config.slots_max
@@ -204,26 +202,43 @@ class StepGraph:
             last_token_X,
             [(group.kv_slots_T, group.page_table_XP) for group in groups],
         )
-        keeper = _Keeper()
-        recordable = False
-        logits_SV = torch.empty(0, 0)
-        chosen_S = last_token_X
-        recording.begin()
-        try:
-            with keeper:
-                logits_SV = model.forward(batch, pools)
-                chosen_S = argmax(logits_SV)
-        except _NotRecordable:
+        # Zeros that no file has, of biases that another rank adds, are made with their first use.
+        for _, weight in model.weights():
+            _ = weight.data
+
+        def trace(memory: StepMemory) -> tuple[torch.Tensor, torch.Tensor] | None:
+            """Logits and likeliest tokens of the forward, of which only calls are kept."""
+            recordable = False
+            logits_SV, chosen_S = torch.empty(0, 0), last_token_X
+            recording.begin()
+            if exchanges is not None:
+                exchanges.keep = functools.partial(_keep, model.kernels.runtime)
+            try:
+                with _Keeper(memory):
+                    logits_SV = model.forward(batch, pools)
+                    chosen_S = argmax(logits_SV)
+            except _NotRecordable:
+                return None
+            finally:
+                if exchanges is not None:
+                    exchanges.keep = None
+                recordable = recording.end(logits_SV, chosen_S)
+            return (logits_SV, chosen_S) if recordable else None
+
+        trial = TrialMemory()
+        results = trace(trial)
+        if results is None:
             return None
-        finally:
-            recordable = recording.end(logits_SV, chosen_S)
-        if not recordable:
-            return None
+        # What is held now is what a step leaves.
+        memory = trial.planned()
+        results = trace(memory)
+        assert results is not None, "what was recorded once can be recorded again"
+        logits_SV, chosen_S = results
         return cls(
             recording=recording,
             logits_SV=logits_SV,
             states=states,
-            kept=(model, pools, batch, last_token_X, chosen_S, keeper.memory.blocks),
+            kept=(model, pools, batch, last_token_X, chosen_S, memory),
         )
 
     def serves(self, plan: StepPlan) -> bool:

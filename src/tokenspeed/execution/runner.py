@@ -23,7 +23,8 @@ from tokenspeed.execution.captured import Capture, CapturedSteps, CudaCapture
 from tokenspeed.execution.confinement import Confinement
 from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.cuts import CutPlan, drafts
-from tokenspeed.execution.draft_model import Drafting, DraftModel
+from tokenspeed.execution.draft_model import draft_model_of
+from tokenspeed.execution.draft_passes import Drafting
 from tokenspeed.execution.forward import StepForward
 from tokenspeed.execution.graph import StepGraph
 from tokenspeed.execution.launched import AwaitedTokens, Launched, LaunchedStep
@@ -115,16 +116,14 @@ class Runner:
             state_layers=self._state_layers,
         )
         self._drafting = drafting
-        self._draft_model: DraftModel | None = None
-        if drafting is not None:
-            self._draft_model = DraftModel(
-                drafting,
-                config,
-                vocabulary=model.config.vocab_size,
-                tables=self._tables,
-                device=device,
-                capture=capture,
-            )
+        self._draft_model = draft_model_of(
+            drafting,
+            config,
+            vocabulary=model.config.vocab_size,
+            tables=self._tables,
+            device=device,
+            capture=capture,
+        )
         self._bindings: list[_Binding] = []
         self._profiler = ForwardProfiler()
         self._thread = (
@@ -151,7 +150,7 @@ class Runner:
             params: how the request's tokens are sampled.
             seed: 64-bit seed of its draws.
             prompt_count: tokens of its prompt.
-            tokens: prompt and output so far, where `params.needs_history` or there is a grammar.
+            tokens: prompt and output so far, where penalties, a grammar or a draft model read them.
             stop_token_ids: tokens that end it, the model's own among them.
             grammar: what its output must follow.
         """
@@ -196,13 +195,15 @@ class Runner:
             tokens=np.zeros(1, dtype=np.int32),
             stop_token_ids=np.zeros(0, dtype=np.int32),
         )
-        # What ranks exchange is not recorded.
-        if self._model.ranks == 1:
-            self._steps.record()
+        self.record()
         if self._draft_model is not None:
             self._draft_model.record()
         for plan in warm_up_plans(self._config, groups=len(self._tables)):
             (launch or self.launch)(plan).result()
+
+    def record(self) -> None:
+        """Record the forward, where it can be; of several ranks each does so for itself."""
+        self._steps.record()
 
     def start_profile(self, output_dir: Path | None, steps: int | None) -> Path:
         """Record forwards to a trace, and return where it will be; see `ForwardProfiler.start`.
@@ -251,7 +252,7 @@ class Runner:
             )
             self._confine(binding)
             if self._draft_model is not None:
-                self._draft_model.forget(binding.slot)
+                self._draft_model.bind(binding.slot, binding.tokens)
         self._move(plan)
         if not len(plan.row_slots):
             for table, group in zip(self._tables, plan.groups, strict=True):
@@ -280,6 +281,7 @@ class Runner:
             proposed_starts=proposals.starts,
             proposed_tokens=proposals.tokens,
             proposed_chances=proposals.chances,
+            caught_up_tokens=proposals.caught_up,
         )
 
     def _compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
@@ -315,7 +317,7 @@ class Runner:
 
     def _move(self, plan: StepPlan) -> None:
         pools = [*zip(self._pools.pools, plan.groups, strict=True)]
-        if (drafting := self._drafting) is not None:
+        if (drafting := self._drafting) is not None and drafting.groups:
             groups = [plan.groups[index] for index in drafting.groups]
             pools += zip(drafting.pools.pools, groups, strict=True)
         # What leaves the device is copied before anything is written to where it was.
@@ -336,11 +338,7 @@ class Runner:
         decode_slots = plan.row_slots[: plan.decode_count]
         last_tokens = plan.token_ids[plan.query_starts[: plan.decode_count]]
         self._steps.set_last_tokens(decode_slots, last_tokens)
-        if len(plan.row_slots):
-            self._steps.logits(plan)
-            return
-        for table, group in zip(self._tables, plan.groups, strict=True):
-            table.apply(group)
+        self._steps.compute(plan)
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> StepResult:

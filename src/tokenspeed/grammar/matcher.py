@@ -1,27 +1,24 @@
 """Compiled grammars, and places in texts under them."""
 
-import llguidance
+from functools import cache
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 
 from tokenspeed.core.errors import InvalidParameter
 
-__all__ = ["LIMITS", "Grammar", "Matcher"]
+# The library is imported with the first grammar: an engine that constrains nothing does without.
+if TYPE_CHECKING:
+    import llguidance
 
-# The library counts its work, so that what is too much is so on any machine and at any load. The
-# greatest mask of an everyday schema takes a fiftieth of these.
-LIMITS = llguidance.LLParserLimits(
-    step_lexer_fuel=50_000,
-    step_max_items=20_000,
-    max_lexer_states=50_000,
-    verbose_errors=False,
-)
+__all__ = ["Grammar", "Matcher"]
 
 
 class Matcher:
     """A place in a text under a grammar. Not thread-safe; made by `Grammar.matcher`."""
 
-    def __init__(self, native: llguidance.LLMatcher) -> None:
+    def __init__(self, native: "llguidance.LLMatcher") -> None:
         self._native = native
 
     def take(self, tokens: list[int]) -> None:
@@ -76,8 +73,10 @@ class Grammar:
         InvalidParameter: names what the library does not take.
     """
 
-    def __init__(self, tokens: llguidance.LLTokenizer, text: str) -> None:
-        self._native = llguidance.LLMatcher(tokens, text, log_level=0, limits=LIMITS)
+    def __init__(self, tokens: "llguidance.LLTokenizer", text: str) -> None:
+        import llguidance  # noqa: PLC0415
+
+        self._native = llguidance.LLMatcher(tokens, text, log_level=0, limits=_limits())
         if self._native.is_error():
             raise InvalidParameter(self._native.get_error())
         self.ends: tuple[int, ...] = tuple(tokens.eos_tokens)
@@ -85,3 +84,17 @@ class Grammar:
     def matcher(self) -> Matcher:
         """The beginning of a text. What is learned along one text speeds up all."""
         return Matcher(self._native.deep_copy())
+
+
+@cache
+def _limits() -> "llguidance.LLParserLimits":
+    """The library counts its work, so that what is too much is so on any machine and at any load.
+    The greatest mask of an everyday schema takes a fiftieth of these."""
+    import llguidance  # noqa: PLC0415
+
+    return llguidance.LLParserLimits(
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,
+        verbose_errors=False,
+    )

@@ -1,14 +1,18 @@
 """The tokens that grammars are matched against."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import llguidance
-import msgspec
+from tokenspeed.core.records import Record
+
+# The library is imported with the first constraint: an engine that has none does without.
+if TYPE_CHECKING:
+    import llguidance
 
 __all__ = ["TokenTable", "longest_match", "native_tokens"]
 
 
-class TokenTable(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class TokenTable(Record, frozen=True, kw_only=True, array_like=True):
     """A model's tokens.
 
     Attributes:
@@ -24,13 +28,15 @@ class TokenTable(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 def native_tokens(
     table: TokenTable, encode: Callable[[bytes], Sequence[int]]
-) -> llguidance.LLTokenizer:
+) -> "llguidance.LLTokenizer":
     """The library's own form of a table: a tree of all tokens. Takes some tenths of a second.
 
     Args:
         table: with at least one end.
         encode: text to tokens. Where a grammar leaves a text no choice, these are its tokens.
     """
+    import llguidance  # noqa: PLC0415
+
     # It asks for this attribute, and takes only its own wrapper of whatever has them.
     wrapper = llguidance.TokenizerWrapper(_Tokens(table, encode))
     return llguidance.LLTokenizer(wrapper, eos_token=table.ends)

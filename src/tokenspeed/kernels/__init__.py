@@ -3,7 +3,8 @@
 from tokenspeed.kernels.activations import QUANTISED_ROWS, Activations, QuantisedRows
 from tokenspeed.kernels.capability import Capability, Platform
 from tokenspeed.kernels.plugins import load_plugins
-from tokenspeed.kernels.quantised import QUANTISED, QuantisedStored, QuantisedWeight
+from tokenspeed.kernels.quantised import QUANTISED, QuantisedStored
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.registry import (
     ANY,
     Kernel,
@@ -16,7 +17,9 @@ from tokenspeed.kernels.registry import (
 )
 from tokenspeed.kernels.selection import Explanation, KernelSelector, Verdict, explain
 from tokenspeed.kernels.weights import (
+    GROUPED,
     PACKED,
+    PACKED_FLOAT4,
     PACKED_GROUPS,
     PANELS,
     BlockMatrix,
@@ -33,7 +36,9 @@ from tokenspeed.kernels.triton import solution as _triton_solution  # noqa: F401
 
 __all__ = [
     "ANY",
+    "GROUPED",
     "PACKED",
+    "PACKED_FLOAT4",
     "PACKED_GROUPS",
     "PANELS",
     "QUANTISED",

@@ -10,8 +10,8 @@ import torch
 
 from tokenspeed.core.errors import KernelError
 from tokenspeed.kernels.capability import Capability
-from tokenspeed.kernels.quantised import QuantisedWeight
-from tokenspeed.kernels.weights import PACKED, Matrix, PackedWeight
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
+from tokenspeed.kernels.weights import PACKED, PACKED_GROUPS, Matrix, PackedGroups, PackedWeight
 
 __all__ = [
     "ANY",
@@ -100,6 +100,8 @@ class Op(Generic[P, R]):
         )
         if isinstance(weight, PackedWeight):
             format_name = PACKED
+        elif isinstance(weight, PackedGroups):
+            format_name = PACKED_GROUPS
         elif isinstance(weight, QuantisedWeight):
             format_name = weight.format_name
         return selector.select(self, format_name=format_name, traits=traits)

@@ -10,10 +10,12 @@ import torch
 
 from tokenspeed.kernels.cpu.groups import PackedGroups
 from tokenspeed.kernels.cpu.weights import PackedWeight
-from tokenspeed.kernels.quantised import QuantisedWeight
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 
 __all__ = [
+    "GROUPED",
     "PACKED",
+    "PACKED_FLOAT4",
     "PACKED_GROUPS",
     "PANELS",
     "BlockMatrix",
@@ -28,6 +30,12 @@ PACKED: Final = "packed"
 
 PACKED_GROUPS: Final = "packed_groups"
 """The same of what safetensors checkpoints keep in groups of inputs; see `PackedGroups`."""
+
+PACKED_FLOAT4: Final = "packed_float4"
+"""The same of MXFP4, of which checkpoints have experts and nothing else."""
+
+GROUPED: Final = (PACKED_GROUPS, PACKED_FLOAT4)
+"""Formats of `PackedGroups`."""
 
 PANELS: Final = ("bfloat16_panels", "float32_panels")
 """Names of the formats of dense weights that native CPU kernels read, one for each element type."""

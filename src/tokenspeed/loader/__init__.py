@@ -4,15 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tokenspeed.loader.catalogue import CatalogueModel
-from tokenspeed.loader.detokenizer import IncrementalDetokenizer
 from tokenspeed.loader.files import ModelFiles, fingerprint
-from tokenspeed.loader.progress import Progress, RichProgress, terminal_progress
+from tokenspeed.loader.progress import Progress
 from tokenspeed.loader.sources import ListedModel, list_models, pull, resolve
 from tokenspeed.loader.special_tokens import SpecialTokens
-from tokenspeed.loader.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from tokenspeed.loader.bars import RichProgress, terminal_progress
     from tokenspeed.loader.checkpoint import Checkpoint, open_checkpoint
+    from tokenspeed.loader.detokenizer import IncrementalDetokenizer
+    from tokenspeed.loader.tokenizer import Tokenizer
 
 __all__ = [
     "CatalogueModel",
@@ -32,9 +33,20 @@ __all__ = [
     "terminal_progress",
 ]
 
+# The tokenizer's side must load without torch, and an engine starts sooner without the libraries
+# of tokenizers, templates and bars.
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "IncrementalDetokenizer": "detokenizer",
+    "RichProgress": "bars",
+    "Tokenizer": "tokenizer",
+    "open_checkpoint": "checkpoint",
+    "terminal_progress": "bars",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what reads weights on first use: the tokenizer side must load without torch."""
-    if name in ("Checkpoint", "open_checkpoint"):
-        return getattr(import_module("tokenspeed.loader.checkpoint"), name)
-    raise AttributeError(f"module 'tokenspeed.loader' has no attribute {name!r}")
+    """Import on first use what not everybody who loads needs."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

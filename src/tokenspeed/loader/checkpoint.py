@@ -43,6 +43,10 @@ class Checkpoint(Protocol):
         """The format in which `blocks` can give matrices as they are: one of `kernels.QUANTISED`,
         of those that were quantised, or `kernels.PACKED`, of all; None for neither."""
 
+    @property
+    def plain_names(self) -> frozenset[str]:
+        """Names of what is not quantised in a checkpoint of which some is; else none."""
+
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, by its Hugging Face name.
 

@@ -89,6 +89,11 @@ class GGUFCheckpoint:
         whole = all(len(tensor.shape) == 1 or _is_block_matrix(tensor) for tensor in tensors)
         return PACKED if whole else None
 
+    @property
+    def plain_names(self) -> frozenset[str]:
+        """None: what lies in blocks or as it is packs to much the same size."""
+        return frozenset()
+
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once as float32, by its Hugging Face name; see `Checkpoint`."""
         for name, value in self.blocks(progress):

@@ -8,6 +8,7 @@ and MXFP4 (OCP Microscaling Formats 1.0, 2023). Values are computed in float32.
 Legend: O outputs, I inputs, E experts, G groups of inputs that share a scale.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 from tokenspeed.core.errors import CorruptCheckpoint
-from tokenspeed.kernels.quantised import Float8Blocks, Int4Groups, QuantisedMatrix
+from tokenspeed.kernels.quantised import (
+    FLOAT4_GROUP,
+    GROUP_MIN,
+    Float4Groups,
+    Float8Blocks,
+    Int4Groups,
+    QuantisedMatrix,
+)
 
 __all__ = ["Raw", "awq", "compressed_int4", "fp8_blocks", "gptq", "mxfp4"]
 
@@ -24,9 +32,6 @@ __all__ = ["Raw", "awq", "compressed_int4", "fp8_blocks", "gptq", "mxfp4"]
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _IN_ORDER = tuple(range(8))
 _WORD = 8
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4_GROUP = 32
-_E8M0_BIAS = 127
 
 _Span = tuple[int, int]
 
@@ -43,20 +48,35 @@ class Raw(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Dequantised:
-    """A `kernels.Stored` of float32.
+class _Stacked:
+    """A `kernels.Stored` of the matrices of all experts, [E, I, O], and a `kernels.QuantisedStored`
+    where it is indexed by one of them.
 
     Attributes:
-        shape: sizes.
-        read: values of a span of each dimension.
+        shape: (E, I, O).
+        read: numbers and scales of an expert, of a span of outputs, and of groups of inputs.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[Sequence[_Span]], Tensor]
+    read: Callable[[int, _Span, slice], Float4Groups]
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        """first:end of each dimension."""
-        return self.read(_spans(self.shape, index))
+        """first:end of each dimension, as float32."""
+        experts, columns, rows = _spans(self.shape, index)
+        groups = _whole(columns, FLOAT4_GROUP)
+        first = columns[0] - groups.start * FLOAT4_GROUP
+        inputs = slice(first, first + columns[1] - columns[0])
+        values_EIO = torch.empty([end - start for start, end in (experts, columns, rows)])
+        for place, expert in enumerate(range(*experts)):
+            values_EIO[place] = self.read(expert, rows, groups).to_float()[:, inputs].T
+        return values_EIO
+
+    def quantised(self, index: tuple[slice, ...]) -> Float4Groups | None:
+        """Of one expert, as [O, I]; None where a group of inputs would be cut."""
+        (expert, _), columns, rows = _spans(self.shape, index)
+        if any(at % FLOAT4_GROUP for at in columns):
+            return None
+        return self.read(expert, rows, _whole(columns, FLOAT4_GROUP))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +86,8 @@ class _Grouped:
     Attributes:
         shape: (O, I).
         group: inputs of a group; the last one may be smaller.
-        read: numbers and scales of a span of outputs, and of one of inputs that cuts no group.
+        read: numbers of a span of outputs and of one of inputs, and scales of the groups that have
+            a part of it.
     """
 
     shape: tuple[int, ...]
@@ -82,11 +103,19 @@ class _Grouped:
         return values_OI[:, columns[0] - first : columns[1] - first]
 
     def quantised(self, index: tuple[slice, ...]) -> QuantisedMatrix | None:
-        """first:end of each dimension; None where a group would be cut."""
+        """first:end of each dimension; None where a group is cut that cannot be."""
         rows, columns = _spans(self.shape, index)
-        if any(at % self.group and at < self.shape[1] for at in columns):
+        if not any(at % self.group and at < self.shape[1] for at in columns):
+            return self.read(rows, columns)
+        # A part of a group is one or several groups, which have its scale.
+        size = math.gcd(self.group, *columns)
+        if size % GROUP_MIN:
             return None
-        return self.read(rows, columns)
+        found = self.read(rows, columns)
+        if not isinstance(found, Int4Groups):
+            return None
+        groups_G = torch.arange(*columns, size) // self.group - columns[0] // self.group
+        return found.divided(groups_G, size)
 
 
 def fp8_blocks(name: str, parts: Mapping[str, Raw], block: tuple[int, int]) -> _Grouped:
@@ -213,7 +242,7 @@ def awq(name: str, parts: Mapping[str, Raw]) -> _Grouped:
     return _Grouped((outputs, inputs), group, read)
 
 
-def mxfp4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
+def mxfp4(name: str, parts: Mapping[str, Raw]) -> _Stacked:
     """blocks uint8 [E, O, G, 16], two elements a byte, the lower half first; times two to the power
     of scales uint8 [E, O, G] less 127. As models have it: [E, I, O].
 
@@ -221,23 +250,21 @@ def mxfp4(name: str, parts: Mapping[str, Raw]) -> _Dequantised:
         CorruptCheckpoint: the parts do not fit together.
     """
     blocks, scales = parts["_blocks"], parts["_scales"]
-    if len(blocks.shape) != 4 or blocks.shape[3] != _FP4_GROUP // 2:
+    group_size_bytes = FLOAT4_GROUP // 2
+    if len(blocks.shape) != 4 or blocks.shape[3] != group_size_bytes:
         raise CorruptCheckpoint(f"{name}: blocks are {list(blocks.shape)}, not [E, O, G, 16]")
     _require_shape(name, "scales", scales, blocks.shape[:3])
     experts, outputs, groups, _ = blocks.shape
-    table = torch.tensor((*_FP4, *(-value for value in _FP4)))
 
-    def read(spans: Sequence[_Span]) -> Tensor:
-        expert, columns, rows = spans
-        chosen = (slice(*expert), slice(*rows), _whole(columns, _FP4_GROUP))
-        bytes_EOGX = blocks[(*chosen, slice(0, _FP4_GROUP // 2))]
-        values = table[torch.stack((bytes_EOGX & 15, bytes_EOGX >> 4), dim=-1).int()].flatten(3)
-        powers = scales[chosen].int() - _E8M0_BIAS
-        values = torch.ldexp(values, powers[..., None]).flatten(2)
-        first = columns[0] % _FP4_GROUP
-        return values[..., first : first + columns[1] - columns[0]].transpose(1, 2)
+    def read(expert: int, rows: _Span, chosen: slice) -> Float4Groups:
+        place = (slice(expert, expert + 1), slice(*rows), chosen)
+        bytes_OGX = blocks[(*place, slice(0, group_size_bytes))][0]
+        return Float4Groups(
+            numbers=torch.stack((bytes_OGX & 15, bytes_OGX >> 4), dim=-1).flatten(1),
+            powers_OG=scales[place][0],
+        )
 
-    return _Dequantised((experts, groups * _FP4_GROUP, outputs), read)
+    return _Stacked((experts, groups * FLOAT4_GROUP, outputs), read)
 
 
 def _spans(shape: Sequence[int], index: tuple[slice, ...]) -> list[_Span]:

@@ -76,6 +76,13 @@ class SafetensorsCheckpoint:
         """That of the quantised matrices, where kernels have a name for it."""
         return self._scheme.format_name if self._scheme is not None else None
 
+    @property
+    def plain_names(self) -> frozenset[str]:
+        """What is not quantised beside what is."""
+        if self._scheme is None:
+            return frozenset()
+        return frozenset(name for name, parts in self._parts.items() if "" in parts)
+
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor once, in the type it is stored in, or float32; see `Checkpoint`."""
         for name, stored in self.blocks(progress):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
 from tokenspeed.kernels import Stored
-from tokenspeed.kernels.quantised import FLOAT8_BLOCKS, INT4_GROUPS
+from tokenspeed.kernels.quantised import FLOAT4_GROUPS, FLOAT8_BLOCKS, INT4_GROUPS
 from tokenspeed.loader.quantised import Raw, awq, compressed_int4, fp8_blocks, gptq, mxfp4
 
 __all__ = ["Scheme", "read_scheme"]
@@ -192,6 +192,7 @@ def _mxfp4(scheme: Mapping[str, Any]) -> Scheme:
         needed=("_scales",),
         dtypes={"U8": 1},
         make=mxfp4,
+        format_name=FLOAT4_GROUPS,
     )
 
 

@@ -9,8 +9,20 @@ from typing import Any
 
 import torch
 
-from tokenspeed.kernels import PACKED, PANELS, KernelSelector, PackedWeight, Stored
+from tokenspeed.kernels import (
+    GROUPED,
+    PACKED,
+    PANELS,
+    QUANTISED,
+    KernelSelector,
+    PackedGroups,
+    PackedWeight,
+    QuantisedStored,
+    QuantisedWeight,
+    Stored,
+)
 from tokenspeed.kernels.ops.moe import ExpertMatrices
+from tokenspeed.kernels.quantised import QuantisedMatrix
 from tokenspeed.modeling.cut import Cut, Division
 from tokenspeed.modeling.module import Weight
 
@@ -62,7 +74,27 @@ class ExpertWeight(Weight):
         """What a kernel takes: `ExpertMatrices` of this rank's experts."""
         made: ExpertMatrices
         experts, outputs, inputs = self.local_shape
-        if self.format_name == PACKED or self.format_name in PANELS:
+        if self.format_name in QUANTISED:
+            # A kernel reads those of all experts at once.
+            made = QuantisedWeight(
+                (experts * outputs, inputs),
+                format_name=self.format_name,
+                parts=tuple(self._local_pieces.values()) * experts,
+                dtype=self._kernels.dtype,
+                device=self._device,
+                uniform=True,
+            )
+        elif self.format_name in GROUPED:
+            made = tuple(
+                PackedGroups(
+                    (outputs, inputs),
+                    parts=tuple(self._local_pieces.values()),
+                    dtype=self._kernels.dtype,
+                    runtime=self._kernels.runtime,
+                )
+                for _ in range(experts)
+            )
+        elif self.format_name == PACKED or self.format_name in PANELS:
             made = tuple(
                 PackedWeight(
                     (outputs, inputs),
@@ -80,7 +112,7 @@ class ExpertWeight(Weight):
     def size_bytes(self) -> int:
         """Bytes taken so far."""
         data = self.data
-        held = (data,) if isinstance(data, torch.Tensor) else data
+        held = (data,) if isinstance(data, torch.Tensor | QuantisedWeight) else data
         return sum(matrix.nbytes for matrix in held)
 
     @property
@@ -113,17 +145,28 @@ class ExpertWeight(Weight):
         if not first <= int(expert) < end:
             return
         rows, inputs = self._piece_span(piece or None), self._span(2, None)
-        value = stored[slice(*rows), slice(*inputs)]
+        places = (slice(*rows), slice(*inputs))
         index = list(self._local_pieces).index(piece or None)
-        matrix = self.data[int(expert) - first]
-        if isinstance(matrix, PackedWeight):
-            if self.format_name == PACKED and not isinstance(value, torch.Tensor):
-                matrix.pack(index, value.quant_name, value.blocks)
+        matrix = self.data
+        if isinstance(matrix, QuantisedWeight):
+            index += (int(expert) - first) * len(self._local_pieces)
+        else:
+            matrix = matrix[int(expert) - first]
+        if isinstance(matrix, PackedGroups | QuantisedWeight) and isinstance(
+            stored, QuantisedStored
+        ):
+            quantised = stored.quantised(places)
+            if quantised is not None:
+                matrix.pack(index, quantised)
                 return
-            values = value if isinstance(value, torch.Tensor) else value.to_float()
-            matrix.pack_dense(index, values)
+        value = stored[places]
+        if self.format_name == PACKED and not isinstance(value, torch.Tensor):
+            matrix.pack(index, value.quant_name, value.blocks)
             return
         values = value if isinstance(value, torch.Tensor) else value.to_float()
+        if not isinstance(matrix, torch.Tensor):
+            matrix.pack_dense(index, values)
+            return
         start = sum(list(self._local_pieces.values())[:index])
         matrix.narrow(0, start, len(values)).copy_(values)
 
@@ -198,10 +241,23 @@ class StackedExpert:
         _, *inputs, outputs = stored.shape
         self.shape = (len(range(first, outputs, step)), *inputs)
 
+    def quantised(self, index: tuple[slice, ...]) -> QuantisedMatrix | None:
+        """Numbers as they are, [O, I]; None where they are none, or a group would be cut."""
+        if not isinstance(self._stored, QuantisedStored):
+            return None
+        found = self._stored.quantised(self._places(index))
+        if found is None:
+            return None
+        return found.in_order(torch.arange(self._first, found.shape[0], self._step))
+
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        found = self._stored[self._places(index)]
+        values = found if isinstance(found, torch.Tensor) else found.to_float()
+        return values[0, ..., self._first :: self._step].movedim(-1, 0)
+
+    def _places(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Of the tensor: this expert's outputs, with those that lie between."""
         outputs, *inputs = index or (slice(None),) * len(self.shape)
         first, end, _ = outputs.indices(self.shape[0])
         beside = slice(first * self._step, end * self._step)
-        found = self._stored[(slice(self._expert, self._expert + 1), *inputs, beside)]
-        values = found if isinstance(found, torch.Tensor) else found.to_float()
-        return values[0, ..., self._first :: self._step].movedim(-1, 0)
+        return (slice(self._expert, self._expert + 1), *inputs, beside)

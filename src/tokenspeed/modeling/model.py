@@ -3,10 +3,12 @@
 Legend: S sampled tokens, V vocabulary.
 """
 
+import logging
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,11 +18,19 @@ import torch
 from tokenspeed.core.config import KVSpec
 from tokenspeed.core.errors import ConfigError
 from tokenspeed.distributed import LOOPBACK, Mesh, Store, connect
-from tokenspeed.kernels import PACKED, PACKED_GROUPS, PANELS, QUANTISED, KernelSelector, Stored
+from tokenspeed.kernels import (
+    GROUPED,
+    PACKED,
+    PANELS,
+    QUANTISED,
+    KernelSelector,
+    PackedGroups,
+    Stored,
+)
 from tokenspeed.modeling.batch import ForwardBatch, KVStorage
 from tokenspeed.modeling.compiler import (
     Program,
-    TokenCounts,
+    StepInProgress,
     Tracer,
     check_placements,
     compile_module,
@@ -29,12 +39,15 @@ from tokenspeed.modeling.compiler import (
     modules_of,
 )
 from tokenspeed.modeling.config import ModelConfig
+from tokenspeed.modeling.expert_weight import ExpertWeight
 from tokenspeed.modeling.layers import Attention, AttentionLayer, LatentAttention
 from tokenspeed.modeling.models.registry import model_class
-from tokenspeed.modeling.module import Module
-from tokenspeed.modeling.weights import fill_weights
+from tokenspeed.modeling.module import Module, Weight
+from tokenspeed.modeling.weights import fill_weights, places_of
 
 __all__ = ["Model", "build_model", "compile_model"]
+
+_log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # No type of a checkpoint's weights grows by more when it is packed.
@@ -55,6 +68,7 @@ class Model(Module):
             predict further tokens, which are kept as one more layer.
         config: its sizes.
         ranks: how many run it together.
+        exchanges: of several, what these exchanges know of a step, where a recording can keep them.
     """
 
     weight_names: ClassVar[Mapping[str, str | Sequence[str]]]
@@ -65,6 +79,7 @@ class Model(Module):
         self.config = config
         self.kernels = kernels
         self.ranks = 1
+        self.exchanges: StepInProgress | None = None
 
     @abstractmethod
     def forward(self, batch: ForwardBatch, kv: KVStorage) -> torch.Tensor:
@@ -105,11 +120,12 @@ class Model(Module):
         distinct = {id(weight): weight for _, weight in self.weights()}
         return sum(weight.size_bytes for weight in distinct.values())
 
-    def planned_size_bytes(self, checkpoint_size_bytes: int) -> int:
+    def planned_size_bytes(self, checkpoint_size_bytes: int, *, plain: Iterable[str] = ()) -> int:
         """Bytes that the weights will take, before any is loaded.
 
         Args:
             checkpoint_size_bytes: what they take where they come from.
+            plain: the checkpoint's names of what is not quantised beside what is.
         """
         distinct = {id(weight): weight for _, weight in self.weights()}.values()
         elements = [
@@ -125,14 +141,30 @@ class Model(Module):
             for weight in distinct
             if weight.format_name in PANELS
         )
+        places = {place for name in plain for place in places_of(name, self.weight_names)}
+        grouped = {name: weight for name, weight in self.weights() if weight.format_name in GROUPED}
         groups = sum(
-            math.prod(weight.local_shape) * GROUP_ELEMENT_SIZE
-            for weight in distinct
-            if weight.format_name == PACKED_GROUPS
+            math.prod(weight.local_shape) * self._grouped_element_size(name, weight, places)
+            for name, weight in grouped.items()
+        )
+        # Experts of which a part is not quantised are dense on a GPU, all of a product's together.
+        mixed = sum(
+            math.prod(weight.local_shape) * self.kernels.dtype.itemsize
+            for name, weight in self.weights()
+            if isinstance(weight, ExpertWeight) and weight.format_name in QUANTISED
+            if any(f"{name}:{part}" in places for part in weight.parts)
         )
         return self.weights_size_bytes + int(
-            PACKING_GROWTH_MAX * (packed * checkpoint_size_bytes + panels_size_bytes + groups)
+            PACKING_GROWTH_MAX
+            * (packed * checkpoint_size_bytes + panels_size_bytes + groups + mixed)
         )
+
+    def _grouped_element_size(self, name: str, weight: Weight, plain: AbstractSet[str]) -> float:
+        """Bytes of an element, of which some may be no quantised ones."""
+        parts = {f"{name}:{part}" if part else name: part for part in weight.parts}
+        left = sum(math.prod(weight.part_shape(parts[key])) for key in plain & parts.keys())
+        dense = left / math.prod(weight.shape)
+        return dense * self.kernels.dtype.itemsize + (1 - dense) * GROUP_ELEMENT_SIZE
 
     def load_weights(self, weights: Iterable[tuple[str, Stored]]) -> None:
         """Fill the weights from (Hugging Face name, tensor) pairs of any order and type.
@@ -149,6 +181,19 @@ class Model(Module):
         fill_weights(
             dict(self.weights()), weights, names=self.weight_names, ignored=self.ignored_names
         )
+        dequantised = sum(len(matrix.dequantised) for matrix in self._in_groups())
+        if dequantised:
+            _log.warning(
+                "%d quantised matrices take the memory of dense ones: no packed format has their "
+                "scales or groups exactly",
+                dequantised,
+            )
+
+    def _in_groups(self) -> Iterator[PackedGroups]:
+        for weight in {id(weight): weight for _, weight in self.weights()}.values():
+            if weight.format_name in GROUPED:
+                data: Any = weight.data
+                yield from (data,) if isinstance(data, PackedGroups) else data
 
     def parts_of(self, name: str, stored: Stored) -> Iterable[tuple[str, Stored]]:
         """What `weight_names` names of a checkpoint's tensor: itself, where a family does not keep
@@ -235,10 +280,12 @@ def build_model(
             groups = connect(
                 mesh, rank, sorted(wanted), store=store, address=address, device=device
             )
-            known = TokenCounts()
+            known = StepInProgress()
             if check:
                 check_placements(model, program, groups, known)
             install(model, program, groups, counts=_counts, known=known)
+            if not check and program.keeps_tokens_together and device.type == "cpu":
+                model.exchanges = known
     return model
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "Layout",
     "Partial",
     "PartialSoftmax",
+    "PerPart",
     "PerToken",
     "Placement",
     "Replicate",
@@ -99,8 +100,23 @@ class PerToken:
         _check_axis(self.axis)
 
 
+@dataclass(frozen=True, slots=True)
+class PerPart:
+    """Either the whole tensor, or parts of a softmax as `PartialSoftmax` has them, whichever moves
+    less; a whole one has logarithms of sums behind its means too.
+
+    For modules in whose results each mean is a linear function of what it was, and each logarithm
+    what it was: they may be computed of each rank's parts, or of the parts put together.
+    """
+
+    axis: str
+
+    def __post_init__(self) -> None:
+        _check_axis(self.axis)
+
+
 SHARDED_DIMS = {"tokens": 0, "heads": -2, "features": -1, "vocabulary": -1}
-Placement = Replicate | Shard | Partial | PartialSoftmax | PerToken
+Placement = Replicate | Shard | Partial | PartialSoftmax | PerPart | PerToken
 Layout = Placement | tuple[Placement, ...]
 
 

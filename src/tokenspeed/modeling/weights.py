@@ -7,7 +7,7 @@ from tokenspeed.core.errors import CorruptCheckpoint
 from tokenspeed.kernels import Stored
 from tokenspeed.modeling.module import Weight
 
-__all__ = ["fill_weights"]
+__all__ = ["fill_weights", "places_of"]
 
 _NUMBER = re.compile(r"(?<=[.:])\d+(?=\.|$)")
 _NAMES_SHOWN = 8
@@ -48,11 +48,9 @@ def fill_weights(
     unexpected = []
     misshapen = []
     for name, tensor in tensors:
-        pattern = _NUMBER.sub("*", name)
-        if pattern in ignored:
+        if _NUMBER.sub("*", name) in ignored:
             continue
-        for target in _each(names.get(pattern, "")):
-            ours = _with_numbers(target, _NUMBER.findall(name))
+        for ours in places_of(name, names):
             if ours in copies:
                 continue
             if ours not in missing:
@@ -76,6 +74,17 @@ def fill_weights(
             "the checkpoint does not fit its architecture: "
             + "; ".join(f"{what}: {_listed(items)}" for what, items in problems.items() if items)
         )
+
+
+def places_of(name: str, names: Mapping[str, str | Sequence[str]]) -> list[str]:
+    """Where a tensor goes, as `our name` or `our name:part`.
+
+    Args:
+        name: the checkpoint's.
+        names: as of `fill_weights`.
+    """
+    targets = _each(names.get(_NUMBER.sub("*", name), ""))
+    return [_with_numbers(target, _NUMBER.findall(name)) for target in targets]
 
 
 def _each(targets: str | Sequence[str]) -> Sequence[str]:

@@ -243,7 +243,7 @@ def test_what_runs_on_a_gpu_is_commands_that_there_are() -> None:
         assert done.returncode == 0, done.stderr.decode()
 
 
-def test_what_is_measured_of_kernels_needs_no_package_of_the_engines() -> None:
+def test_nothing_that_runs_on_a_gpu_needs_packages_of_the_entrypoint() -> None:
     """A machine that is lent with a GPU has PyTorch, Triton, numpy, and little else."""
     program = (
         "import sys\n"
@@ -253,10 +253,20 @@ def test_what_is_measured_of_kernels_needs_no_package_of_the_engines() -> None:
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Bare())\n"
         "import benchmarks.gpu_check, benchmarks.support.gpu_verify, tokenspeed.modeling\n"
-        "import benchmarks.support.gpu_transformers\n"
+        "import benchmarks.support.gpu_transformers, benchmarks.support.gpu_step\n"
+        "import tests.gpu.test_on_a_gpu\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_tests_on_a_gpu_need_no_plugin_of_pytests() -> None:
+    (part,) = [part for part in gpu_check.parts_of() if part.name == "tests"]
+    # Options of plugins that are not there are errors where the project's own settings are read.
+    command = [*part.command, "-p", "no:timeout"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" in done.stdout or torch.cuda.is_available()
 
 
 def test_cases_of_all_kernels_are_taken_in_turn_until_the_time_is_over() -> None:

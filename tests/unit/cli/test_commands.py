@@ -1,5 +1,6 @@
 """The command line: its flags are promises."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -295,13 +296,61 @@ def test_without_flags_the_configuration_has_its_own_defaults() -> None:
     ],
 )
 def test_sizes_are_read(text: str, size_bytes: int) -> None:
-    assert parse_size(text) == size_bytes
+    assert parse_size(text, "--draft-memory") == size_bytes
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2 parsecs", "1e9", "nan", "2GiB2"])
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="2GiB"):
-        parse_size(text)
+        parse_size(text, "--draft-memory")
+
+
+@pytest.mark.parametrize("text", ["8000000000GiB", "9" * 400, "9" * 400 + "TiB"])
+def test_a_size_that_no_machine_has_is_refused_by_its_flag(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--draft-memory .* is more than any machine has"
+    ) as told:
+        parse_size(text, "--draft-memory")
+    assert len(str(told.value)) < 120
+
+
+@pytest.mark.parametrize("flag", ["--kv-cache-memory", "--host-cache-memory", "--draft-memory"])
+def test_a_wrong_size_is_refused_by_the_name_of_its_flag(flag: str) -> None:
+    result = run("serve", flag, "much")
+    assert result.exit_code == 1
+    assert f"{flag} 'much' is no size" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--max-running 3000000000", "max_running must be below 2^31, but is 3000000000"),
+        (f"--cp {'9' * 400}", f"cp must be below 2^63, but is {'9' * 24}...\n"),
+        ("--cp 100000", "--tp 1 --cp 100000 --dp 1 makes 100000 processes on this host"),
+        ("--dp 100000", "--dp 100000 makes 100000 processes on this host"),
+        ("--dp 4 --tp 8", "--tp 8 --cp 1 --dp 4 makes 32 processes on this host"),
+        ("--tps-floor inf", "tps_floor must be above 0 and below 1e9"),
+        ("--queue-timeout 1e30", "queue_timeout_s must be above 0 and below 1e9"),
+        ("--kernel x", "must be OP=SOLUTION, such as attention.paged_mha=reference"),
+        ("--health-timeout nan", "--health-timeout must be above 0, but is nan"),
+        ("--speculate draft:", "must be one of auto, off, suffix, draft:MODEL, but is 'draft:'"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_a_value_of_another_kind_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, flags: str, told: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    result = run("serve", "no-such-model", *flags.split())
+    assert result.exit_code == 1
+    assert told in result.stderr
+
+
+def test_no_memory_for_the_kv_cache_is_refused_and_none_for_drafts_is_not() -> None:
+    result = run("serve", "--kv-cache-memory", "0GiB")
+    assert result.exit_code == 1
+    assert "--kv-cache-memory '0GiB' is less than 1 byte" in result.stderr
+    assert parse_size("0", "--draft-memory") == 0
 
 
 @pytest.mark.parametrize("choices", [["gemm"], ["=x"], ["gemm.linear="], ["a.b=c", "a.b=d"]])

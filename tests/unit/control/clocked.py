@@ -44,6 +44,7 @@ class Machine:
             "step_drafts_max": 0,
             "step_proposals_max": 0,
             "proposal_length_max": 0,
+            "proposal_window": 0,
             "draft_memory_size_bytes": 2**29,
         }
         self.scheduler = Scheduler(SimpleNamespace(**{**config, **changes}))

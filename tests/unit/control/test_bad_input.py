@@ -93,6 +93,7 @@ def test_steps_are_committed_in_order_and_once() -> None:
         ({"queue_timeout_us": 0}, "queue_timeout_us must be at least 1"),
         ({"step_drafts_max": -1}, "step_drafts_max must be at least 0"),
         ({"step_proposals_max": 8}, "must both be 0, or both at least 1, but are 8 and 0"),
+        ({"proposal_window": -1}, "proposal_window must be at least 0, but is -1"),
         ({"proposal_length_max": -1}, "must both be 0, or both at least 1, but are 0 and -1"),
         ({"groups": (CacheGroup(pages=9), CacheGroup(pages=9))}, "two full cache groups"),
         (

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -85,20 +86,40 @@ def test_a_price_learned_wrong_is_learned_again() -> None:
     assert writer.drafted()[1] - before > 200
 
 
-def test_drafts_keep_the_floor() -> None:
-    writer = warm_writer(tps_floor=250.0, draft_us=400.0)
+def quoting_time(users: int, **changes: Any) -> tuple[int, int]:
+    """Microseconds until so many users have quoted 300 tokens, side by side with one who writes
+    something new if there are several; and those of the longest step meanwhile."""
+    writer = warm_writer(draft_us=400.0, **changes)
     quoted = random_text(10, 400)
     for request in range(6):
         writer.write(request, quoted + random_text(30 + request, 30), quoted[:300])
         writer.run_until(request)
-    longest = 0
-    writer.write(9, quoted + random_text(40, 30), quoted[:300])
+    writer.intervals.clear()
+    began_us, longest = writer.now_us, 0
+    for request in range(9, 9 + users):
+        writer.write(request, quoted + random_text(31 + request, 30), quoted[:300])
+    if users > 1:
+        writer.write(8, random_text(50, 30), random_text(51, 3000))
     while 9 not in writer.finished:
         plan = writer.step()
         assert plan is not None
-        if plan.decode_count:
+        if plan.decode_count > users - 1:
             longest = max(longest, writer.time_us(StepWork.of(plan)))
-    print(f"the longest step took {longest} us")
+    return writer.now_us - began_us, longest
+
+
+def test_drafts_keep_the_floor() -> None:
+    """A step may take as many intervals as its rows are expected to give tokens, each of them."""
+    # So whoever is alone has the drafts that bring most tokens a second.
+    free, _ = quoting_time(1)
+    kept, _ = quoting_time(1, tps_floor=250.0)
+    print(f"{free} us without a floor, {kept} us with one")
+    assert kept < 1.02 * free
+    # And whoever gets one token waits for one interval, whatever others could have.
+    _, slowest = quoting_time(2)
+    _, longest = quoting_time(2, tps_floor=250.0)
+    print(f"the longest step took {slowest} us without a floor, {longest} us with one")
+    assert slowest > 2e6 / 250
     assert longest < 1.1e6 / 250
 
 
@@ -221,11 +242,28 @@ def test_lengths_are_those_that_give_the_most_tokens_a_second(seed: int) -> None
     assert found == pytest.approx(best_by_trial(chances, rows, step_us, token_us, most), rel=1e-5)
 
 
-def test_a_limit_on_the_step_is_kept() -> None:
-    lengths = draft_lengths(
-        chances=[[0.9, 0.8, 0.7]], rows=1, step_us=100.0, token_us=10.0, limit_us=125.0, most=9
+@pytest.mark.parametrize(
+    ("chances", "rows", "limit_us", "lengths"),
+    [
+        # 130 us are within 3.4 times 40.
+        ([[0.9, 0.8, 0.7]], 1, 40.0, [3]),
+        ([[0.9, 0.8, 0.7]], 1, 30.0, [0]),
+        # Another row gets one token.
+        ([[0.9, 0.8, 0.7]], 2, 125.0, [2]),
+        ([[0.9, 0.8, 0.7], []], 2, 115.0, [1, 0]),
+        # It gets 1.5, and 150 us are within 1.5 times 100.
+        ([[0.9, 0.8, 0.7], [0.5, 0.4]], 2, 100.0, [3, 2]),
+        ([[0.9, 0.8, 0.7], [0.5, 0.1]], 2, 90.0, [2, 1]),
+        ([[0.9, 0.8, 0.7], [0.5, 0.1]], 2, 70.0, [0, 0]),
+    ],
+)
+def test_a_step_is_no_longer_than_its_least_row_gets_tokens(
+    chances: list[list[float]], rows: int, limit_us: float, lengths: list[int]
+) -> None:
+    found = draft_lengths(
+        chances=chances, rows=rows, step_us=100.0, token_us=10.0, limit_us=limit_us, most=9
     )
-    assert lengths == [2]
+    assert found == lengths
 
 
 # --- rows ---

@@ -8,7 +8,7 @@ import pytest
 
 from tests.scenario.simulation import i32
 from tests.unit.control.worlds import world
-from tests.unit.control.writers import Writer, proposing_writer, random_text
+from tests.unit.control.writers import Writer, proposing_writer, random_text, warm_writer
 from tokenspeed.core.config import CacheGroup, CacheGroupKind, SchedulerConfig
 from tokenspeed.core.errors import ConfigError, EngineError
 from tokenspeed.core.step import StepPlan, StepWork
@@ -127,20 +127,96 @@ def test_both_kinds_of_drafts_serve_one_text() -> None:
     assert speedup([text], right=0.8) > 1.3
 
 
-def test_proposals_keep_the_floor() -> None:
-    writer = proposing_writer(tps_floor=250.0, right=0.9, round_us=400.0)
-    prompt, output = fresh(22)
+# --- a model that reads what it is to propose for ---
+
+
+def test_a_cheap_model_is_asked_within_a_few_steps_and_reads_no_more_than_its_window() -> None:
+    writer = proposing_writer(right=0.8, read_us=2.0, proposal_window=128)
+    began, asked = writer.read, proposed(writer)
+    prompt, output = random_text(30, 2000), random_text(31, 400)
     writer.write(0, prompt, output)
-    longest, counts = 0, 0
-    while 0 not in writer.finished:
+    plans = [writer.step() for _ in range(12)]
+    # Nobody waits longer for a first token.
+    assert plans[0] is not None and not plans[0].propose_counts.any()
+    assert proposed(writer) - asked >= 8
+    writer.run_until(0)
+    # The window, and what came of each ask.
+    assert 127 <= writer.read - began < 127 + 400
+    assert proposed(writer) - asked > 300
+
+
+def test_what_is_read_must_pay_for_itself() -> None:
+    """Reading a window takes as long as 21 steps; proposals save half of all steps."""
+    asked = []
+    for tokens in (12, 300):
+        writer = proposing_writer(right=0.9, read_us=500.0, proposal_window=128)
+        time_of(writer, [(random_text(n, 300), random_text(n + 1, tokens)) for n in (40, 50)])
+        for n in range(8):
+            time_of(writer, [(random_text(60 + n, 300), random_text(70 + n, tokens))])
+        before = proposed(writer)
+        time_of(writer, [(random_text(32, 300), random_text(33, tokens))])
+        asked.append(proposed(writer) - before)
+    print(asked)
+    assert asked[0] == 0
+    assert asked[1] > 100
+
+
+@pytest.mark.parametrize("right", [0.0, 0.6])
+def test_a_model_that_never_pays_costs_little_after_the_first_requests(right: float) -> None:
+    """Its passes are as dear as steps, and reading is as dear as a prompt."""
+    times = []
+    for most in (8, 0):
+        writer = warm_writer(
+            right=right,
+            round_us=2500.0,
+            read_us=20.0,
+            proposal_window=512,
+            proposal_length_max=most,
+            step_proposals_max=8 * most,
+        )
+        for n in range(4):
+            time_of(writer, [(random_text(n, 1500), random_text(100 + n, 150))])
+        texts = [(random_text(200 + n, 1500), random_text(300 + n, 150)) for n in range(40)]
+        times.append(sum(time_of(writer, [text]) for text in texts))
+        print(f"{writer.read} tokens read, {proposed(writer)} proposed")
+    print(f"{times[1] / times[0]:.4f} times as fast with it")
+    assert times[1] / times[0] > 0.98
+
+
+def test_nobody_reads_while_prompts_wait() -> None:
+    writer = proposing_writer(right=0.9, read_us=5.0, proposal_window=512, step_tokens_max=256)
+    writer.write(0, random_text(80, 600), random_text(81, 200))
+    for _ in range(3):
+        writer.step()
+    before = writer.read
+    for request in (1, 2):
+        writer.write(request, random_text(80 + 2 * request, 1500), random_text(7, 30))
+    for _ in range(10):
         plan = writer.step()
-        assert plan is not None
-        counts += int(plan.propose_counts.sum())
-        if plan.decode_count:
-            longest = max(longest, writer.time_us(StepWork.of(plan)))
-    print(f"{counts} tokens proposed, the longest step took {longest} us")
-    assert counts > 100
-    assert longest < 1.1e6 / 250
+        assert plan is not None and len(plan.row_slots) > plan.decode_count
+        assert not plan.propose_counts.any()
+    assert writer.read == before
+
+
+# --- the floor ---
+
+
+def test_proposals_keep_the_floor() -> None:
+    """A step may take as many intervals as its users get tokens, so a user alone has all that bring
+    more tokens a second."""
+    floor = {"tps_floor": 250.0, "right": 0.95, "round_us": 400.0}
+    alone = speedup([fresh(22)], **{**floor, "tps_floor": None})
+    assert speedup([fresh(22)], **floor) > 0.98 * alone > 1.5
+    # Two get at least what is promised.
+    writer = proposing_writer(**floor)
+    asked, began_us = proposed(writer), writer.now_us
+    writer.write(0, *fresh(24))
+    writer.write(1, *fresh(26))
+    writer.run_until(0, 1)
+    rate = 600e6 / (writer.now_us - began_us)
+    print(f"{proposed(writer) - asked} tokens proposed, {rate:.0f} tokens a second")
+    assert proposed(writer) - asked > 100
+    assert rate > 250
 
 
 def test_models_with_a_recurrence_get_no_proposals() -> None:

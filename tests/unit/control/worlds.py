@@ -25,6 +25,7 @@ def world(**changes: Any) -> Simulation:
         "step_drafts_max": 0,
         "step_proposals_max": 0,
         "proposal_length_max": 0,
+        "proposal_window": 0,
         "draft_memory_size_bytes": 2**29,
     }
     return Simulation(SimpleNamespace(**{**config, **changes}))

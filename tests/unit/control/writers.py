@@ -25,6 +25,8 @@ class Writer(Machine):
         guesses_max: of a draft more are not run.
         right, sure: of the draft model.
         round_us, proposed_us: what a pass of the draft model takes, and each token of it.
+        read_us: what each token takes that it reads first, where it has a window.
+        read: tokens that it read so.
         outcomes: all of them.
     """
 
@@ -36,6 +38,7 @@ class Writer(Machine):
         sure: float | None = None,
         round_us: float = 200.0,
         proposed_us: float = 20.0,
+        read_us: float = 0.0,
         **changes: Any,
     ) -> None:
         self.draft_us = draft_us
@@ -43,6 +46,9 @@ class Writer(Machine):
         self.right = right
         self.sure = right if sure is None else sure
         self.round_us, self.proposed_us = round_us, proposed_us
+        self.read_us, self.read = read_us, 0
+        self._window = changes.get("proposal_window", 0)
+        self._known: dict[int, int] = {}  # by slot, positions that the draft model knows
         self._draft_model = random.Random(11)
         self.outcomes: list[StepOutcome] = []
         self.texts: dict[int, list[int]] = {}  # prompt and output, by request
@@ -54,7 +60,8 @@ class Writer(Machine):
 
     def time_us(self, work: StepWork) -> int:
         time_us = self.draft_us * work.draft_tokens + self.proposed_us * work.proposed_tokens
-        return super().time_us(work) + int(time_us + self.round_us * work.proposal_rounds)
+        time_us += self.round_us * work.proposal_rounds + self.read_us * work.caught_up_tokens
+        return super().time_us(work) + int(time_us)
 
     def write(self, request: int, prompt: list[int], output: list[int], **wishes: Any) -> None:
         """Submits a request that gets an output."""
@@ -74,10 +81,12 @@ class Writer(Machine):
             self._bound.update(
                 zip(plan.bound_slots.tolist(), plan.bound_requests.tolist(), strict=True)
             )
+            for slot in plan.bound_slots.tolist():
+                self._known[slot] = 0
             self._flights.append((plan, self.result(plan)))
         if self._flights and (plan is None or len(self._flights) > self._depth):
             landing, result = self._flights.popleft()
-            self.now_us += self.time_us(StepWork.of(landing))
+            self.now_us += self.time_us(StepWork.of(landing).ran(result))
             self.scheduler.commit(landing.step, result.tokens, self.now_us, result=result)
             plan = plan or landing
         outcome = self.scheduler.take_outcome()
@@ -98,7 +107,7 @@ class Writer(Machine):
         """What a step of this plan gives."""
         samples: list[int] = []
         cuts: dict[int, int] = {}
-        starts, proposed = [0], []
+        starts, proposed, caught_up = [0], [], 0
         asked = plan.propose_counts.tolist() or [0] * len(plan.row_slots)
         for row, count in enumerate(asked):
             slot = int(plan.row_slots[row])
@@ -124,12 +133,18 @@ class Writer(Machine):
                 knows = at < len(text) and self._draft_model.random() < self.right
                 proposed.append(text[at] if knows else 99_999)
             starts.append(len(proposed))
+            if count and self._window:
+                end = first + right + 1
+                caught_up += min(end - self._known[slot], self._window) - 1
+                self._known[slot] = end
+        self.read += caught_up
         return StepResult(
             tokens=i32(*samples),
             logprobs=None,
             proposed_starts=i32(*starts) if len(plan.propose_counts) else i32(),
             proposed_tokens=i32(*proposed),
             proposed_chances=np.full(len(proposed), self.sure, dtype=np.float32),
+            caught_up_tokens=caught_up,
             cuts=cuts,
         )
 

@@ -3,7 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from tokenspeed import loader
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.engine.build import build_engine
 
 SCRIPT = """
 import sys
@@ -31,3 +37,12 @@ def test_a_started_engine_has_no_compiler_loaded_and_no_file_mapped(
         check=True,
     )
     assert result.stdout.splitlines() == ["", "False"]
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_loaded(
+    smollm2: loader.ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = EngineConfig(model=str(smollm2.path), device="cuda", max_context=64)
+    with pytest.raises(ConfigError, match=r"--device cuda needs 1 GPU here, .* finds 0: .*cpu"):
+        build_engine(config)

@@ -6,7 +6,7 @@ import pytest
 
 from tokenspeed import loader
 from tokenspeed.core.config import EngineConfig, KVSpec
-from tokenspeed.core.errors import ConfigError
+from tokenspeed.core.errors import ConfigError, ModelNotFound
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.drafting import groups_within
 
@@ -71,4 +71,12 @@ def test_a_draft_model_of_another_vocabulary_is_refused(
         model=str(smollm2.path), speculate=f"draft:{qwen_coder.path}", max_context=64
     )
     with pytest.raises(ConfigError, match=r"another vocabulary than .* the same tokenizer"):
+        build_engine(config)
+
+
+def test_of_two_models_the_one_that_is_not_found_is_told_by_its_flag(
+    smollm2: loader.ModelFiles,
+) -> None:
+    config = EngineConfig(model=str(smollm2.path), speculate="draft:nowhere", max_context=64)
+    with pytest.raises(ModelNotFound, match="--speculate draft:nowhere: no model 'nowhere'"):
         build_engine(config)

@@ -123,7 +123,7 @@ def test_intervals_are_counted_by_length_and_against_the_floor() -> None:
 
 
 def test_tokens_of_one_step_come_together() -> None:
-    ledger = Ledger(lambda context: 9_000.0)
+    ledger = Ledger(lambda context: 5_000.0)
     for request in (1, 2):
         ledger.open(request, prompt_count=1, at_us=0, constrained=False)
     run(ledger, plan(0, prefills=(0, 1), bound={0: 1, 1: 2}), 0, 1_000)
@@ -145,7 +145,8 @@ def test_tokens_of_one_step_come_together() -> None:
     assert counts[1_000] == 2
     assert counts[7_000] == 2
     assert ledger.intervals_us == 12_000
-    assert ledger.floor_violations == 0
+    # Three tokens may come after three intervals, one may not after six fifths of one.
+    assert ledger.floor_violations == 1
     first, second = live_requests(ledger.live(7_000).tolist())
     assert (first.tokens, first.drafted_tokens, first.accepted_tokens) == (4, 3, 2)
     assert (second.tokens, second.drafted_tokens, second.accepted_tokens) == (2, 1, 0)

@@ -4,7 +4,7 @@ import pytest
 
 from tokenspeed.core.config import EngineConfig, KVSpec
 from tokenspeed.core.errors import InsufficientMemory
-from tokenspeed.engine.sizing import format_size, pages_that_fit
+from tokenspeed.engine.sizing import draft_seats, format_size, pages_that_fit
 
 GIB = 1 << 30
 SPEC = KVSpec(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
@@ -44,6 +44,20 @@ def test_too_little_memory_says_how_much_is_needed_and_which_flag_shrinks_it() -
 def test_a_pool_below_one_context_says_what_would_fit() -> None:
     with pytest.raises(InsufficientMemory, match=r"lower --max-context to 1440 or less"):
         pages(asked=32 << 20)
+    with pytest.raises(InsufficientMemory, match=r"holds 0 tokens\. Raise --kv-cache-memory\.$"):
+        pages(asked=1)
+
+
+def test_a_draft_model_has_room_beside_the_cache_for_some_requests_and_one_at_least() -> None:
+    def seats(asked: int | None, seat: int) -> int:
+        config = EngineConfig(model="m", kv_cache_size_bytes=asked, max_running=16)
+        return draft_seats(config, seat_size_bytes=seat, room_size_bytes=GIB + (256 << 20))
+
+    assert seats(8 * GIB, 128 << 20) == 8
+    assert seats(8 * GIB, 16 << 20) == 16
+    assert seats(64 << 20, 16 << 20) == 1
+    # An eighth of half of what is at hand beside the reserve.
+    assert seats(None, 16 << 20) == 4
 
 
 def test_sizes_are_written_for_people() -> None:

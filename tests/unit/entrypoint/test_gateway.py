@@ -221,6 +221,21 @@ def gateway_of_a_parent(parent: str) -> tuple[subprocess.Popen[str], psutil.Proc
     return process, psutil.Process(int(process.stdout.readline()))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="timer slack is Linux's")
+def test_the_gateways_threads_may_be_woken_for_several_timers_at_once() -> None:
+    script = (
+        "import ctypes, threading; "
+        "from tokenspeed.entrypoint.gateway_child import wake_together; "
+        "wake_together(); "
+        "thread = threading.Thread(target=lambda: print(ctypes.CDLL(None).prctl(30, 0, 0, 0, 0))); "
+        "thread.start(); thread.join()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert found.stdout == "50000000\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_the_gateway_dies_with_its_parent_and_hides_its_key() -> None:
     parent, child = gateway_of_a_parent("os.getpid()")

@@ -463,8 +463,9 @@ def test_the_port_is_exposed_only_with_a_key() -> None:
     with pytest.raises(ConfigError, match="--operations-host"):
         OperationsConfig(host="0.0.0.0")
     OperationsConfig(host="0.0.0.0", api_key=KEY)
-    with pytest.raises(ConfigError, match="--health-timeout"):
-        OperationsConfig(health_timeout_s=0)
+    for health_timeout_s in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="--health-timeout"):
+            OperationsConfig(health_timeout_s=health_timeout_s)
 
 
 def test_a_dead_engine_leaves_requests_with_what_is_known() -> None:

@@ -23,6 +23,7 @@ from tokenspeed.engine.stream import TokenLogprob
 from tokenspeed.engine.wire import CacheEventBatch
 from tokenspeed.entrypoint.generation import Generation, GenerationTable
 from tokenspeed.entrypoint.servicer import Servicer, start_server
+from tokenspeed.entrypoint.ticks import WriteTicks
 from tokenspeed.entrypoint.tokenizer_archive import CHUNK_SIZE_BYTES
 
 from .scripted_engine import EOS, ScriptedEngine
@@ -466,7 +467,7 @@ def test_a_large_batch_of_cache_events_is_cut() -> None:
 
 
 def test_many_streams_wait_for_a_whole_interval_and_few_for_none() -> None:
-    table = GenerationTable(0.1)
+    table = GenerationTable(0.4)
     engine = ScriptedEngine()
 
     def generation(number: int, samples: int) -> Generation:
@@ -474,18 +475,75 @@ def test_many_streams_wait_for_a_whole_interval_and_few_for_none() -> None:
         return Generation(request, engine)  # type: ignore[arg-type]
 
     ticks = table.ticks
-    assert ticks.interval_s() == 0.0
+    assert ticks.tick_s() == 0.0
     with ExitStack() as stack:
         for number in range(4):
             stack.enter_context(table.listed(generation(number, 2)))
-        assert ticks.interval_s() == pytest.approx(8 / 20 * 0.1)
+        assert ticks.tick_s() == pytest.approx(8 / 20 * 0.1)
         for number in range(4, 40):
             stack.enter_context(table.listed(generation(number, 8)))
-        assert ticks.interval_s() == 0.1
+        assert ticks.tick_s() == 0.1
         # Whenever a stream asks, it is told of the same tick.
-        assert [ticks.next_s(now_s) for now_s in (7.01, 7.05, 7.09)] == pytest.approx([7.1] * 3)
-    assert ticks.next_s(7.05) == 7.05
-    assert ticks.interval_s() == 0.0
+        at_s = (7.01, 7.05, 7.09)
+        assert [ticks.next_s(now_s, 0.0) for now_s in at_s] == pytest.approx([7.1] * 3)
+        # What has been coming for long waits longer, until others write as well.
+        ages_s = (0.4, 0.6, 0.9, 1.1, 3600.0)
+        told_s = [ticks.next_s(7.05, age_s) for age_s in ages_s]
+        assert told_s == pytest.approx([7.1, 7.2, 7.2, 7.2, 7.2])
+        assert ticks.next_s(7.25, 0.6) == pytest.approx(7.4)
+        assert ticks.next_s(7.25, 1.1) == pytest.approx(7.6)
+    assert ticks.next_s(7.05, 9.0) == 7.05
+    assert ticks.tick_s() == 0.0
+
+
+def test_whoever_rests_is_woken_at_its_own_tick_whoever_else_rests() -> None:
+    class Clock(asyncio.SelectorEventLoop):
+        """A loop whose clock stands where the test puts it."""
+
+        now_s = 7.05
+
+        def time(self) -> float:
+            return self.now_s
+
+        async def move(self, now_s: float) -> None:
+            self.now_s = now_s
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    class Sleeper:
+        """Rests once."""
+
+        def __init__(self, first_token_s: float) -> None:
+            self.first_token_s: float | None = first_token_s
+            self._woken = asyncio.Event()
+
+        async def rest(self) -> None:
+            await self._woken.wait()
+
+        def end_rest(self) -> None:
+            self._woken.set()
+
+    async def case() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Clock)
+        ticks = WriteTicks(0.4)
+        ticks.streams = 20
+        await loop.move(6.85)
+        # The oldest rests first, until long after the others are woken.
+        rests = [asyncio.ensure_future(ticks.rest(Sleeper(6.85 - age))) for age in (9.0, 0.6, 0.0)]
+
+        async def woken(now_s: float) -> list[bool]:
+            await loop.move(now_s)
+            return [rest.done() for rest in rests]
+
+        assert await woken(6.89) == [False, False, False]
+        assert await woken(6.9) == [False, False, True]
+        assert await woken(7.0) == [False, True, True]
+        assert await woken(7.19) == [False, True, True]
+        assert await woken(7.2) == [True, True, True]
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(case())
 
 
 def test_between_a_streams_first_and_last_message_tokens_wait_for_the_interval() -> None:

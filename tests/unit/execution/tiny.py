@@ -175,6 +175,6 @@ def bind(runner: Runner, request: Request, params: SamplingParams, *, seed: int 
         params,
         seed=seed,
         prompt_count=len(request.prompt),
-        tokens=ints(request.prompt) if params.needs_history else None,
+        tokens=ints(request.prompt),
         stop_token_ids=ints([]),
     )

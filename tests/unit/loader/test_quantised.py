@@ -20,7 +20,8 @@ from tests.support.quantising import (
 )
 from tokenspeed import loader
 from tokenspeed.core.errors import CorruptCheckpoint, UnsupportedModel
-from tokenspeed.kernels import Stored
+from tokenspeed.kernels import QuantisedStored, Stored
+from tokenspeed.kernels.quantised import Int4Groups
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 FP8: dict[str, Any] = {
@@ -124,6 +125,26 @@ def test_any_part_of_a_matrix_is_what_its_numbers_stand_for(tmp_path: Path, name
             assert_slices_are_of_the_whole(stored_matrix, exact)
         else:
             assert torch.equal(torch.as_tensor(stored_matrix[()]), plain)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "compressed-tensors-zeros", "gptq", "awq"])
+def test_parts_of_groups_are_groups_with_the_same_scale(tmp_path: Path, name: str) -> None:
+    pack: dict[str, Callable[[torch.Tensor], Packed]] = {
+        "compressed-tensors": lambda values: pack_compressed(values, 192, symmetric=True),
+        "compressed-tensors-zeros": lambda values: pack_compressed(values, 192, symmetric=False),
+        "gptq": lambda values: pack_gptq(values, 192),
+        "awq": lambda values: pack_awq(values, 192),
+    }
+    parts, exact = pack[name](noise(40, 384))
+    stored = {f"a.{end}": part for end, part in parts.items()}
+    ((_, matrix),) = opened(write(tmp_path, FORMATS[name][0], stored)).blocks()
+    assert isinstance(matrix, QuantisedStored)
+    spans = {(0, 64): 64, (64, 224): 32, (96, 384): 96, (128, 320): 64, (224, 352): 32}
+    for (first, end), group in spans.items():
+        found = matrix.quantised((slice(3, 21), slice(first, end)))
+        assert isinstance(found, Int4Groups) and found.group == group
+        assert torch.equal(found.to_float(), exact[3:21, first:end])
+    assert matrix.quantised((slice(0, 40), slice(0, 72))) is None
 
 
 def test_any_part_of_stacked_experts_of_mxfp4_is_what_its_numbers_stand_for(

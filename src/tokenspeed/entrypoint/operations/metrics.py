@@ -248,7 +248,7 @@ def _time(stats: "EngineStats") -> Iterator[Metric]:
     )
     yield _counter(
         "tokenspeed_floor_violations",
-        "Intervals between two tokens that were longer than the floor allows.",
+        "Intervals between tokens that were longer than the floor allows for what ended them.",
         timing.floor_violations,
     )
 

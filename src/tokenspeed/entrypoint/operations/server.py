@@ -60,7 +60,8 @@ class OperationsConfig:
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        if self.health_timeout_s <= 0:
+        # Written so that what is no number is refused, too.
+        if not self.health_timeout_s > 0:
             raise ConfigError(f"--health-timeout must be above 0, but is {self.health_timeout_s}")
         if self.socket_path is None and self.api_key is None and not is_loopback(self.host):
             raise ConfigError(

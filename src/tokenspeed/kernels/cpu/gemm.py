@@ -133,11 +133,16 @@ def _product(
     priority=Priority.NATIVE,
 )
 def lookup(
-    token_ids_T: torch.Tensor, table_VM: Matrix, scale: float = 1.0, *, runtime: CpuRuntime
+    token_ids_T: torch.Tensor,
+    table_VM: Matrix,
+    scale: float = 1.0,
+    first: int | None = None,
+    *,
+    runtime: CpuRuntime,
 ) -> torch.Tensor:
     """The rows of the table, dequantised."""
     assert isinstance(table_VM, PackedWeight)
     (table,) = table_VM.matrices
     x_TM = torch.empty((len(token_ids_T), table_VM.shape[1]))
-    _cpu.lookup(runtime, token_ids_T, table, scale, x_TM)
+    _cpu.lookup(runtime, token_ids_T, table, scale, x_TM, first)
     return x_TM

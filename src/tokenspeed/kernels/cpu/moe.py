@@ -12,8 +12,9 @@ from tokenspeed import _cpu
 from tokenspeed.kernels.capability import Capability
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.ops.moe import ExpertMatrices
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.registry import Priority, kernel
-from tokenspeed.kernels.weights import PACKED, PANELS
+from tokenspeed.kernels.weights import GROUPED, PACKED, PANELS
 
 __all__ = ["add", "experts", "route"]
 
@@ -57,7 +58,7 @@ def route(
     "moe.experts",
     solution="cpu",
     requires=_CPU,
-    formats=(PACKED, *PANELS),
+    formats=(PACKED, *GROUPED, *PANELS),
     priority=Priority.NATIVE,
 )
 def experts(
@@ -75,8 +76,8 @@ def experts(
 ) -> torch.Tensor:
     """Tokens are gathered by expert; then each of two products is one job over all experts that
     have some. Only these are read: of few tokens no more than K each."""
-    assert not isinstance(gate_up_E2FM, torch.Tensor)
-    assert not isinstance(down_EMF, torch.Tensor)
+    assert not isinstance(gate_up_E2FM, torch.Tensor | QuantisedWeight)
+    assert not isinstance(down_EMF, torch.Tensor | QuantisedWeight)
     out_TM = x_TM.new_empty(x_TM.shape)
     _cpu.experts(
         runtime,

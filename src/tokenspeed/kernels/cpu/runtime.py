@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tokenspeed._cpu import Runtime as CpuRuntime
 from tokenspeed._cpu import Sampler as CpuSampling
-from tokenspeed._cpu import StepRecording, prefer_huge_pages, supported_isas
+from tokenspeed._cpu import StepRecording, WeightMemory, aside, prefer_huge_pages, supported_isas
 from tokenspeed.core import environment
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "CpuSampling",
     "Roofline",
     "StepRecording",
+    "WeightMemory",
+    "aside",
     "prefer_huge_pages",
     "start_runtime",
     "supported_isas",
@@ -21,18 +23,19 @@ __all__ = [
 _READ_SIZE_BYTES = 512 << 20
 
 
-def start_runtime(*, threads: int) -> CpuRuntime:
+def start_runtime(*, threads: int, memory: WeightMemory | None = None) -> CpuRuntime:
     """Start the threads of an engine; they end with the runtime.
 
     The instruction set is the best this CPU has, or the one that `TOKENSPEED_CPU_ISA` names.
 
     Args:
         threads: the caller of a kernel is one of them.
+        memory: where packed weights go, where some was taken ahead.
 
     Raises:
         ConfigError: fewer threads than one, or an instruction set that this CPU lacks.
     """
-    return CpuRuntime(threads=threads, isa=environment.cpu_isa())
+    return CpuRuntime(threads=threads, isa=environment.cpu_isa(), memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

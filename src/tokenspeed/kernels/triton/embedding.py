@@ -5,6 +5,7 @@ Legend: T tokens, S sampled tokens, V vocabulary, M model features.
 
 import torch
 
+from tokenspeed.kernels.reference.embedding import rows_held
 from tokenspeed.kernels.triton.lazy import DeviceCode
 from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
 
@@ -15,9 +16,18 @@ _BLOCK_MAX = 1024
 
 
 @triton_kernel("embedding.lookup")
-def lookup(token_ids_T: torch.Tensor, table_VM: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def lookup(
+    token_ids_T: torch.Tensor,
+    table_VM: torch.Tensor,
+    scale: float = 1.0,
+    first: int | None = None,
+) -> torch.Tensor:
     """A copy that widens."""
-    x_TM = _taken(table_VM, token_ids_T, torch.float32)
+    if first is None:
+        x_TM = _taken(table_VM, token_ids_T, torch.float32)
+    else:
+        ids_T, held_T1 = rows_held(token_ids_T, table_VM, first)
+        x_TM = _taken(table_VM, ids_T, torch.float32).mul_(held_T1)
     return x_TM if scale == 1.0 else x_TM.mul_(scale)
 
 

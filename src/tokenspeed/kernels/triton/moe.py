@@ -6,17 +6,31 @@ G groups of experts, N pairs of a token and an expert.
 
 import torch
 
-from tokenspeed.kernels.ops.moe import GATE_SLOPE
-from tokenspeed.kernels.triton.attention import dot_precision
+from tokenspeed.kernels.ops.moe import ExpertMatrices
+from tokenspeed.kernels.quantised import FLOAT4_GROUPS, FLOAT8_BLOCKS, INT4_GROUPS
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
+from tokenspeed.kernels.triton.expert_products import (
+    HIGH_TILE,
+    LOW_TILE,
+    ExpertMatrix,
+    Pairs,
+    down,
+    gate_up,
+)
 from tokenspeed.kernels.triton.lazy import DeviceCode
-from tokenspeed.kernels.triton.registration import next_power_of_2, triton_kernel
-from tokenspeed.kernels.triton.tuning import tuned
+from tokenspeed.kernels.triton.quantised import FLOAT8_GPU
+from tokenspeed.kernels.triton.registration import DENSE, next_power_of_2, triton_kernel
 
-__all__ = ["experts", "experts_fixed", "route"]
+__all__ = [
+    "experts",
+    "experts_fixed",
+    "experts_float8",
+    "experts_float8_fixed",
+    "route",
+]
 
 _device = DeviceCode("moe")
 _PAIRS_BLOCK = 1024
-_HIGH_TILE, _LOW_TILE = 64, 16
 _COMBINED_BLOCK = 1024
 # Results of all pairs are kept before they are summed: 0.5 GB for 8 experts of 7,168 features.
 _TOKENS_AT_ONCE = 2048
@@ -62,11 +76,11 @@ def route(
     return experts_TK, weights_TK
 
 
-@triton_kernel("moe.experts", batch_dependent=True)
+@triton_kernel("moe.experts", formats=(*DENSE, INT4_GROUPS, FLOAT4_GROUPS), batch_dependent=True)
 def experts(
     x_TM: torch.Tensor,
-    gate_up_E2FM: torch.Tensor,
-    down_EMF: torch.Tensor,
+    gate_up_E2FM: ExpertMatrices,
+    down_EMF: ExpertMatrices,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
@@ -81,7 +95,8 @@ def experts(
     a captured step may be run again for other tokens.
     """
     # As high as experts have pairs, on the average.
-    high = experts_TK.numel() >= _HIGH_TILE // 2 * len(down_EMF)
+    held = _matrix(down_EMF, x_TM.shape[1])[1]
+    high = experts_TK.numel() >= HIGH_TILE // 2 * held
     return _experts(
         x_TM,
         gate_up_E2FM,
@@ -92,15 +107,15 @@ def experts(
         gate_up_bias_E2F=gate_up_bias_E2F,
         down_bias_EM=down_bias_EM,
         limit=limit,
-        height=_HIGH_TILE if high else _LOW_TILE,
+        height=HIGH_TILE if high else LOW_TILE,
     )
 
 
-@triton_kernel("moe.experts")
+@triton_kernel("moe.experts", formats=(*DENSE, INT4_GROUPS, FLOAT4_GROUPS))
 def experts_fixed(
     x_TM: torch.Tensor,
-    gate_up_E2FM: torch.Tensor,
-    down_EMF: torch.Tensor,
+    gate_up_E2FM: ExpertMatrices,
+    down_EMF: ExpertMatrices,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
@@ -120,14 +135,68 @@ def experts_fixed(
         gate_up_bias_E2F=gate_up_bias_E2F,
         down_bias_EM=down_bias_EM,
         limit=limit,
-        height=_LOW_TILE,
+        height=LOW_TILE,
+    )
+
+
+@triton_kernel("moe.experts", formats=(FLOAT8_BLOCKS,), requires=FLOAT8_GPU, batch_dependent=True)
+def experts_float8(
+    x_TM: torch.Tensor,
+    gate_up_E2FM: ExpertMatrices,
+    down_EMF: ExpertMatrices,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    first: int,
+    gate_up_bias_E2F: torch.Tensor | None = None,
+    down_bias_EM: torch.Tensor | None = None,
+    limit: float | None = None,
+) -> torch.Tensor:
+    """As `experts`; what goes into a product is rounded to FP8 first."""
+    return experts(
+        x_TM,
+        gate_up_E2FM,
+        down_EMF,
+        experts_TK,
+        weights_TK,
+        first=first,
+        gate_up_bias_E2F=gate_up_bias_E2F,
+        down_bias_EM=down_bias_EM,
+        limit=limit,
+    )
+
+
+@triton_kernel("moe.experts", formats=(FLOAT8_BLOCKS,), requires=FLOAT8_GPU)
+def experts_float8_fixed(
+    x_TM: torch.Tensor,
+    gate_up_E2FM: ExpertMatrices,
+    down_EMF: ExpertMatrices,
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    first: int,
+    gate_up_bias_E2F: torch.Tensor | None = None,
+    down_bias_EM: torch.Tensor | None = None,
+    limit: float | None = None,
+) -> torch.Tensor:
+    """As `experts_fixed`; what goes into a product is rounded to FP8 first."""
+    return experts_fixed(
+        x_TM,
+        gate_up_E2FM,
+        down_EMF,
+        experts_TK,
+        weights_TK,
+        first=first,
+        gate_up_bias_E2F=gate_up_bias_E2F,
+        down_bias_EM=down_bias_EM,
+        limit=limit,
     )
 
 
 def _experts(
     x_TM: torch.Tensor,
-    gate_up_E2FM: torch.Tensor,
-    down_EMF: torch.Tensor,
+    gate_up_E2FM: ExpertMatrices,
+    down_EMF: ExpertMatrices,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
@@ -138,16 +207,20 @@ def _experts(
     height: int,
 ) -> torch.Tensor:
     out_TM = x_TM.new_empty(x_TM.shape)
+    down_matrix, held = _matrix(down_EMF, x_TM.shape[1])
+    features = down_matrix.shape[-1]
+    gate_up_matrix, _ = _matrix(gate_up_E2FM, 2 * features)
     for start in range(0, len(x_TM), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
         _some_tokens(
             x_TM[part],
-            gate_up_E2FM,
-            down_EMF,
+            gate_up_matrix,
+            down_matrix,
             experts_TK[part].contiguous(),
             weights_TK[part].contiguous(),
             out_TM=out_TM[part],
             first=first,
+            held=held,
             gate_up_bias_E2F=gate_up_bias_E2F,
             down_bias_EM=down_bias_EM,
             limit=limit,
@@ -158,20 +231,21 @@ def _experts(
 
 def _some_tokens(
     x_TM: torch.Tensor,
-    gate_up_E2FM: torch.Tensor,
-    down_EMF: torch.Tensor,
+    gate_up_matrix: ExpertMatrix,
+    down_matrix: ExpertMatrix,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
     out_TM: torch.Tensor,
     first: int,
+    held: int,
     gate_up_bias_E2F: torch.Tensor | None,
     down_bias_EM: torch.Tensor | None,
     limit: float | None,
     height: int,
 ) -> None:
     tokens, per_token = experts_TK.shape
-    held, outputs, features = down_EMF.shape
+    outputs, features = x_TM.shape[1], down_matrix.shape[-1]
     device, pairs = x_TM.device, tokens * per_token
     if x_TM.stride(-1) != 1:
         x_TM = x_TM.contiguous()
@@ -183,60 +257,13 @@ def _some_tokens(
     _device.place_pairs[(held,)](
         experts_TK, counts_E, order_N, pairs, first, held, E=room, BLOCK=block, num_warps=4
     )
-    inputs = 32 if x_TM.dtype == torch.float32 else 64
-    sizes = tuned(
-        "moe.experts",
-        f"{height} pairs, {x_TM.dtype}",
-        device,
-        outputs=64,
-        warps=8 if height >= _HIGH_TILE else 4,
-        stages=3,
+    in_order = Pairs(
+        order_N=order_N, counts_E=counts_E, per_token=per_token, room=room, height=height
     )
-    tile = {"M": height, "N": sizes["outputs"], "INPUTS": inputs}
-    # A tile that is not full for each expert, and no more experts than pairs have one.
-    tiles = pairs // tile["M"] + min(held, pairs)
-    hidden_NF = torch.empty((pairs, features), dtype=x_TM.dtype, device=device)
-    _device.gate_up[(tiles, -(-features // tile["N"]))](
-        x_TM,
-        gate_up_E2FM,
-        gate_up_bias_E2F,
-        order_N,
-        counts_E,
-        hidden_NF,
-        features,
-        x_TM.shape[1],
-        per_token,
-        held,
-        x_TM.stride(0),
-        limit or 0.0,
-        HAS_BIAS=gate_up_bias_E2F is not None,
-        LIMITED=limit is not None,
-        SLOPE=GATE_SLOPE,
-        E=room,
-        PRECISION=dot_precision(x_TM.dtype),
-        num_warps=sizes["warps"],
-        num_stages=sizes["stages"],
-        **tile,
+    hidden_NF = gate_up(
+        x_TM, gate_up_matrix, gate_up_bias_E2F, in_order, features=features, limit=limit
     )
-    found_NM = torch.empty((pairs, outputs), dtype=torch.float32, device=device)
-    _device.down[(tiles, -(-outputs // tile["N"]))](
-        hidden_NF,
-        down_EMF,
-        down_bias_EM,
-        order_N,
-        counts_E,
-        weights_TK,
-        found_NM,
-        features,
-        outputs,
-        held,
-        HAS_BIAS=down_bias_EM is not None,
-        E=room,
-        PRECISION=dot_precision(x_TM.dtype),
-        num_warps=sizes["warps"],
-        num_stages=sizes["stages"],
-        **tile,
-    )
+    found_NM = down(hidden_NF, down_matrix, down_bias_EM, in_order, weights_TK, outputs=outputs)
     block = min(_COMBINED_BLOCK, next_power_of_2(outputs))
     _device.combine[(tokens, -(-outputs // block))](
         found_NM,
@@ -250,3 +277,20 @@ def _some_tokens(
         BLOCK=block,
         num_warps=4,
     )
+
+
+def _matrix(weight: ExpertMatrices, outputs: int) -> tuple[ExpertMatrix, int]:
+    """Matrices of experts as products read them, and how many there are.
+
+    Args:
+        weight: a tensor [E, O, I], or the rows of all experts in one weight.
+        outputs: O.
+    """
+    if isinstance(weight, torch.Tensor):
+        return weight, len(weight)
+    assert isinstance(weight, QuantisedWeight)
+    (matrix,) = weight.matrices
+    held = weight.shape[0] // outputs
+    if isinstance(matrix, torch.Tensor):
+        return matrix.view(held, outputs, -1), held
+    return matrix, held

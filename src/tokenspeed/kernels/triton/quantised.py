@@ -21,8 +21,8 @@ from tokenspeed.kernels.quantised import (
     Float8Blocks,
     Int4Groups,
     QuantisedMatrix,
-    QuantisedWeight,
 )
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.triton import gemm
 from tokenspeed.kernels.triton.attention import dot_precision
 from tokenspeed.kernels.triton.lazy import DeviceCode
@@ -31,6 +31,7 @@ from tokenspeed.kernels.triton.tuning import tuned
 from tokenspeed.kernels.weights import Matrix
 
 __all__ = [
+    "FLOAT8_GPU",
     "float8_rows",
     "linear_float8",
     "linear_float8_fixed",
@@ -41,8 +42,9 @@ __all__ = [
 _device = DeviceCode("quantised")
 _OP = "gemm.linear"
 _FLOAT8 = torch.float8_e4m3fn
-# Matrix units multiply such numbers from there on.
-_FLOAT8_GPU = Capability(device="cuda", features=frozenset({"triton"}), arch_min=(8, 9))
+FLOAT8_GPU = Capability(device="cuda", features=frozenset({"triton"}), arch_min=(8, 9))
+"""Whose matrix units multiply numbers of FP8."""
+
 _ROWS_MIN, _ROWS_MAX, _ROWS_FIXED = 16, 128, 64
 _GROUPS_AT_ONCE = 8
 
@@ -64,7 +66,7 @@ def linear_int4_fixed(
 
 
 @triton_kernel(
-    _OP, formats=(FLOAT8_BLOCKS,), traits={"bias": None}, requires=_FLOAT8_GPU, batch_dependent=True
+    _OP, formats=(FLOAT8_BLOCKS,), traits={"bias": None}, requires=FLOAT8_GPU, batch_dependent=True
 )
 def linear_float8(
     x_TI: Activations, weight_OI: Matrix, bias_O: torch.Tensor | None
@@ -73,7 +75,7 @@ def linear_float8(
     return _product(x_TI, weight_OI, bias_O, fixed=False)
 
 
-@triton_kernel(_OP, formats=(FLOAT8_BLOCKS,), traits={"bias": None}, requires=_FLOAT8_GPU)
+@triton_kernel(_OP, formats=(FLOAT8_BLOCKS,), traits={"bias": None}, requires=FLOAT8_GPU)
 def linear_float8_fixed(
     x_TI: Activations, weight_OI: Matrix, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
@@ -126,8 +128,11 @@ def _product(
             part_TO.copy_(dense(x_TI, matrix, of_part))
         elif isinstance(matrix, Int4Groups):
             _int4(x_TI, matrix, of_part, part_TO, fixed=fixed)
-        else:
+        elif isinstance(matrix, Float8Blocks):
             _float8(x_TI, matrix, of_part, part_TO, fixed=fixed)
+        else:
+            # Checkpoints of MXFP4 have experts and nothing else.
+            part_TO.copy_(dense(x_TI, matrix.to_float().to(x_TI.dtype), of_part))
         first = end
     return y_TO
 
@@ -150,7 +155,6 @@ def _int4(
         y_TO,
         *x_TI.shape,
         matrix.shape[0],
-        matrix.scales_OG.shape[1],
         x_TI.stride(0),
         y_TO.stride(0),
         GROUP=matrix.group,

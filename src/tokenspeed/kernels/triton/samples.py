@@ -12,12 +12,16 @@ import numpy as np
 import torch
 
 from tokenspeed.kernels.quantised import (
+    FLOAT4_GROUP,
+    FLOAT4_GROUPS,
     FLOAT8_BLOCKS,
     INT4_GROUPS,
+    Float4Groups,
     Float8Blocks,
     Int4Groups,
-    QuantisedWeight,
+    QuantisedMatrix,
 )
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton import (
     activation,
@@ -84,32 +88,45 @@ def samples() -> Iterator[Sample]:
     yield from _sampling()
 
 
-def _quantised() -> Iterator[Sample]:
-    outputs, inputs = 512, 4096
-    scales_OG = torch.zeros(outputs, inputs // 128, dtype=torch.float16)
-    zeros_OG = torch.zeros(outputs, inputs // 128, dtype=torch.uint8)
+def _weight(name: str, outputs: int, inputs: int, *, uniform: bool = False) -> QuantisedWeight:
+    """Of zeros."""
     numbers = torch.zeros(outputs, inputs, dtype=torch.uint8)
-    int4 = Int4Groups(numbers=numbers, scales_OG=scales_OG, zeros_OG=zeros_OG, group=128)
-    float8 = Float8Blocks(
-        values_OI=numbers.view(torch.float8_e4m3fn),
-        scales_BG=torch.zeros(4, inputs // 128),
-        blocks_O=torch.zeros(outputs, dtype=torch.int32),
-        group=128,
-    )
-    for name, matrix, call in (
-        (INT4_GROUPS, int4, quantised.linear_int4),
-        (FLOAT8_BLOCKS, float8, quantised.linear_float8),
-    ):
-        weight = QuantisedWeight(
-            (outputs, inputs),
-            format_name=name,
-            parts=(outputs,),
-            dtype=_BFLOAT16,
-            device=torch.device("cpu"),
+    matrix: QuantisedMatrix
+    if name == FLOAT8_BLOCKS:
+        matrix = Float8Blocks(
+            values_OI=numbers.view(torch.float8_e4m3fn),
+            scales_BG=torch.zeros(-(-outputs // 128), -(-inputs // 128)),
+            blocks_O=torch.zeros(outputs, dtype=torch.int32),
+            group=128,
         )
-        weight.pack(0, matrix)
+    elif name == INT4_GROUPS:
+        group = 128 if inputs % 128 == 0 else 64
+        scales_OG = torch.zeros(outputs, inputs // group, dtype=torch.float16)
+        zeros_OG = torch.zeros(outputs, inputs // group, dtype=torch.uint8)
+        matrix = Int4Groups(numbers=numbers, scales_OG=scales_OG, zeros_OG=zeros_OG, group=group)
+    else:
+        powers_OG = torch.zeros(outputs, inputs // FLOAT4_GROUP, dtype=torch.uint8)
+        matrix = Float4Groups(numbers=numbers, powers_OG=powers_OG)
+    weight = QuantisedWeight(
+        (outputs, inputs),
+        format_name=name,
+        parts=(outputs,),
+        dtype=_BFLOAT16,
+        device=torch.device("cpu"),
+        uniform=uniform,
+    )
+    weight.pack(0, matrix)
+    return weight
+
+
+def _quantised() -> Iterator[Sample]:
+    for name, call in (
+        (INT4_GROUPS, quantised.linear_int4),
+        (FLOAT8_BLOCKS, quantised.linear_float8),
+    ):
+        weight = _weight(name, 512, 4096)
         for tokens in (1, 512):
-            x_TI = torch.zeros(tokens, inputs, dtype=_BFLOAT16)
+            x_TI = torch.zeros(tokens, 4096, dtype=_BFLOAT16)
             yield _sample("gemm.linear", f"{name}, {tokens} tokens", call, x_TI, weight, None)
 
 
@@ -206,6 +223,25 @@ def _experts() -> Iterator[Sample]:
             first=0,
         )
         yield Sample(op="moe.experts", name=f"{held} experts, {count} tokens", call=experts)
+    # Of one expert, since kernels do not know how many there are.
+    for name, call in (
+        (FLOAT8_BLOCKS, moe.experts_float8),
+        (INT4_GROUPS, moe.experts),
+        (FLOAT4_GROUPS, moe.experts),
+    ):
+        gate_up = _weight(name, 2 * hidden, 2880, uniform=True)
+        down = _weight(name, 2880, hidden, uniform=True)
+        for count in (4, tokens):
+            experts = partial(
+                call,
+                torch.zeros(count, 2880, dtype=_BFLOAT16),
+                gate_up,
+                down,
+                torch.zeros(count, 4, dtype=torch.int64),
+                torch.zeros(count, 4),
+                first=0,
+            )
+            yield Sample(op="moe.experts", name=f"{name}, {count} tokens", call=experts)
 
 
 def _sampling() -> Iterator[Sample]:

@@ -15,13 +15,17 @@ import torch
 
 from tokenspeed.kernels import reference
 from tokenspeed.kernels.quantised import (
+    FLOAT4_GROUP,
+    FLOAT4_GROUPS,
+    FLOAT8_BLOCKS,
     INT4_GROUPS,
     QUANTISED,
+    Float4Groups,
     Float8Blocks,
     Int4Groups,
     QuantisedMatrix,
-    QuantisedWeight,
 )
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.triton import (
     attention,
@@ -113,7 +117,7 @@ def workloads(*, scale: int = 1) -> Iterator[Workload]:
     for heads in (16, 128):
         yield _mla_prompt(50_000 // scale, heads, 1024 // scale, page_size=64)
     for tokens in (1, 16, 2048 // scale):
-        for name in QUANTISED:
+        for name in (FLOAT8_BLOCKS, INT4_GROUPS):
             yield _quantised(max(1, tokens), 4096 // scale, 14_336 // scale, name)
     yield from _experts(scale)
     yield from _rowwise(scale)
@@ -204,38 +208,53 @@ def _mha(batch: int, context: int, new: int) -> Workload:
     )
 
 
-def _quantised(tokens: int, inputs: int, outputs: int, format_name: str) -> Workload:
+def _packed(
+    format_name: str, outputs: int, inputs: int, *, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[QuantisedWeight, QuantisedMatrix]:
+    """A weight of one part, for a product or for experts, and its numbers as they come."""
+    device = generator.device
     group = 128 if inputs % 128 == 0 else inputs
+    numbers = torch.empty((outputs, inputs), dtype=torch.uint8, device=device)
+    numbers.random_(0, 16, generator=generator)
+    matrix: QuantisedMatrix
+    if format_name == FLOAT4_GROUPS:
+        powers_OG = torch.empty(outputs, inputs // FLOAT4_GROUP, dtype=torch.uint8, device=device)
+        matrix = Float4Groups(
+            numbers=numbers, powers_OG=powers_OG.random_(118, 124, generator=generator)
+        )
+    elif format_name == INT4_GROUPS:
+        scales = torch.rand(outputs, inputs // group, device=device, generator=generator)
+        matrix = Int4Groups(numbers=numbers, scales_OG=scales.to(dtype), zeros_OG=None, group=group)
+    else:
+        blocks_O = (torch.arange(outputs, device=device) // group).int()
+        shape = (-(-outputs // group), inputs // group)
+        matrix = Float8Blocks(
+            values_OI=numbers.to(torch.float8_e4m3fn),
+            scales_BG=torch.rand(shape, device=device, generator=generator),
+            blocks_O=blocks_O,
+            group=group,
+        )
+    weight = QuantisedWeight(
+        (outputs, inputs),
+        format_name=format_name,
+        parts=(outputs,),
+        dtype=dtype,
+        device=device,
+        uniform=True,
+    )
+    weight.pack(0, matrix)
+    return weight, matrix
+
+
+def _quantised(tokens: int, inputs: int, outputs: int, format_name: str) -> Workload:
     int4 = format_name == INT4_GROUPS
 
     def make(device: torch.device, seed: int) -> Call:
         generator = torch.Generator(device).manual_seed(seed)
         x_TI = _normal(tokens, inputs, generator=generator)
-        numbers = torch.empty((outputs, inputs), dtype=torch.uint8, device=device)
-        numbers.random_(0, 16, generator=generator)
-        blocks_O = torch.arange(outputs, device=device) // group
-        scales = torch.rand(
-            (outputs if int4 else int(blocks_O[-1]) + 1, inputs // group),
-            device=device,
-            generator=generator,
+        weight, matrix = _packed(
+            format_name, outputs, inputs, generator=generator, dtype=x_TI.dtype
         )
-        matrix: QuantisedMatrix
-        if int4:
-            scales_OG = scales.to(x_TI.dtype)
-            matrix = Int4Groups(numbers=numbers, scales_OG=scales_OG, zeros_OG=None, group=group)
-        else:
-            values_OI = numbers.float().to(torch.float8_e4m3fn)
-            matrix = Float8Blocks(
-                values_OI=values_OI, scales_BG=scales, blocks_O=blocks_O.int(), group=group
-            )
-        weight = QuantisedWeight(
-            (outputs, inputs),
-            format_name=format_name,
-            parts=(outputs,),
-            dtype=x_TI.dtype,
-            device=device,
-        )
-        weight.pack(0, matrix)
         call = quantised.linear_int4 if int4 else quantised.linear_float8
 
         def wanted() -> torch.Tensor:
@@ -254,29 +273,46 @@ def _quantised(tokens: int, inputs: int, outputs: int, format_name: str) -> Work
 
 
 def _experts(scale: int) -> Iterator[Workload]:
-    features, hidden = _MODEL // scale, _HIDDEN // scale
+    few, many = 16 // min(scale, 8), 2048 // scale
+    # Whole groups of MXFP4.
+    features, hidden = (
+        -(-size // scale // FLOAT4_GROUP) * FLOAT4_GROUP for size in (_MODEL, _HIDDEN)
+    )
+    for tokens, format_name in (
+        *((few, name) for name in ("bfloat16", *QUANTISED)),
+        (many, "bfloat16"),
+    ):
+        yield _some_experts(tokens, features, hidden, format_name)
 
-    for tokens in (16 // min(scale, 8), 2048 // scale):
 
-        def make(device: torch.device, seed: int, tokens: int = tokens) -> Call:
-            generator = torch.Generator(device).manual_seed(seed)
-            x_TM = _normal(tokens, features, generator=generator)
-            gate_up = _normal(_EXPERTS, 2 * hidden, features, generator=generator)
-            down = _normal(_EXPERTS, features, hidden, generator=generator)
-            chosen = torch.rand(tokens, _EXPERTS, device=device, generator=generator)
-            experts_TK = chosen.argsort(-1)[:, :_CHOSEN].contiguous()
-            weights_TK = torch.rand(tokens, _CHOSEN, device=device, generator=generator)
-            operands = (x_TM, gate_up, down, experts_TK, weights_TK)
-            return Call(run=partial(moe.experts, *operands, first=0))
+def _some_experts(tokens: int, features: int, hidden: int, format_name: str) -> Workload:
+    def make(device: torch.device, seed: int) -> Call:
+        generator = torch.Generator(device).manual_seed(seed)
+        x_TM = _normal(tokens, features, generator=generator)
 
-        used = min(_EXPERTS, tokens * _CHOSEN)
-        yield Workload(
-            op="moe.experts",
-            name=f"{tokens} tokens, {_CHOSEN} of {_EXPERTS} experts",
-            size_bytes=_BYTES * used * 3 * features * hidden,
-            operations=2 * tokens * _CHOSEN * 3 * features * hidden,
-            make=make,
-        )
+        def matrices(outputs: int, inputs: int) -> torch.Tensor | QuantisedWeight:
+            if format_name not in QUANTISED:
+                return _normal(_EXPERTS, outputs, inputs, generator=generator)
+            rows = _EXPERTS * outputs
+            return _packed(format_name, rows, inputs, generator=generator, dtype=x_TM.dtype)[0]
+
+        chosen = torch.rand(tokens, _EXPERTS, device=device, generator=generator)
+        experts_TK = chosen.argsort(-1)[:, :_CHOSEN].contiguous()
+        weights_TK = torch.rand(tokens, _CHOSEN, device=device, generator=generator)
+        both = matrices(2 * hidden, features), matrices(features, hidden)
+        call = moe.experts_float8 if format_name == FLOAT8_BLOCKS else moe.experts
+        return Call(run=partial(call, x_TM, *both, experts_TK, weights_TK, first=0))
+
+    used = min(_EXPERTS, tokens * _CHOSEN)
+    element_size = {FLOAT8_BLOCKS: 1.0, INT4_GROUPS: 0.5, FLOAT4_GROUPS: 0.5}
+    in_words = f", {format_name}" if format_name in QUANTISED else ""
+    return Workload(
+        op="moe.experts",
+        name=f"{tokens} tokens, {_CHOSEN} of {_EXPERTS} experts{in_words}",
+        size_bytes=int(element_size.get(format_name, _BYTES) * used * 3 * features * hidden),
+        operations=2 * tokens * _CHOSEN * 3 * features * hidden,
+        make=make,
+    )
 
 
 def _rowwise(scale: int) -> Iterator[Workload]:

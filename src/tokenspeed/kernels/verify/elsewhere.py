@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tokenspeed.kernels.quantised import QuantisedWeight
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.rows import PagedRows
 from tokenspeed.kernels.verify.case import Call
 

@@ -230,6 +230,11 @@ def _lookup(of: _Product, kernel: Call, runtime: CpuRuntime) -> Iterator[Compare
     rows_TI = values_OI.float()[ids_T]
     yield equal("rows", kernel(ids_T, table), rows_TI)
     yield equal("scaled rows", kernel(ids_T, table, 25.298221), rows_TI * 25.298221)
+    # A part of a table whose first row is the third: of those before and behind it nothing is held.
+    held_T1 = ids_T[:, None] < of.outputs - 2
+    of_part_TI = torch.where(held_T1, rows_TI, 0.0)
+    held_ids_T = torch.where(held_T1[:, 0], ids_T + 2, ids_T - of.outputs + 2)
+    yield equal("rows of a part", kernel(held_ids_T, table, 1.0, 2), of_part_TI)
 
 
 def _dense(values_OI: torch.Tensor, format_name: str, runtime: CpuRuntime) -> Matrix:

@@ -28,7 +28,15 @@ from tokenspeed.kernels.verify.case import (
 )
 from tokenspeed.kernels.verify.paging import scattered_rows, written_slots
 
-__all__ = ["append_latents_cases", "join_heads_cases", "paged_mla_cases", "prompt_mla_cases"]
+__all__ = [
+    "LATENT_FORMATS",
+    "LATENT_SHAPES",
+    "LatentShape",
+    "append_latents_cases",
+    "join_heads_cases",
+    "paged_mla_cases",
+    "prompt_mla_cases",
+]
 
 
 # Tokens, heads, and elements of both halves.
@@ -36,7 +44,9 @@ _JOINED = ((1, 1, 32, 16), (5, 3, 1, 7), (40, 16, 64, 32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
+class LatentShape:
+    """Sizes of an attention over latents: heads, elements of a latent and of its value."""
+
     heads: int
     latent: int
     value: int
@@ -46,21 +56,21 @@ class _Shape:
         return f"{self.heads} heads, latents of {self.latent}, pages of {self.page_size}"
 
 
-_SHAPES = (
-    _Shape(heads=1, latent=12, value=8, page_size=5),
-    _Shape(heads=3, latent=48, value=32, page_size=16),
-    _Shape(heads=16, latent=576, value=512, page_size=32),
-    _Shape(heads=35, latent=144, value=96, page_size=7),
+LATENT_SHAPES = (
+    LatentShape(heads=1, latent=12, value=8, page_size=5),
+    LatentShape(heads=3, latent=48, value=32, page_size=16),
+    LatentShape(heads=16, latent=576, value=512, page_size=32),
+    LatentShape(heads=35, latent=144, value=96, page_size=7),
 )
 
 
-_FORMATS = (*((named(dtype), dtype) for dtype in TYPES), (FLOAT8, torch.bfloat16))
+LATENT_FORMATS = (*((named(dtype), dtype) for dtype in TYPES), (FLOAT8, torch.bfloat16))
 
 
 def paged_mla_cases() -> Iterator[Case]:
     """Decode, prefill and both at once; what no row has written is NaN."""
-    for shape in _SHAPES:
-        for format_name, dtype in _FORMATS:
+    for shape in LATENT_SHAPES:
+        for format_name, dtype in LATENT_FORMATS:
             for name, lengths in ROWS.items():
                 yield Case(
                     op="attention.paged_mla",
@@ -82,7 +92,7 @@ def prompt_mla_cases() -> Iterator[Case]:
     """Prompts with and without a cached part; what no row has written is NaN."""
     for sizes, page_size in _PROMPT_SHAPES:
         heads, _, rotated, rank, _ = sizes
-        for format_name, dtype in _FORMATS:
+        for format_name, dtype in LATENT_FORMATS:
             for context, new in _PROMPTS:
                 yield Case(
                     op="attention.prompt_mla",
@@ -125,8 +135,8 @@ def _join_heads(
 
 def append_latents_cases() -> Iterator[Case]:
     """Scattered pages, latents as views into wider rows; no other slot may change."""
-    for shape in _SHAPES:
-        for format_name, dtype in _FORMATS:
+    for shape in LATENT_SHAPES:
+        for format_name, dtype in LATENT_FORMATS:
             for lengths in APPENDED:
                 yield Case(
                     op="kvcache.append_latents",
@@ -139,7 +149,7 @@ def append_latents_cases() -> Iterator[Case]:
 
 
 def _paged_mla(
-    shape: _Shape,
+    shape: LatentShape,
     kind: tuple[str, torch.dtype],
     lengths: tuple[tuple[int, int], ...],
     kernel: Call,
@@ -220,7 +230,7 @@ def _prompt_mla(
 
 
 def _append_latents(
-    shape: _Shape,
+    shape: LatentShape,
     kind: tuple[str, torch.dtype],
     lengths: tuple[tuple[int, int], ...],
     kernel: Call,

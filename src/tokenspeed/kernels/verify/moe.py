@@ -12,9 +12,24 @@ from typing import Any
 import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
+from tokenspeed.kernels.quantised import (
+    FLOAT8_BLOCKS,
+    INT4_GROUPS,
+    QUANTISED,
+    QuantisedMatrix,
+)
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.verify.blocks import packed_weight
 from tokenspeed.kernels.verify.case import TYPES, Call, Case, Compared, compare, equal, named, noise
-from tokenspeed.kernels.weights import PACKED, PANELS, PackedWeight
+from tokenspeed.kernels.verify.quantised import random_float4, random_float8, random_int4
+from tokenspeed.kernels.weights import (
+    GROUPED,
+    PACKED,
+    PACKED_FLOAT4,
+    PANELS,
+    PackedGroups,
+    PackedWeight,
+)
 
 __all__ = ["add_cases", "experts_cases", "route_cases"]
 
@@ -46,6 +61,10 @@ class _Sizes:
                 for _ in range(_HELD)
             ]
             return [weight for weight, _ in both], torch.stack([v for _, v in both]).double()
+        if self.format_name in GROUPED:
+            return self._in_groups(outputs, inputs, runtime)
+        if self.format_name in QUANTISED:
+            return self._quantised(outputs, inputs)
         values = noise(_HELD, outputs, inputs, dtype=self.dtype, seed=outputs)
         if self.format_name not in PANELS:
             return values, values.double()
@@ -57,6 +76,58 @@ class _Sizes:
             weight.pack_dense(0, matrix)
             packed.append(weight)
         return packed, values.double()
+
+    def _in_groups(
+        self, outputs: int, inputs: int, runtime: CpuRuntime
+    ) -> tuple[Any, torch.Tensor]:
+        """Two parts a matrix; of the last expert the lower one is dense."""
+        upper = outputs // 2 + 3
+        parts = (upper, outputs - upper)
+        packed, values = [], []
+        for expert in range(_HELD):
+            weight = PackedGroups((outputs, inputs), parts=parts, dtype=self.dtype, runtime=runtime)
+            for part, count in enumerate(parts):
+                seed = 2 * expert + part
+                found: QuantisedMatrix = (
+                    random_float4(count, inputs, seed=seed)
+                    if self.format_name == PACKED_FLOAT4
+                    else random_int4(count, inputs, 32, zeros=bool(part), seed=seed)
+                )
+                exact = found.to_float().to(self.dtype)
+                if seed == 2 * _HELD - 1:
+                    weight.pack_dense(part, exact)
+                    values.append(exact.double())
+                else:
+                    weight.pack(part, found)
+                    values.append(found.to_float().double())
+            packed.append(weight)
+        return packed, torch.cat(values).view(_HELD, outputs, inputs)
+
+    def _quantised(self, outputs: int, inputs: int) -> tuple[Any, torch.Tensor]:
+        """Two parts a matrix, all of one kind."""
+        upper = outputs // 2 + 3
+        weight = QuantisedWeight(
+            (_HELD * outputs, inputs),
+            format_name=self.format_name,
+            parts=(upper, outputs - upper) * _HELD,
+            dtype=self.dtype,
+            device=torch.device("cpu"),
+            uniform=True,
+        )
+        values = []
+        for part, count in enumerate((upper, outputs - upper) * _HELD):
+            found = _random(self.format_name, count, inputs, seed=part + outputs)
+            weight.pack(part, found)
+            values.append(found.to_float().double())
+        return weight, torch.cat(values).view(_HELD, outputs, inputs)
+
+
+def _random(format_name: str, outputs: int, inputs: int, *, seed: int) -> QuantisedMatrix:
+    if format_name == FLOAT8_BLOCKS:
+        return random_float8(outputs, inputs, seed=seed)
+    if format_name == INT4_GROUPS:
+        return random_int4(outputs, inputs, 32, zeros=bool(inputs % 64), seed=seed)
+    return random_float4(outputs, inputs, seed=seed)
 
 
 def add_cases() -> Iterator[Case]:
@@ -75,11 +146,11 @@ def add_cases() -> Iterator[Case]:
 def experts_cases() -> Iterator[Case]:
     """Tokens of no expert that is held, of one, of all."""
     for dtype in TYPES:
-        formats = (named(dtype), f"{named(dtype)}_panels", PACKED)
+        formats = (named(dtype), f"{named(dtype)}_panels", PACKED, *GROUPED, *QUANTISED)
         for format_name in formats:
             if format_name.endswith("_panels") and format_name not in PANELS:
                 continue
-            if format_name == PACKED and dtype == torch.float16:
+            if format_name in (PACKED, *GROUPED) and dtype == torch.float16:
                 continue
             for tokens, features, hidden in ((1, 32, 32), (5, 64, 96), (37, 96, 64)):
                 sizes = _Sizes(format_name, dtype, tokens, features, hidden)

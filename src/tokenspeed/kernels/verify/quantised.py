@@ -11,17 +11,19 @@ import torch
 
 from tokenspeed.kernels.cpu.runtime import CpuRuntime
 from tokenspeed.kernels.quantised import (
+    FLOAT4_GROUP,
     FLOAT8_BLOCKS,
     INT4_GROUPS,
+    Float4Groups,
     Float8Blocks,
     Int4Groups,
     QuantisedMatrix,
-    QuantisedWeight,
 )
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.verify.case import HALF_TYPES, Call, Case, Compared, compare, named, noise
 from tokenspeed.kernels.weights import PACKED_GROUPS, PackedGroups
 
-__all__ = ["linear_cases", "random_float8", "random_int4"]
+__all__ = ["linear_cases", "random_float4", "random_float8", "random_int4"]
 
 # Tokens, inputs, and outputs of each part.
 _SIZES = (
@@ -78,6 +80,16 @@ def random_int4(outputs: int, inputs: int, group: int, *, zeros: bool, seed: int
         scales_OG=torch.randn(shape, generator=generator).mul_(0.05).half(),
         zeros_OG=found if zeros else None,
         group=group,
+    )
+
+
+def random_float4(outputs: int, inputs: int, *, seed: int = 0) -> Float4Groups:
+    """Numbers of all sixteen kinds, scales of some powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (outputs, inputs // FLOAT4_GROUP)
+    return Float4Groups(
+        numbers=torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator),
+        powers_OG=torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator),
     )
 
 

@@ -13,7 +13,7 @@ from tokenspeed.kernels.activations import QUANTISED_ROWS
 from tokenspeed.kernels.kv_formats import FLOAT8, ROUNDED
 from tokenspeed.kernels.quantised import FLOAT8_BLOCKS
 from tokenspeed.kernels.verify.case import Case, named
-from tokenspeed.kernels.weights import PACKED, PACKED_GROUPS
+from tokenspeed.kernels.weights import GROUPED, PACKED
 
 __all__ = ["TOLERANCES", "Tolerance"]
 
@@ -45,7 +45,7 @@ class Tolerance:
 
     def of(self, case: Case) -> float:
         """The error allowed in a case."""
-        if case.format_name in (PACKED, PACKED_GROUPS):
+        if case.format_name in (PACKED, *GROUPED):
             assert self.packed is not None
             return self.packed
         if case.format_name == QUANTISED_ROWS:
@@ -121,6 +121,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         bfloat16=1e-2,
         float16=1.5e-3,
         packed=3e-2,
+        float8=8e-2,
         reason="two products, each as in gemm.linear, and a rounding between them",
     ),
     "attention.paged_mla": Tolerance(
@@ -128,6 +129,18 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
         bfloat16=6e-3,
         float16=1e-3,
         reason="as attention.paged_mha",
+    ),
+    "attention.partial_mla": Tolerance(
+        float32=2e-6,
+        bfloat16=6e-3,
+        float16=1e-3,
+        reason="as attention.paged_mla; the result is float32",
+    ),
+    "attention.project_parts": Tolerance(
+        float32=2e-6,
+        bfloat16=6e-3,
+        float16=1e-3,
+        reason="dense products as in gemm.linear; a kernel may round results to the weight's type",
     ),
     "attention.prompt_mla": Tolerance(
         float32=4e-6,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokenspeed.core.errors import PlacementError
-from tokenspeed.modeling.compiler.install import Groups, TokenCounts, inner_forward, modules_of
+from tokenspeed.modeling.compiler.install import Groups, StepInProgress, inner_forward, modules_of
 from tokenspeed.modeling.compiler.program import Lying, Program
 from tokenspeed.modeling.module import Module
 
@@ -24,7 +24,7 @@ def groups_to_check(program: Program) -> tuple[tuple[int, ...], ...]:
     return tuple((cell,) for cell in range(len(program.mesh.cells)))
 
 
-def check_placements(root: Module, program: Program, groups: Groups, known: TokenCounts) -> None:
+def check_placements(root: Module, program: Program, groups: Groups, known: StepInProgress) -> None:
     """Have every call of a module of a model check what crosses its boundary.
 
     To be called before the program is installed, so that tensors are seen as `forward` gets them.
@@ -45,7 +45,7 @@ def check_placements(root: Module, program: Program, groups: Groups, known: Toke
 
 
 class _Checker:
-    def __init__(self, groups: Groups, known: TokenCounts) -> None:
+    def __init__(self, groups: Groups, known: StepInProgress) -> None:
         self._groups = groups
         self._known = known
 

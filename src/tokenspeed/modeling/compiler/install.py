@@ -16,20 +16,34 @@ from tokenspeed.modeling.compiler.program import Program
 from tokenspeed.modeling.compiler.transition import Transition
 from tokenspeed.modeling.module import Module
 
-__all__ = ["Groups", "TokenCounts", "apply_transition", "inner_forward", "install", "modules_of"]
+__all__ = [
+    "Groups",
+    "Keep",
+    "StepInProgress",
+    "apply_transition",
+    "inner_forward",
+    "install",
+    "modules_of",
+]
 
 Groups = Mapping[tuple[int, ...], Group]
 
+Keep = Callable[[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], None]
+"""Takes what comes, room for what it becomes, of as many rows, and what makes this of that, for any
+number of the first rows."""
+
 
 @dataclass(slots=True)
-class TokenCounts:
-    """How many tokens the step in progress has, and how many of them are sampled.
+class StepInProgress:
+    """What exchanges are to know of the step that runs, or is recorded.
 
     Attributes:
-        by_symbol: "T" and "S".
+        by_symbol: how many tokens it has, "T", and how many of them are sampled, "S".
+        keep: while a step is recorded, what keeps an exchange for later; None where it runs.
     """
 
     by_symbol: dict[str, int] = field(default_factory=dict)
+    keep: "Keep | None" = None
 
 
 def install(
@@ -38,7 +52,7 @@ def install(
     groups: Groups,
     *,
     counts: Callable[..., Mapping[str, int]],
-    known: TokenCounts | None = None,
+    known: StepInProgress | None = None,
 ) -> None:
     """Make a model run its program on one rank.
 
@@ -49,7 +63,7 @@ def install(
         counts: tokens "T" and sampled tokens "S" of the arguments that the model is called with.
         known: where they are kept during a step.
     """
-    known = known or TokenCounts()
+    known = known or StepInProgress()
     by_path: dict[str, dict[str, list[Transition]]] = {}
     for step in program.steps:
         by_path.setdefault(step.path, {}).setdefault(step.parameter, []).append(step.transition)
@@ -62,7 +76,7 @@ def install(
 
 
 def apply_transition(
-    transition: Transition, x: torch.Tensor, groups: Groups, known: TokenCounts
+    transition: Transition, x: torch.Tensor, groups: Groups, known: StepInProgress
 ) -> torch.Tensor:
     """Run one transition on a rank's tensor."""
     group = groups[transition.cells]
@@ -117,7 +131,7 @@ def modules_of(root: Module, path: str = "") -> Iterator[tuple[str, Module]]:
 
 
 def _sizes(
-    transition: Transition, dim: int, x: torch.Tensor, group: Group, known: TokenCounts
+    transition: Transition, dim: int, x: torch.Tensor, group: Group, known: StepInProgress
 ) -> list[int]:
     """What each member has of a dimension when it is divided."""
     if dim != 0 or transition.symbol is None:
@@ -131,7 +145,7 @@ def _put_before(
     module: Module,
     entering: Mapping[str, Sequence[Transition]],
     groups: Groups,
-    known: TokenCounts,
+    known: StepInProgress,
 ) -> None:
     forward = inner_forward(module)
     # What may stand before it already takes any arguments.
@@ -154,7 +168,7 @@ def _put_around(
     root: Module,
     leaving: Sequence[Transition],
     groups: Groups,
-    known: TokenCounts,
+    known: StepInProgress,
     counts: Callable[..., Mapping[str, int]],
 ) -> None:
     forward = inner_forward(root)
@@ -166,9 +180,49 @@ def _put_around(
     vars(root)["forward"] = around
 
 
-def _through(steps: Sequence[Transition], value: Any, groups: Groups, known: TokenCounts) -> Any:
+def _through(steps: Sequence[Transition], value: Any, groups: Groups, known: StepInProgress) -> Any:
     if value is None:
         return None
     for transition in steps:
-        value = apply_transition(transition, value, groups, known)
+        if transition.kind == "slice":
+            value = apply_transition(transition, value, groups, known)
+        elif known.keep is not None:
+            value = _kept(transition, value, groups, known, known.keep)
+        elif _of_nothing(transition, known):
+            value = _room(transition, value)
+        else:
+            value = apply_transition(transition, value, groups, known)
     return value
+
+
+def _of_nothing(transition: Transition, known: StepInProgress) -> bool:
+    """Whether no rank has a row to exchange: a recorded step leaves such exchanges out, so that
+    others beside it are to do likewise."""
+    if transition.symbol is None or 0 in (transition.split_dim, transition.join_dim):
+        return False
+    return (
+        transition.kind in {"all_reduce", "all_gather"}
+        and known.by_symbol.get(transition.symbol[0]) == 0
+    )
+
+
+def _kept(
+    transition: Transition, x: torch.Tensor, groups: Groups, known: StepInProgress, keep: Keep
+) -> torch.Tensor:
+    """What a transition makes of a tensor once what is recorded runs."""
+    made = _room(transition, x)
+
+    def exchange(rows: torch.Tensor) -> torch.Tensor:
+        return apply_transition(transition, rows, groups, known)
+
+    keep(x, made, exchange)
+    return made
+
+
+def _room(transition: Transition, x: torch.Tensor) -> torch.Tensor:
+    """Memory for what a sum, or features put together, make of a tensor."""
+    shape = list(x.shape)
+    if transition.kind == "all_gather":
+        assert transition.join_dim and transition.sizes is not None
+        shape[transition.join_dim] = sum(transition.sizes)
+    return torch.empty(shape, dtype=torch.float32 if transition.wide else x.dtype, device=x.device)

@@ -115,6 +115,19 @@ class Program:
         return tuple(step for step in self.steps if step.transition.kind != "slice")
 
     @property
+    def keeps_tokens_together(self) -> bool:
+        """Whether nothing is exchanged but rows of all of a step's tokens, or of all sampled ones,
+        as sums and features put together."""
+        return all(
+            step.transition.kind in {"slice", "all_reduce", "all_gather"}
+            and step.transition.split_dim != 0
+            and step.transition.join_dim != 0
+            and step.transition.symbol is not None
+            and step.transition.symbol[1] == 1
+            for step in self.steps
+        )
+
+    @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Cells of every group of ranks that a step needs, in one order on all ranks."""
         return tuple(sorted({step.transition.cells for step in self.steps}))

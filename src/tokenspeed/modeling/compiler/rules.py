@@ -26,19 +26,26 @@ def _linear(
 
 
 def _heads(tracer: Tracer, x_THI: Symbol, weight_HOI: WeightSymbol) -> Symbol:
-    _whole_features(tracer, "gemm.heads", x_THI)
-    divided, taken = x_THI.dims[-2:]
+    flow = Flow(name="gemm.heads", sums=frozenset({0}))
+    outputs = _each_head(tracer, flow.name, x_THI, x_THI.dims[-1], weight_HOI)
+    dims = [*x_THI.dims[:-1], Dim(size=outputs)]
+    (made,) = tracer.record(flow, (x_THI,), [(dims, x_THI.dtype)])
+    return made
+
+
+def _each_head(tracer: Tracer, name: str, x: Symbol, taken: Dim, weight_HOI: WeightSymbol) -> int:
+    """Outputs of each head's own product with `taken` of its elements, heads divided as x has
+    them."""
+    _whole_features(tracer, name, x)
+    divided = x.dims[-2]
     tracer.divide(weight_HOI, {weight_HOI.weight.dims[0]: divided.cells}, frozenset())
     heads, outputs, inputs = weight_HOI.weight.local_shape
     if (divided.size, taken.size) != (heads, inputs):
         tracer.fail(
-            f"gemm.heads takes {heads} heads of {inputs} inputs, but what comes from "
-            f"{x_THI.source} has {divided.size} of {taken.size}"
+            f"{name} takes {heads} heads of {inputs} inputs, but what comes from "
+            f"{x.source} has {divided.size} of {taken.size}"
         )
-    flow = Flow(name="gemm.heads", sums=frozenset({0}))
-    dims = [*x_THI.dims[:-1], Dim(size=outputs)]
-    (made,) = tracer.record(flow, (x_THI,), [(dims, x_THI.dtype)])
-    return made
+    return outputs
 
 
 def _logits(tracer: Tracer, x_SI: Symbol, weight_VI: WeightSymbol) -> Symbol:
@@ -78,7 +85,11 @@ def _product(
 
 
 def _lookup(
-    tracer: Tracer, token_ids_T: Symbol, table_VM: WeightSymbol, scale: float = 1.0
+    tracer: Tracer,
+    token_ids_T: Symbol,
+    table_VM: WeightSymbol,
+    scale: float = 1.0,
+    first: int | None = None,
 ) -> Symbol:
     rows, columns = table_VM.weight.dims
     cells = range(len(tracer.mesh.cells))
@@ -248,6 +259,29 @@ def _paged_mla(tracer: Tracer, q_TQE: Symbol, *, value_dim: int, **others: Any) 
     return made
 
 
+def _partial_mla(tracer: Tracer, q_TQE: Symbol, *, value_dim: int, **others: Any) -> Symbol:
+    _whole_features(tracer, "attention.partial_mla", q_TQE)
+    flow = Flow(
+        name="attention.partial_mla",
+        mixes_tokens=True,
+        makes_softmax=frozenset(tracer.mesh.cells_of("cp")),
+    )
+    dims = [*q_TQE.dims[:-1], Dim(size=value_dim + 1)]
+    (made,) = tracer.record(flow, (q_TQE,), [(dims, torch.float32)])
+    return made
+
+
+def _project_parts(tracer: Tracer, parts_TQX: Symbol, weight_QVL: WeightSymbol) -> Symbol:
+    flow = Flow(name="attention.project_parts", parts=frozenset({0}))
+    taken = parts_TQX.dims[-1]
+    outputs = _each_head(
+        tracer, flow.name, parts_TQX, replace(taken, size=taken.size - 1), weight_QVL
+    )
+    dims = [*parts_TQX.dims[:-1], Dim(size=outputs + 1)]
+    (made,) = tracer.record(flow, (parts_TQX,), [(dims, torch.float32)])
+    return made
+
+
 def _join_heads(tracer: Tracer, front_TQA: Symbol, behind_TQB: Symbol) -> Symbol:
     _whole_features(tracer, "attention.join_heads", front_TQA, behind_TQB)
     return cat((front_TQA, behind_TQB), dim=-1)
@@ -294,6 +328,8 @@ RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "attention.paged_mha": _paged_mha,
         "attention.paged_mla": _paged_mla,
         "attention.partial_mha": _partial_mha,
+        "attention.partial_mla": _partial_mla,
+        "attention.project_parts": _project_parts,
         "embedding.lookup": _lookup,
         "embedding.take": _take,
         "gemm.heads": _heads,

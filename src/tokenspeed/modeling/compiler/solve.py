@@ -18,6 +18,7 @@ from tokenspeed.modeling.compiler.transition import States, Transition, transiti
 from tokenspeed.modeling.placement import (
     Partial,
     PartialSoftmax,
+    PerPart,
     PerToken,
     Placement,
     Replicate,
@@ -123,6 +124,8 @@ def entries(mesh: Mesh, crossing: Crossing) -> Iterator[States]:
             options.append("P")
         elif isinstance(wanted, PartialSoftmax):
             options.append("L")
+        elif isinstance(wanted, PerPart):
+            options.append("RL")
         elif isinstance(wanted, Unsaid):
             options.append("BRP" if cell in own else "RP")
         elif isinstance(wanted, PerToken):
@@ -191,7 +194,11 @@ def _through(
     carried: list[str] = []
     for cell in range(len(mesh.cells)):
         states = [states[cell] for states in inputs]
-        if "L" in states:
+        unmerged = {index for index, state in enumerate(states) if state == "L"}
+        if unmerged and unmerged == set(flow.parts):
+            carried.append("L")
+            continue
+        if unmerged:
             return {}, _illegal(
                 mesh, event, lying, states.index("L"), "cannot take parts that are not yet merged"
             )

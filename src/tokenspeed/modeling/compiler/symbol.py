@@ -68,6 +68,8 @@ class Flow:
             rank needs all of them.
         makes_partial: cells over which the result is a sum.
         makes_softmax: cells over which it is parts of a softmax.
+        parts: inputs which may be parts of a softmax, as then the result is: of each mean the op is
+            a linear function, and logarithms of sums it leaves.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Flow:
     mixes_tokens: bool = False
     makes_partial: frozenset[int] = frozenset()
     makes_softmax: frozenset[int] = frozenset()
+    parts: frozenset[int] = frozenset()
 
 
 class Recorder(Protocol):

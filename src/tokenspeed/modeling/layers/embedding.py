@@ -47,12 +47,7 @@ class Embedding(Module):
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TM."""
-        first = self.table.local_first
-        if first is None:
-            return self._lookup(token_ids_T, self.table.data, self._scale)
-        ids_T = token_ids_T - first
-        held_T = (ids_T >= 0) & (ids_T < self.table.local_shape[0])
-        return self._lookup(ids_T * held_T, self.table.data, self._scale) * held_T[:, None]
+        return self._lookup(token_ids_T, self.table.data, self._scale, self.table.local_first)
 
 
 @boundary(x_SM=Replicate("tp"), out=Shard("tp", "vocabulary"))

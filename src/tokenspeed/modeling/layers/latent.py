@@ -10,13 +10,13 @@ from typing import TypeAlias
 import torch
 
 from tokenspeed.core.config import KVSpec
-from tokenspeed.core.errors import ConfigError
 from tokenspeed.kernels import Activations, KernelSelector, ops
 from tokenspeed.kernels.rows import PagedRows, PartedRows
 from tokenspeed.modeling.config import LatentConfig
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.head_weight import HeadWeight
 from tokenspeed.modeling.layers.attention import Attention
+from tokenspeed.modeling.layers.context import ContextLatents
 from tokenspeed.modeling.layers.linear import ColumnLinear, Linear, RowLinear
 from tokenspeed.modeling.layers.norm import BranchNorm
 from tokenspeed.modeling.layers.rotary import Angles
@@ -39,7 +39,8 @@ class LatentHeads(Module):
 
     Attention is computed on compressed KV. A head's up-projection of K goes to its query, that of V
     to what comes out, so that neither K nor V of a position is ever made. Of a long prompt they are
-    where there is a kernel for that and it takes fewer operations.
+    where there is a kernel for that and it takes fewer operations, but for ranks that share a
+    context.
 
     Args:
         heads: H.
@@ -76,7 +77,10 @@ class LatentHeads(Module):
         self._rotate = kernels.select(ops.rope.rotate, traits={"head_dim": config.rotated_dim})
         self._join = kernels.select(ops.attention.join_heads)
         traits = {"latent_dim": config.latent_dim, "value_dim": config.kv_rank}
-        kv_format = kernels.kv_format(ops.kvcache.append_latents, ops.attention.paged_mla, **traits)
+        attention = ops.attention.paged_mla
+        if kernels.context_shared:
+            attention = ops.attention.partial_mla
+        kv_format = kernels.kv_format(ops.kvcache.append_latents, attention, **traits)
         self._append = kernels.select(
             ops.kvcache.append_latents,
             format_name=kv_format,
@@ -86,6 +90,16 @@ class LatentHeads(Module):
         self._attend_prompt = kernels.select_beyond_reference(
             ops.attention.prompt_mla, format_name=kv_format, traits=traits
         )
+        self.shared: ContextLatents | None = None
+        if kernels.context_shared:
+            self._attend_prompt = None
+            self.shared = ContextLatents(
+                config,
+                scale=scale,
+                format_name=kv_format,
+                up_format_name=self.v_up.format_name,
+                kernels=kernels,
+            )
         self._seen_by_min = _seen_by_min(config)
 
     def forward(
@@ -122,6 +136,9 @@ class LatentHeads(Module):
         """out_THV, with heads' up-projections before and behind attention."""
         q_THL = self._heads(plain_THN, self.k_up.data)
         q_THE = self._join(q_THL, turned_THR)
+        if self.shared is not None:
+            out_THV: torch.Tensor = self.shared(q_THE, rows, latents_PCE, self.v_up)
+            return out_THV
         rank = self._config.kv_rank
         out_THL = self._attend(q_THE, latents_PCE, rows, self._scale, value_dim=rank)
         return self._heads(out_THL, self.v_up.data)
@@ -179,9 +196,6 @@ class LatentAttention(Module):
         bias: whether the projections down and out add one.
         scale: what products of queries and keys are multiplied by.
         kernels: chooses the ops.
-
-    Raises:
-        ConfigError: ranks are to share contexts.
     """
 
     window: int | None = None
@@ -196,11 +210,6 @@ class LatentAttention(Module):
         scale: float,
         kernels: KernelSelector,
     ) -> None:
-        if kernels.context_shared:
-            raise ConfigError(
-                "--cp needs layers of attention that are computed over parts of a context, and "
-                "there are none over latents; leave --cp out"
-            )
         self._config = config
         self._query_dim = config.plain_dim + config.rotated_dim
         cut = Cut(unit=self._query_dim)

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tokenspeed.kernels import PACKED, PACKED_GROUPS, QUANTISED, Activations, KernelSelector, ops
+from tokenspeed.kernels import (
+    PACKED,
+    PACKED_FLOAT4,
+    PACKED_GROUPS,
+    QUANTISED,
+    Activations,
+    KernelSelector,
+    ops,
+)
+from tokenspeed.kernels.quantised import FLOAT4_GROUP
 from tokenspeed.modeling.cut import Cut
 from tokenspeed.modeling.module import Module, Weight
 from tokenspeed.modeling.placement import Partial, PerToken, Replicate, Shard, boundary
@@ -15,7 +24,7 @@ from tokenspeed.modeling.placement import Partial, PerToken, Replicate, Shard, b
 __all__ = ["ColumnLinear", "Linear", "RowLinear", "features_cut"]
 
 # Inputs that types of quantised weights keep together, the largest first: GGUF's, and others'.
-BLOCKS, GROUPS = (256, 32), (128, 64, 32)
+BLOCKS, GROUPS, FLOAT4 = (256, 32), (128, 64, 32), (FLOAT4_GROUP,)
 
 
 @boundary(x_TI=PerToken("tp"), out=PerToken("tp"))
@@ -87,7 +96,12 @@ class RowLinear(Linear):
 
 def features_cut(features: int, kernels: KernelSelector) -> Cut:
     """Where features between two products may be cut: blocks of packed weights stay whole."""
-    format_name = kernels.weight_format(ops.gemm.linear)
-    in_groups = (*QUANTISED, PACKED_GROUPS)
-    blocks = BLOCKS if format_name == PACKED else GROUPS if format_name in in_groups else ()
+    formats = {kernels.weight_format(op) for op in (ops.gemm.linear, ops.moe.experts)}
+    blocks: tuple[int, ...] = ()
+    if PACKED in formats:
+        blocks = BLOCKS
+    elif formats & {*QUANTISED, PACKED_GROUPS}:
+        blocks = GROUPS
+    elif PACKED_FLOAT4 in formats:
+        blocks = FLOAT4
     return Cut(unit=next((block for block in blocks if features % block == 0), 1))

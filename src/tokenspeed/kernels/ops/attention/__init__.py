@@ -1,16 +1,26 @@
 """Owns the declarations of attention over paged KV; never computes it.
 
 Legend: T tokens, Q query heads, H KV heads, D elements of a head, X elements of a part, P pages,
-C positions of a page, E elements of a latent, V those of them that are its value.
+C positions of a page, E elements of a latent, V those of them that are its value; where a head's
+value is made of these, they are L, and V its own.
 """
 
 import torch
 
 from tokenspeed.kernels.kv_formats import pool_format
+from tokenspeed.kernels.ops.gemm import HeadMatrices
 from tokenspeed.kernels.registry import declare_op
 from tokenspeed.kernels.rows import PagedRows
 
-__all__ = ["join_heads", "paged_mha", "paged_mla", "partial_mha", "prompt_mla"]
+__all__ = [
+    "join_heads",
+    "paged_mha",
+    "paged_mla",
+    "partial_mha",
+    "partial_mla",
+    "project_parts",
+    "prompt_mla",
+]
 
 
 @declare_op("attention.paged_mha", traits=("head_dim",))
@@ -112,6 +122,45 @@ def paged_mla(
         value_dim=value_dim,
     )
     return kernel(q_TQE, latents_PCE, rows, scale, value_dim=value_dim)
+
+
+@declare_op("attention.partial_mla", traits=("latent_dim", "value_dim"))
+def partial_mla(
+    q_TQE: torch.Tensor,
+    latents_PCE: torch.Tensor,
+    rows: PagedRows,
+    scale: float,
+    *,
+    value_dim: int,
+) -> torch.Tensor:
+    """What `paged_mla` gives of the positions that pages hold where ranks share a context
+    (`rows.share`); gives parts_TQX in float32, X = V + 1, as `partial_mha` does.
+
+    Traits:
+        latent_dim: E.
+        value_dim: V.
+    """
+    kernel = partial_mla.best(
+        q_TQE,
+        format_name=pool_format(latents_PCE),
+        latent_dim=q_TQE.shape[2],
+        value_dim=value_dim,
+    )
+    return kernel(q_TQE, latents_PCE, rows, scale, value_dim=value_dim)
+
+
+@declare_op("attention.project_parts")
+def project_parts(parts_TQX: torch.Tensor, weight_QVL: HeadMatrices) -> torch.Tensor:
+    """Parts of an attention whose means are each head's product of what they were, [T, Q, V + 1] of
+    [T, Q, L + 1]; logarithms of sums stay as they are. float32 both, where a kernel may round means
+    to the weight's type for the product.
+
+    A weighted mean of products is the product of the mean, so it does not matter whether parts are
+    put together before or after, but for what moves.
+    """
+    if isinstance(weight_QVL, torch.Tensor):
+        return project_parts.best(weight_QVL)(parts_TQX, weight_QVL)
+    return project_parts.best(parts_TQX, weight=weight_QVL[0])(parts_TQX, weight_QVL)
 
 
 @declare_op("attention.prompt_mla", traits=("latent_dim", "value_dim"))

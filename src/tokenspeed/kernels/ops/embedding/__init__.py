@@ -12,10 +12,16 @@ __all__ = ["lookup", "take"]
 
 
 @declare_op("embedding.lookup")
-def lookup(token_ids_T: torch.Tensor, table_VM: Matrix, scale: float = 1.0) -> torch.Tensor:
-    """x_TM = scale * table_VM[token_ids_T] in float32; ids are int64 and within the vocabulary."""
+def lookup(
+    token_ids_T: torch.Tensor, table_VM: Matrix, scale: float = 1.0, first: int | None = None
+) -> torch.Tensor:
+    """x_TM = scale * table_VM[token_ids_T] in float32; ids are int64 and within the vocabulary.
+
+    Where a rank has some of the vocabulary's rows, `first` is which of them is the table's first,
+    and other tokens get zeros.
+    """
     operand = table_VM if isinstance(table_VM, torch.Tensor) else token_ids_T
-    return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM, scale)
+    return lookup.best(operand, weight=table_VM)(token_ids_T, table_VM, scale, first)
 
 
 @declare_op("embedding.take")

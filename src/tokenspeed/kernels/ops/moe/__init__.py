@@ -9,16 +9,20 @@ from typing import TypeAlias
 
 import torch
 
+from tokenspeed.kernels.quantised_weight import QuantisedWeight
 from tokenspeed.kernels.registry import declare_op
-from tokenspeed.kernels.weights import PackedWeight
+from tokenspeed.kernels.weights import Matrix, PackedGroups, PackedWeight
 
 __all__ = ["GATE_SLOPE", "ExpertMatrices", "add", "experts", "route"]
 
 GATE_SLOPE = 1.702
 """What the gate of experts with a limit is multiplied by within its sigmoid."""
 
-ExpertMatrices: TypeAlias = torch.Tensor | Sequence[PackedWeight]
-"""A matrix of each expert: a tensor [E, outputs, inputs], or packed ones in order."""
+ExpertMatrices: TypeAlias = (
+    torch.Tensor | QuantisedWeight | Sequence[PackedWeight] | Sequence[PackedGroups]
+)
+"""A matrix of each expert: a tensor [E, outputs, inputs], one weight of all experts' outputs, or
+packed ones in order."""
 
 
 @declare_op("moe.route")
@@ -94,8 +98,11 @@ def experts(
         gate_up_bias_E2F, down_bias_EM: what products add, of x's type; None for nothing.
         limit: see above; None for none.
     """
-    operand = x_TM if isinstance(gate_up_E2FM, torch.Tensor) else None
-    weight = None if operand is not None else gate_up_E2FM[0]
+    weight: Matrix = (
+        gate_up_E2FM
+        if isinstance(gate_up_E2FM, torch.Tensor | QuantisedWeight)
+        else gate_up_E2FM[0]
+    )
     kernel = experts.best(x_TM, weight=weight)
     return kernel(
         x_TM,

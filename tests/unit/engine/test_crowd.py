@@ -1,0 +1,23 @@
+"""How many processes of engines one host gets."""
+
+import pytest
+
+from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.errors import ConfigError
+from tokenspeed.engine.build import build_engine
+from tokenspeed.engine.crowd import check_crowd
+
+
+def test_more_processes_than_a_host_has_a_use_for_are_refused_with_their_flags() -> None:
+    check_crowd(EngineConfig(model="m", dp=4, tp=2, cp=2), ranks=4)
+    config = EngineConfig(model="m", dp=5, tp=1000, cp=100)
+    with pytest.raises(ConfigError, match="--tp 1000 --cp 100 --dp 5 makes 500000 processes"):
+        check_crowd(config, ranks=100_000)
+
+
+@pytest.mark.parametrize("flag", ["tp", "cp"])
+def test_an_engine_starts_none_of_too_many_ranks(flag: str) -> None:
+    # Not even the model is looked for.
+    config = EngineConfig(model="no-such-model", **{flag: 10_000})
+    with pytest.raises(ConfigError, match=f"--{flag} 10000"):
+        build_engine(config)
