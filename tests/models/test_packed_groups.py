@@ -22,6 +22,7 @@ from tests.unit.loader.test_quantised import AWQ, GPTQ, INT4, changed
 from tokenspeed import loader
 from tokenspeed.distributed import Mesh
 from tokenspeed.engine.assembly import packed_formats
+from tokenspeed.engine.outline import outline
 from tokenspeed.kernels import KernelSelector, PackedGroups
 from tokenspeed.kernels.cpu import CpuRuntime
 from tokenspeed.modeling import Model, ModelConfig, build_model
@@ -75,9 +76,7 @@ def native(
         rank=rank,
         store=store,
     )
-    planned = model.planned_size_bytes(checkpoint.size_bytes, plain=checkpoint.plain_names)
     model.load_weights(checkpoint.blocks())
-    assert model.weights_size_bytes <= planned
     return model
 
 
@@ -109,6 +108,8 @@ def test_a_quantised_model_on_a_cpu_holds_its_numbers_as_they_are(
     # The projection that was left is dense.
     assert len(groups["blocks.0.attention.qkv.weight"].runs) == 2
     assert groups["blocks.1.mlp.down.weight"].nbytes == 128 * 256 * bits / 8
+    planned = outline(str(tmp_path), Mesh(), dtype="float32").weights_size_bytes
+    assert model.weights_size_bytes <= planned < 1.5 * model.weights_size_bytes
 
     found = Driver(model).prefill(tokens, chunk=16)
     # Inputs are rounded to bytes, as for weights of GGUF files.

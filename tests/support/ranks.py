@@ -7,7 +7,7 @@ import multiprocessing
 import queue
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,10 @@ def in_threads(ranks: int, run: Callable[[int, Store], Result]) -> list[Result]:
     store = HashStore()
     with ThreadPoolExecutor(ranks) as pool:
         futures = [pool.submit(run, rank, store) for rank in range(ranks)]
-        return [future.result(TIMEOUT_S) for future in futures]
+        # The first to fail says why: the others merely miss it.
+        for future in as_completed(futures, TIMEOUT_S):
+            future.result()
+        return [future.result() for future in futures]
 
 
 def in_processes(ranks: int, folder: Path, run: Callable[..., Result], *args: Any) -> list[Result]:
