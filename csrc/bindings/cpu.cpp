@@ -211,7 +211,9 @@ NB_MODULE(_cpu, module) {
         "runtime"_a, "ids"_a, "table"_a, "scale"_a, "y"_a, "first"_a.none() = nb::none());
     module.def(
         "aside",
-        [](cpu::Runtime& runtime, std::int64_t rows, nb::callable call) {
+        [](cpu::Runtime& runtime, nb::handle x, nb::handle y, nb::callable call) {
+            const std::int64_t rows = tensors.borrow(x, "x").shape[0];
+            tensors.borrow(y, "y");
             // Whoever drops the last copy may not hold the interpreter.
             const std::shared_ptr<nb::callable> kept(new nb::callable(std::move(call)),
                                                      [](nb::callable* made) {
@@ -223,7 +225,7 @@ NB_MODULE(_cpu, module) {
                 (*kept)(count);
             });
         },
-        "runtime"_a, "rows"_a, "call"_a);
+        "runtime"_a, "x"_a, "y"_a, "call"_a);
     module.def(
         "add_rms_norm",
         [](cpu::Runtime& runtime, nb::handle x, nb::handle residual, nb::handle weight,
@@ -705,9 +707,16 @@ NB_MODULE(_cpu, module) {
             },
             "runtime"_a, "token_ids"_a, "positions"_a, "query_starts"_a, "context_lens"_a,
             "row_slots"_a, "sampled"_a, "last_tokens"_a, "groups"_a, nb::keep_alive<1, 2>())
-        .def("begin", &cpu::StepRecording::begin)
+        .def(
+            "begin",
+            [](cpu::StepRecording& self, nb::handle watcher) {
+                self.begin();
+                tokenspeed::bindings::TensorReader::watch(watcher);
+            },
+            "watcher"_a.none() = nb::none())
         .def("end",
              [](cpu::StepRecording& self, nb::handle logits, nb::handle chosen) {
+                 tokenspeed::bindings::TensorReader::watch(nb::none());
                  const auto tokens = tensors.integers<std::int64_t>(chosen, "chosen");
                  return self.end(tensors.rows<void*>(logits, "logits"),
                                  const_cast<std::int64_t*>(tokens.data()));

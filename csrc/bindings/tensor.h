@@ -12,6 +12,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "errors.h"
 #include "kernels.h"
@@ -47,7 +48,18 @@ class TensorReader {
             throw cpu::KernelError(std::string(name) + " must be on the CPU");
         }
         tensor.data = static_cast<std::byte*>(tensor.data) + tensor.offset_bytes;
+        if (watcher_ != nullptr) {
+            const nanobind::handle watcher(watcher_);
+            watcher(reinterpret_cast<std::uintptr_t>(tensor.data));
+        }
         return tensor;
+    }
+
+    // From now on tells a callable the address of every tensor that this thread borrows; None ends
+    // it.
+    static void watch(nanobind::handle watcher) {
+        PyObject* const next = watcher.is_none() ? nullptr : watcher.inc_ref().ptr();
+        Py_XDECREF(std::exchange(watcher_, next));
     }
 
     // A matrix of float32 or bfloat16 whose rows are contiguous.
@@ -241,6 +253,7 @@ class TensorReader {
         throw cpu::KernelError(std::string(name) + " must be float32 or bfloat16");
     }
 
+    static inline thread_local PyObject* watcher_ = nullptr;
     mutable int (*read_)(void* object, DLTensor* tensor) = nullptr;
     mutable nanobind::handle tensor_type_;
 };

@@ -212,3 +212,18 @@ def test_a_sampler_refuses_what_its_slots_cannot_have() -> None:
             sampler.bind(0, **settings | wrong)
     with pytest.raises(KernelError, match="a bit for each of 40 tokens"):
         sampler.allow(0, torch.zeros(1, dtype=torch.int32))
+
+
+def test_while_recording_a_watcher_is_told_where_the_operands_of_kernels_lie() -> None:
+    runtime, inputs = CpuRuntime(threads=1, isa=None), Inputs()
+    recording = inputs.recording(runtime)
+    seen: list[int] = []
+    recording.begin(seen.append)
+    _cpu.argmax(runtime, inputs.logits_SV[1:], inputs.chosen_S[1:])
+    _cpu.aside(runtime, inputs.positions_T, inputs.token_ids_T, lambda rows: None)
+    expected = [inputs.logits_SV[1:], inputs.chosen_S[1:], inputs.positions_T, inputs.token_ids_T]
+    assert list(dict.fromkeys(seen)) == [tensor.data_ptr() for tensor in expected]
+    recording.end(inputs.logits_SV, inputs.chosen_S)
+    seen.clear()
+    _cpu.argmax(runtime, inputs.logits_SV, inputs.chosen_S)
+    assert not seen

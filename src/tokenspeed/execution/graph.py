@@ -106,7 +106,7 @@ def _keep(
     def call(rows: int) -> None:
         target[:rows].copy_(exchange(source[:rows]))
 
-    aside(runtime, len(x), call)
+    aside(runtime, x, made, call)
 
 
 class StepGraph:
@@ -210,7 +210,7 @@ class StepGraph:
             """Logits and likeliest tokens of the forward, of which only calls are kept."""
             recordable = False
             logits_SV, chosen_S = torch.empty(0, 0), last_token_X
-            recording.begin()
+            recording.begin(memory.use)
             if exchanges is not None:
                 exchanges.keep = functools.partial(_keep, model.kernels.runtime)
             try:

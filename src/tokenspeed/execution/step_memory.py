@@ -1,10 +1,12 @@
 """Memory for the tensors of a recorded step, laid out by when each of them is needed.
 
-A recording runs in the order in which it was made, so tensors that were never held at the same time
-can lie in the same place. When each is held is known once a forward has been through; it is the
-same each time, so a second one is given places that were chosen knowing all of that.
+A recording runs in the order in which it was made, so a tensor can lie where another did that no
+later kernel reads, whoever still holds it in Python. Between which kernels each is needed is known
+once a forward has been through; it is the same each time, so a second one is given places that were
+chosen knowing all of that.
 """
 
+import bisect
 import math
 import weakref
 from collections.abc import Sequence
@@ -28,39 +30,60 @@ class StepMemory(Protocol):
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor."""
 
+    def use(self, address: int) -> None:
+        """A kernel reads or writes a tensor, or a part of one, that lies there."""
+
 
 @dataclass(slots=True, kw_only=True)
 class _Need:
-    """Memory of a tensor and its views, and from which event to which they are held."""
+    """Memory of a tensor and its views, when it was made and when it was last used."""
 
     room_bytes: int
     begin: int
-    end: float = math.inf
+    end: float
 
 
 class TrialMemory:
-    """Gives each tensor memory of its own, not to be written, and notes how long it is held."""
+    """Gives each tensor memory of its own, not to be written, and notes how long it is used."""
 
     def __init__(self) -> None:
         self._needs: list[_Need] = []
         self._events = 0
+        # Of tensors that are held: what they need, and where they begin, ascending.
+        self._held: dict[int, _Need] = {}
+        self._addresses: list[int] = []
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """As `StepMemory`."""
-        need = _Need(room_bytes=_room_bytes(shape, dtype), begin=self._next())
+        now = self._next()
+        need = _Need(room_bytes=_room_bytes(shape, dtype), begin=now, end=now)
         self._needs.append(need)
         # The tensor and its views hold on to this array, and nothing else does.
         held = np.empty(need.room_bytes, dtype=np.uint8)
-        weakref.finalize(held, self._end, need).atexit = False
+        address = held.ctypes.data
+        self._held[address] = need
+        bisect.insort(self._addresses, address)
+        weakref.finalize(held, self._drop, address).atexit = False
         return _tensor(torch.from_numpy(held), shape, dtype)
+
+    def use(self, address: int) -> None:
+        """As `StepMemory`; what lies elsewhere is not this memory's."""
+        index = bisect.bisect_right(self._addresses, address) - 1
+        if index < 0:
+            return
+        need = self._held[self._addresses[index]]
+        if address < self._addresses[index] + need.room_bytes:
+            need.end = self._next()
 
     def planned(self) -> "PlannedMemory":
         """Memory for the same tensors once more, of which those that are held now stay for good.
 
         The largest are placed first, each at the lowest place that nothing else needs while it is
-        held (greedy by size: Pisarchyk and Lee 2020, "Efficient Memory Management for Deep Neural
+        used (greedy by size: Pisarchyk and Lee 2020, "Efficient Memory Management for Deep Neural
         Net Inference").
         """
+        for need in self._held.values():
+            need.end = math.inf
         starts = [0] * len(self._needs)
         placed: list[tuple[int, _Need]] = []
         for index in sorted(range(len(starts)), key=lambda at: -self._needs[at].room_bytes):
@@ -83,8 +106,9 @@ class TrialMemory:
         self._events += 1
         return self._events
 
-    def _end(self, need: _Need) -> None:
-        need.end = self._next()
+    def _drop(self, address: int) -> None:
+        del self._held[address]
+        self._addresses.remove(address)
 
 
 class PlannedMemory:
@@ -108,6 +132,9 @@ class PlannedMemory:
         start, room_bytes = next(self._places)
         assert room_bytes == _room_bytes(shape, dtype), "a forward asks for the same each time"
         return _tensor(self._block[start : start + room_bytes], shape, dtype)
+
+    def use(self, address: int) -> None:
+        """As `StepMemory`; the places are chosen already."""
 
 
 def _room_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

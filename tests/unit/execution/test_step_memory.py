@@ -11,22 +11,29 @@ SIZES = (1, 7, 64, 300, 5000)
 
 
 def forward(memory: StepMemory, seed: int, steps: int = 200) -> tuple[int, list[torch.Tensor]]:
-    """Make and drop tensors, looking whether those that are held keep what was written to them.
+    """Make, use and drop tensors, looking whether each keeps what was written to it until its last
+    use; some are held for longer.
 
     Returns:
-        the most bytes that were held at once, and what is held at the end.
+        the most bytes that were needed at once, and what is held at the end.
     """
     draw = random.Random(seed)
     held: list[tuple[int, torch.Tensor]] = []
+    unread: list[torch.Tensor] = []
     most = 0
     written = isinstance(memory, PlannedMemory)
     for step in range(steps):
         if held and draw.random() < 0.5:
             value, tensor = held.pop(draw.randrange(len(held)))
-            # A view holds the memory as well.
-            tensor = tensor[..., :1] if draw.random() < 0.5 else tensor
+            # A view is of the same memory, and begins elsewhere.
+            tensor = tensor[-1:] if draw.random() < 0.5 else tensor
             assert not written or bool((tensor == value).all()), f"seed {seed}, step {step}"
+            memory.use(tensor.data_ptr())
+            if draw.random() < 0.3:
+                unread.append(tensor)
             del tensor
+        if unread and draw.random() < 0.3:
+            unread.pop()
         shape = (draw.choice(SIZES), draw.choice((1, 3)))
         dtype = draw.choice((torch.float32, torch.bfloat16, torch.uint8))
         tensor = memory.tensor(shape, dtype)
@@ -34,16 +41,18 @@ def forward(memory: StepMemory, seed: int, steps: int = 200) -> tuple[int, list[
         if written:
             assert tensor.data_ptr() % 64 == 0
             tensor.fill_(step % 100)
+        memory.use(tensor.data_ptr())
         held.append((step % 100, tensor))
         del tensor
         most = max(most, sum(-(-tensor.nbytes // 64) * 64 for _, tensor in held))
+    unread.clear()
     for value, tensor in held if written else ():
         assert bool((tensor == value).all()), f"seed {seed}, at the end"
     return most, [tensor for _, tensor in held]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_tensors_that_are_held_at_once_lie_apart_and_others_share_places(seed: int) -> None:
+def test_tensors_that_are_needed_at_once_lie_apart_and_others_share_places(seed: int) -> None:
     trial = TrialMemory()
     most, left = forward(trial, seed)
     planned = trial.planned()
@@ -56,8 +65,20 @@ def test_memory_does_not_grow_with_layers() -> None:
     trial = TrialMemory()
     x = trial.tensor((64, 64), torch.float32)
     for _ in range(100):
-        x = trial.tensor((64, 64), torch.float32)
+        y = trial.tensor((64, 64), torch.float32)
+        trial.use(x.data_ptr())
+        trial.use(y.data_ptr())
+        x = y
     assert trial.planned().size_bytes == 2 * x.nbytes
+
+
+def test_what_nobody_reads_any_more_gives_way_though_it_is_held() -> None:
+    trial = TrialMemory()
+    read = trial.tensor((4000,), torch.uint8)
+    trial.use(read.data_ptr())
+    trial.use(trial.tensor((4000,), torch.uint8).data_ptr())
+    del read
+    assert trial.planned().size_bytes == 4032
 
 
 def test_what_a_step_leaves_shares_its_place_with_what_came_before() -> None:
