@@ -6,13 +6,17 @@ Ranks find each other by a file in a folder of the test's, so no two tests meet.
 import multiprocessing
 import queue
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch.distributed import FileStore, HashStore, Store
+
+from tokenspeed.distributed import group
 
 __all__ = ["in_processes", "in_threads"]
 
@@ -20,10 +24,20 @@ Result = TypeVar("Result")
 TIMEOUT_S = 120.0
 
 
+@contextmanager
+def patient() -> Iterator[None]:
+    """Ranks wait for each other as long as a test may: a busy machine holds one up for seconds."""
+    with (
+        mock.patch.object(group, "COLLECTIVE_TIMEOUT_S", TIMEOUT_S),
+        mock.patch.dict(group.connect.__kwdefaults__, timeout_s=TIMEOUT_S),
+    ):
+        yield
+
+
 def in_threads(ranks: int, run: Callable[[int, Store], Result]) -> list[Result]:
     """Run a function of (rank, store) on every rank at once; their results in order of rank."""
     store = HashStore()
-    with ThreadPoolExecutor(ranks) as pool:
+    with patient(), ThreadPoolExecutor(ranks) as pool:
         futures = [pool.submit(run, rank, store) for rank in range(ranks)]
         # The first to fail says why: the others merely miss it.
         for future in as_completed(futures, TIMEOUT_S):
@@ -63,6 +77,7 @@ def _enter(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        results.put((rank, None, run(rank, FileStore(path, ranks), *args)))
+        with patient():
+            results.put((rank, None, run(rank, FileStore(path, ranks), *args)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
