@@ -64,8 +64,8 @@ def test_ranks_that_share_contexts_give_the_logits_of_transformers(
     tokens = prompt(TOKENS, seed=1)
 
     def run(rank: int, store: Store) -> tuple[torch.Tensor, list[int]]:
-        # On every boundary tensors are held against the program.
-        model = load(found.path, mesh, rank, store, native=native, check=True)
+        # Once, on every boundary tensors are held against the program, which takes its time.
+        model = load(found.path, mesh, rank, store, native=native, check=not native)
         logits = driver(model, mesh, rank).prefill(tokens, chunk=16)
         return logits, driver(model, mesh, rank).greedy(tokens, 6)
 
