@@ -9,12 +9,18 @@ MODEL ?= smollm2-135m
 
 setup: $(VENV)/.installed
 
+# The compiler works while packages are fetched and unpacked.
+NEEDED := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..."'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.24" ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -c '$(NEEDED)' >$(VENV)/needed.txt
+	set -e; $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . & built=$$!; \
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/needed.txt; wait $$built
 	touch $@
 
 # A C++ edit rebuilds only what it touches; a Python edit needs no build at all.
