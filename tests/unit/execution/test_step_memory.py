@@ -61,6 +61,18 @@ def test_tensors_that_are_needed_at_once_lie_apart_and_others_share_places(seed:
     assert forward(planned, seed)[0] == most
 
 
+def test_what_is_large_is_placed_first_whichever_was_asked_for_first() -> None:
+    trial = TrialMemory()
+    first = trial.tensor((64,), torch.uint8)
+    beside = trial.tensor((64,), torch.uint8)
+    trial.use(beside.data_ptr())
+    trial.use(first.data_ptr())
+    del first
+    # In the order of asking it would lie above both, of which only one is still needed.
+    large = trial.tensor((4096,), torch.uint8)
+    assert trial.planned().size_bytes == large.nbytes + beside.nbytes
+
+
 def test_memory_does_not_grow_with_layers() -> None:
     trial = TrialMemory()
     x = trial.tensor((64, 64), torch.float32)
