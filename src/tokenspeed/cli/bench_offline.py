@@ -54,6 +54,9 @@ def offline_command(
         let_threads_sleep()
         from tokenspeed.bench import live, offline  # noqa: PLC0415
 
+        if output is not None and not output.parent.is_dir():
+            # Told before hours of measuring, not behind them.
+            raise ConfigError(f"--output {output} needs the folder {output.parent}: make it first")
         plan = offline.OfflinePlan(
             prefill=_counts("--prefill", prefill),
             decode=_counts("--decode", decode),

@@ -187,7 +187,7 @@ def _engine_flags(
         ExecutorBackend | None,
         typer.Option(
             help="Who starts the ranks: mp, on this host; ray, over its nodes; torchrun, which has "
-            "[default: torchrun within it, else mp]."
+            "done so already [default: torchrun within it, else mp]."
         ),
     ] = None,
     ray_address: Annotated[

@@ -327,6 +327,11 @@ class EngineConfig:
                 self.distributed_executor_backend,
                 ("mp", "torchrun", "ray"),
             )
+        if self.distributed_executor_backend == "ray" and self.tp * self.cp == 1:
+            raise ConfigError(
+                "--distributed-executor-backend ray spreads an engine's ranks over nodes, and "
+                "--tp 1 --cp 1 makes one, which runs on this host: give more, or leave the flag out"
+            )
         if self.ray_address is not None and self.distributed_executor_backend != "ray":
             raise ConfigError("--ray-address needs --distributed-executor-backend ray")
 

@@ -55,8 +55,7 @@ class Mesh:
                 raise ConfigError(f"--{axis} must be at least 1, but is {getattr(self, axis)}")
         if self.world % self.ep:
             raise ConfigError(
-                f"--ep {self.ep} does not divide the {self.world} ranks of dp {self.dp} x cp "
-                f"{self.cp} x tp {self.tp}"
+                f"--ep {self.ep} does not divide the {self.world} ranks that {self.flags} makes"
             )
         inner, *others = sorted(self._edges)
         for outer in others:

@@ -103,18 +103,25 @@ def pages_that_fit(
         wanted = max(wanted, context_size_bytes)
     else:
         wanted = asked
+    # Whole pages are had, so one that is larger than a context makes that as large as itself.
+    large = page_size > context_max
     if wanted > room:
+        if asked is not None:
+            smaller = "--kv-cache-memory"
+        else:
+            smaller = f"--page-size to {context_max} or less" if large else "--max-context"
         raise InsufficientMemory(
             f"this needs {format_size(weights_size_bytes)} for weights, {format_size(wanted)} for "
             f"the KV cache and {format_size(RESERVE_SIZE_BYTES)} beside them, but "
-            f"{format_size(available_size_bytes)} of memory is available. Lower "
-            f"{'--max-context' if asked is None else '--kv-cache-memory'}, or choose a smaller "
-            "model, --dtype bfloat16 or --kv-dtype int8."
+            f"{format_size(available_size_bytes)} of memory is available. Lower {smaller}, or "
+            "choose a smaller model, --dtype bfloat16 or --kv-dtype int8."
         )
     if wanted < context_size_bytes:
         fitting = wanted // page_size_bytes * page_size
         ways_out = "Raise --kv-cache-memory"
-        if fitting:
+        if large:
+            ways_out += f", or lower --page-size to {context_max} or less"
+        elif fitting:
             ways_out += f", or lower --max-context to {fitting} or less"
         raise InsufficientMemory(
             f"a context of {context_max} tokens needs {format_size(context_size_bytes)} of KV "

@@ -10,9 +10,15 @@ GIB = 1 << 30
 SPEC = KVSpec(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
 
 
-def pages(*, asked: int | None = None, available: int = 8 * GIB, context: int = 8192) -> int:
+def pages(
+    *,
+    asked: int | None = None,
+    available: int = 8 * GIB,
+    context: int = 8192,
+    page_size: int = 32,
+) -> int:
     return pages_that_fit(
-        EngineConfig(model="m", kv_cache_size_bytes=asked),
+        EngineConfig(model="m", kv_cache_size_bytes=asked, page_size=page_size),
         (SPEC,),
         weights_size_bytes=GIB // 4,
         context_max=context,
@@ -46,6 +52,14 @@ def test_a_pool_below_one_context_says_what_would_fit() -> None:
         pages(asked=32 << 20)
     with pytest.raises(InsufficientMemory, match=r"holds 0 tokens\. Raise --kv-cache-memory\.$"):
         pages(asked=1)
+
+
+def test_a_page_beyond_a_context_is_what_there_is_to_lower() -> None:
+    with pytest.raises(InsufficientMemory, match=r"Lower --page-size to 8192 or less, or choose"):
+        pages(page_size=1_000_000)
+    with pytest.raises(InsufficientMemory, match=r"Raise --kv-.*, or lower --page-size to 8192"):
+        pages(asked=GIB, page_size=1_000_000)
+    assert pages(asked=GIB, context=16) == GIB // (SPEC.token_size_bytes * 32)
 
 
 def test_a_draft_model_has_room_beside_the_cache_for_some_requests_and_one_at_least() -> None:
