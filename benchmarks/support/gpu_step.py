@@ -26,6 +26,8 @@ from tokenspeed.modeling import ModelConfig, build_model
 __all__ = ["decode_plan", "one_user"]
 
 _PAGE_SIZE = 64
+# Guesses of a draft: rows of so many and one more fill a captured step.
+_DRAFTED = 3
 
 
 def one_user(
@@ -34,7 +36,8 @@ def one_user(
     sizes: dict[str, Any] = LLAMA_3_8B,
     depth: int = 8192,
 ) -> dict[str, float]:
-    """Tokens a second of one user, and the bytes that a step reads.
+    """Tokens a second of one user, the bytes that a step reads, and how long a step with a draft
+    takes, captured and through Python.
 
     Args:
         device: where.
@@ -55,7 +58,7 @@ def one_user(
         if "embed" not in name:
             weight_bytes += weight.data.numel() * weight.data.itemsize
     steps = WARM_STEPS + STEPS
-    pages = -(-(depth + steps + 1) // _PAGE_SIZE)
+    pages = -(-(depth + steps + 1 + _DRAFTED) // _PAGE_SIZE)
     config = SchedulerConfig(
         groups=(CacheGroup(pages=pages),),
         page_size=_PAGE_SIZE,
@@ -63,6 +66,7 @@ def one_user(
         step_tokens_max=512,
         context_max=pages * _PAGE_SIZE,
         overlap_depth=1,
+        step_drafts_max=_DRAFTED,
     )
     specs = model.kv_specs()
     pools = KVPools(
@@ -91,6 +95,9 @@ def one_user(
         under_way = launched
     assert under_way is not None
     under_way.result()
+    captured_s = _drafted_step_s(runner, depth + steps)
+    runner._steps.recorded = None
+    through_python_s = _drafted_step_s(runner, depth + steps)
     runner.close()
     step_s = statistics.median(np.diff(ends[WARM_STEPS:]).tolist())
     size_bytes = weight_bytes + depth * sum(spec.token_size_bytes for spec in specs)
@@ -99,20 +106,34 @@ def one_user(
         "step_us": step_s * 1e6,
         "tokens_per_s": 1 / step_s,
         "size_bytes": size_bytes,
+        "drafted_step_us": captured_s * 1e6,
+        "drafted_step_through_python_us": through_python_s * 1e6,
     }
 
 
-def decode_plan(step: int, context: int, pages: int) -> StepPlan:
+def _drafted_step_s(runner: Runner, context: int) -> float:
+    """Seconds of a step that verifies a draft, its tokens read before the next."""
+    took = []
+    for step in range(WARM_STEPS + STEPS):
+        start = time.perf_counter()
+        runner.launch(decode_plan(step, context, 0, drafted=_DRAFTED)).result()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[WARM_STEPS:])
+
+
+def decode_plan(step: int, context: int, pages: int, *, drafted: int = 0) -> StepPlan:
     """One decode row in slot 0, whose page i is page i.
 
     Args:
         step: the plan's number.
         context: tokens before.
         pages: entries of the page table that are written.
+        drafted: guesses behind the row's token.
     """
+    tokens = 1 + drafted
     entries = np.arange(pages, dtype=np.int32)
     group = GroupPlan(
-        kv_slots=_ints(context),
+        kv_slots=np.arange(context, context + tokens, dtype=np.int32),
         table_slots=np.zeros_like(entries),
         table_indices=entries,
         table_pages=entries,
@@ -121,11 +142,11 @@ def decode_plan(step: int, context: int, pages: int) -> StepPlan:
         step=step,
         decode_count=1,
         row_slots=_ints(0),
-        query_starts=_ints(0, 1),
+        query_starts=_ints(0, tokens),
         context_lens=_ints(context),
-        token_ids=_ints(0),
-        sample_rows=_ints(0),
-        sample_positions=_ints(step),
+        token_ids=np.zeros(tokens, dtype=np.int32),
+        sample_rows=np.zeros(tokens, dtype=np.int32),
+        sample_positions=np.arange(step, step + tokens, dtype=np.int32),
         bound_slots=_ints(),
         bound_requests=np.zeros(0, dtype=np.int64),
         groups=(group,),

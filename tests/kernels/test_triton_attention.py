@@ -95,6 +95,39 @@ def schedule_of(lengths: Lengths, **terms: int | None) -> Schedule:
 
 
 @pytest.mark.parametrize("split", [None, 128])
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("fold", [1, 4, 8])
+def test_nothing_is_read_for_tokens_that_fill_up_a_row(
+    fold: int, window: int | None, split: int | None
+) -> None:
+    print(f"TOKENSPEED_TEST_SEED={SEED}")
+    choose = random.Random(SEED)
+    # The last row has no more than a token that fills up the step.
+    lengths = [(choose.randrange(400), 8) for _ in range(6)] + [(0, 8)]
+    counts = np.array([choose.randrange(1, 9) for _ in range(6)] + [1], dtype=np.int32)
+    found = schedule_of(lengths, fold=fold, split=split, window=window, token_counts=counts)
+    read: dict[int, list[tuple[int, int]]] = {}
+    for first, tokens, position, slot, begin, end, _, _ in found.items.tolist():
+        context, count = lengths[slot][0], int(counts[slot])
+        assert begin < end <= context + count
+        if position >= context + count:
+            # A tile of none that count.
+            assert end - begin <= 32
+        for token in range(first, first + tokens):
+            read.setdefault(token, []).append((begin, end))
+    # Each token has a result.
+    assert sorted(read) == list(range(8 * len(lengths)))
+    for slot, (context, _) in enumerate(lengths):
+        for token in range(counts[slot]):
+            pieces = sorted(read[8 * slot + token])
+            own = context + token
+            assert pieces[0][0] <= (0 if window is None else max(0, own + 1 - window))
+            assert pieces[-1][1] > own
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
+    assert found.starts[-1] == len(found.items)
+
+
+@pytest.mark.parametrize("split", [None, 128])
 @pytest.mark.parametrize("window", [None, 70])
 def test_every_position_a_token_sees_is_read_once(split: int | None, window: int | None) -> None:
     print(f"TOKENSPEED_TEST_SEED={SEED}")

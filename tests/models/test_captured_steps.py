@@ -24,7 +24,7 @@ from tokenspeed.cache import KVPools
 from tokenspeed.core.sampling import SamplingParams
 from tokenspeed.core.step import StepPlan
 from tokenspeed.execution import Runner
-from tokenspeed.execution.captured import CapturedSteps, buckets_of
+from tokenspeed.execution.captured import CapturedSteps
 from tokenspeed.execution.launched import AwaitedTokens
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.kernels import KernelSelector
@@ -161,11 +161,3 @@ def test_kernels_that_go_through_rows_on_the_host_are_not_captured(
     assert runner._steps.recorded is None
     assert "steps run through Python: a kernel that goes through rows on the host" in caplog.text
     runner.close()
-
-
-def test_buckets_leave_little_to_fill() -> None:
-    assert buckets_of(1) == (1,)
-    assert buckets_of(5) == (1, 2, 4, 5)
-    assert buckets_of(100)[-4:] == (56, 64, 96, 100)
-    for rows in range(1, 101):
-        assert min(size for size in buckets_of(100) if size >= rows) <= max(rows + 7, rows * 1.5)

@@ -95,6 +95,13 @@ class KVPool:
         """Copy pages [M] of the host to pages [M] of the device."""
         _copy(self._host, host_pages, self._layers, pages)
 
+    def clear_padding(self) -> None:
+        """Fill the padding page with zeros: what rows that only fill up read is finite."""
+        assert self.padding_page is not None
+        for parts in self._layers:
+            for part in parts:
+                part[self.padding_page].zero_()
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_PCHD and v_PCHD of layer `index` of the group."""
         k_PCHD, v_PCHD = self._layers[index]

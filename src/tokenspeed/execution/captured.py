@@ -1,17 +1,15 @@
-"""Captured steps on GPUs: the forward of decode rows, recorded once for each number of rows and run
-again without Python.
+"""Captured steps on GPUs: the forward of decode rows, recorded once for each number of rows and of
+tokens a row, and run again without Python.
 
 A captured step is launches with fixed addresses and grids. What differs from step to step lies in
-memory of the device that is written before each run: token positions, slots, page tables, and the
-schedules that attention kernels keep with their rows. Rows that only fill up a bucket have a slot
-and a page of their own.
+memory of the device that is written before each run: tokens, positions, slots, page tables
+(`captured_inputs.py`), and the schedules that attention kernels keep with their rows.
 
-Legend: R rows of a bucket, X slots, V vocabulary.
+Legend: R rows of a bucket, S its samples, X slots, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,18 +17,18 @@ import torch
 
 from tokenspeed.cache import KVPools
 from tokenspeed.core.config import SchedulerConfig
-from tokenspeed.core.errors import KernelError
-from tokenspeed.core.step import Int32Array, StepPlan
+from tokenspeed.core.step import StepPlan
+from tokenspeed.execution.buckets import Bucket, bucket_for, buckets_of
 from tokenspeed.execution.buffers import PageTable
+from tokenspeed.execution.captured_inputs import CapturedInputs, CapturedRows
 from tokenspeed.execution.cpu_sampler import CpuSampler
 from tokenspeed.execution.launched import AwaitedTokens
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.kernels import ops
-from tokenspeed.kernels.rows import PagedRow, PagedRows
 from tokenspeed.kernels.staging import send
-from tokenspeed.modeling import ForwardBatch, Model
+from tokenspeed.modeling import Model
 
-__all__ = ["Capture", "CapturedSteps", "CudaCapture", "buckets_of"]
+__all__ = ["Capture", "CapturedSteps", "CudaCapture"]
 
 
 class Capture(Protocol):
@@ -61,42 +59,25 @@ class CudaCapture:
         return replay
 
 
-@dataclass(frozen=True, kw_only=True)
-class _CapturedRows(PagedRows):
-    """Rows whose values on the host are those of one run only."""
-
-    @cached_property
-    def by_row(self) -> Sequence[PagedRow]:
-        raise KernelError(
-            "a kernel that goes through rows on the host computes other steps wrongly once it is "
-            "captured; force another solution for it (--kernel OP=SOLUTION)"
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Bucket:
-    """A step of some number of rows, with one token each."""
+class _Captured:
+    """The launches of a bucket; of rows with drafts, whose samples count by one another, tokens are
+    chosen on the host."""
 
-    groups: tuple[_CapturedRows, ...]
+    groups: tuple[CapturedRows, ...]
     forward: Callable[[], None]
-    forward_and_choose: Callable[[], None]
+    forward_and_choose: Callable[[], None] | None
     forward_and_draw: Callable[[], None] | None
 
 
-def buckets_of(rows_max: int) -> tuple[int, ...]:
-    """Numbers of rows that steps are captured for: at most an eighth of a large step is filling."""
-    steps = [*(1, 2, 4), *range(8, 64, 8), *range(64, rows_max + 32, 32)]
-    return tuple(sorted({min(step, rows_max) for step in steps}))
-
-
 class CapturedSteps:
-    """Forwards of decode rows, one token each: without the choice of tokens, with that of the
-    likeliest, and with draws where a kernel for them can be captured.
+    """Forwards of decode rows: of one token each without the choice of tokens, with that of the
+    likeliest, and with draws where a kernel for them can be captured; of rows with drafts without.
 
     Args:
         model: loaded.
         pools: padded.
-        config: gives the greatest number of rows, and the page size.
+        config: gives the greatest numbers of rows and of drafted tokens, and the page size.
         tables: of each cache group, with one slot more than the configuration's, which is theirs
             who fill up.
         last_token_X: int64, the last token of each slot, as many.
@@ -118,18 +99,19 @@ class CapturedSteps:
     ) -> None:
         self._model = model
         self._pools = pools
-        self._config = config
-        self._tables = tables
         self._last_token_X = last_token_X
         rows_max, device = config.slots_max, last_token_X.device
-        self._padding_slot = len(last_token_X) - 1
-        # Slots, positions, and where each group's KV goes, one behind the other.
-        self._inputs = torch.zeros((2 + len(tables), rows_max), dtype=torch.int64, device=device)
-        self._host = np.zeros((2 + len(tables), rows_max), dtype=np.int64)
-        self._row_slots_R = np.full(rows_max, self._padding_slot, dtype=np.int32)
-        self._context_lens_R = np.zeros(rows_max, dtype=np.int32)
-        self._logits_RV = torch.empty(
-            (rows_max, model.config.vocab_size), dtype=torch.float32, device=device
+        self._buckets = buckets_of(rows_max, config.step_drafts_max)
+        self._inputs = CapturedInputs(
+            pools,
+            config,
+            tables=tables,
+            last_token_X=last_token_X,
+            tokens_max=max(bucket.tokens for bucket in self._buckets),
+        )
+        samples_max = max(bucket.samples for bucket in self._buckets)
+        self._logits_SV = torch.empty(
+            (samples_max, model.config.vocab_size), dtype=torch.float32, device=device
         )
         self._chosen_R = torch.zeros(rows_max, dtype=torch.int64, device=device)
         # Temperatures, uniform numbers, top-p and min-p; and top-k.
@@ -138,19 +120,13 @@ class CapturedSteps:
         self._top_ks_R = torch.ones(rows_max, dtype=torch.int64, device=device)
         self._argmax = model.kernels.select(ops.sampling.argmax, format_name="float32")
         self._draw = model.kernels.select_beyond_reference(ops.sampling.draw, format_name="float32")
-        for table, pool in zip(tables, pools.pools, strict=True):
-            assert pool.padding_page is not None
-            table.pages_XP[self._padding_slot].fill_(pool.padding_page)
-        self._fill(0, None, ())
         # The largest first: the smaller ones then find its memory large enough.
-        self._buckets = {
-            rows: self._captured(rows, capture) for rows in reversed(buckets_of(rows_max))
-        }
+        largest_first = sorted(self._buckets, key=lambda bucket: bucket.tokens, reverse=True)
+        self._captured = {bucket: self._capture(bucket, capture) for bucket in largest_first}
 
     def serves(self, plan: StepPlan) -> bool:
-        """Whether all rows of a plan have one token, of which another is sampled."""
-        rows = len(plan.row_slots)
-        return rows == plan.decode_count == len(plan.token_ids) == len(plan.sample_rows)
+        """Whether a plan is of decode rows alone, no more and no longer ones than were captured."""
+        return bucket_for(plan, self._buckets) is not None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, *, likeliest: bool) -> tuple[torch.Tensor, AwaitedTokens | None]:
@@ -159,101 +135,68 @@ class CapturedSteps:
         Args:
             plan: what runs.
             likeliest: whether the likeliest token of each row is chosen, which is its slot's last
-                one from then on.
+                one from then on; where a row has a draft none is in any case.
 
         Returns:
-            logits_RV in float32, valid until the next run; the tokens where they are chosen.
+            logits_SV in float32, valid until the next run; the tokens where they are chosen.
         """
-        rows, bucket = self._prepared(plan)
-        if not likeliest:
-            bucket.forward()
-            return self._logits_RV[:rows], None
-        bucket.forward_and_choose()
-        return self._logits_RV[:rows], self._chosen(rows)
+        captured = self._prepared(plan)
+        logits_SV = self._logits_SV[: len(plan.sample_rows)]
+        if not likeliest or captured.forward_and_choose is None:
+            captured.forward()
+            return logits_SV, None
+        captured.forward_and_choose()
+        return logits_SV, self._chosen(plan)
 
     @torch.inference_mode()
     def draw(self, plan: StepPlan, sampler: Sampler | CpuSampler) -> AwaitedTokens | None:
         """Compute a plan that these serve, and draw each row's token, which is its slot's last one
-        from then on; None where draws are not captured, or a row wants more than one.
+        from then on; None where draws are not captured, a row has a draft, or wants more than a
+        draw.
 
         Args:
             plan: what runs.
             sampler: what each slot's tokens are drawn by.
         """
-        if self._draw is None or isinstance(sampler, CpuSampler):
+        rows = len(plan.row_slots)
+        if self._draw is None or isinstance(sampler, CpuSampler) or len(plan.sample_rows) > rows:
             return None
-        slots_R = plan.row_slots[plan.sample_rows]
-        draws = sampler.draws(slots_R, plan.sample_positions)
+        draws = sampler.draws(plan.row_slots, plan.sample_positions)
         if draws is None:
             return None
-        rows, bucket = self._prepared(plan)
+        captured = self._prepared(plan)
         host = self._settings_host
         host[:, rows:] = 0.0
         host[0, :rows], host[1, :rows] = draws.temperatures_S, draws.uniforms_S
         host[2, :rows], host[3, :rows] = draws.top_ps_S, draws.min_ps_S
         send(host.reshape(-1), self._settings.view(-1))
         send(draws.top_ks_S, self._top_ks_R[:rows])
-        assert bucket.forward_and_draw is not None
-        bucket.forward_and_draw()
-        return self._chosen(rows)
+        assert captured.forward_and_draw is not None
+        captured.forward_and_draw()
+        return self._chosen(plan)
 
-    def _chosen(self, rows: int) -> AwaitedTokens:
-        return AwaitedTokens(self._chosen_R[:rows].clone())
+    def _chosen(self, plan: StepPlan) -> AwaitedTokens:
+        return AwaitedTokens(self._chosen_R[: len(plan.row_slots)].clone())
 
-    def _prepared(self, plan: StepPlan) -> tuple[int, _Bucket]:
-        """Write what a run reads; gives the rows, and the bucket that they are run in."""
-        rows = len(plan.row_slots)
-        for table, group in zip(self._tables, plan.groups, strict=True):
-            table.apply(group)
-        self._row_slots_R[:rows] = plan.row_slots
-        self._row_slots_R[rows:] = self._padding_slot
-        self._context_lens_R[:rows] = plan.context_lens
-        self._context_lens_R[rows:] = 0
-        self._fill(rows, plan.context_lens, [group.kv_slots for group in plan.groups])
-        bucket = self._buckets[min(size for size in self._buckets if size >= rows)]
-        for of_group in bucket.groups:
+    def _prepared(self, plan: StepPlan) -> _Captured:
+        """Write what a run reads; gives what runs."""
+        bucket = bucket_for(plan, self._buckets)
+        assert bucket is not None, "only plans that these serve are run"
+        self._inputs.fill(plan, bucket)
+        captured = self._captured[bucket]
+        for of_group in captured.groups:
             for kept in of_group.kept.values():
                 kept.fill(of_group)
-        return rows, bucket
+        return captured
 
-    def _fill(
-        self, rows: int, positions: Int32Array | None, kv_slots: Sequence[Int32Array]
-    ) -> None:
-        page_size = self._config.page_size
-        self._host[0] = self._row_slots_R
-        self._host[1] = 0
-        if positions is not None:
-            self._host[1, :rows] = positions
-        beyond = np.arange(self._host.shape[1]) % page_size
-        for index, pool in enumerate(self._pools.pools):
-            assert pool.padding_page is not None
-            self._host[2 + index] = pool.padding_page * page_size + beyond
-            if kv_slots:
-                self._host[2 + index, :rows] = kv_slots[index]
-        send(self._host.reshape(-1), self._inputs.view(-1))
-
-    def _captured(self, rows: int, capture: Capture) -> _Bucket:
-        groups = tuple(
-            _CapturedRows(
-                query_starts=np.arange(rows + 1, dtype=np.int32),
-                context_lens=self._context_lens_R[:rows],
-                row_slots=self._row_slots_R[:rows],
-                page_table_XP=table.pages_XP,
-                kv_slots_T=self._inputs[2 + index, :rows],
-                page_size=self._config.page_size,
-            )
-            for index, table in enumerate(self._tables)
-        )
-        slots_R = self._inputs[0, :rows]
+    def _capture(self, bucket: Bucket, capture: Capture) -> _Captured:
+        groups = self._inputs.rows(bucket)
+        slots_R = self._inputs.slots(bucket)
+        rows = bucket.rows
 
         def forward() -> None:
-            batch = ForwardBatch(
-                token_ids_T=self._last_token_X.index_select(0, slots_R),
-                positions_T=self._inputs[1, :rows],
-                groups=groups,
-                sample_token_indices_S=None,
-            )
-            self._logits_RV[:rows].copy_(self._model.forward(batch, self._pools))
+            batch = self._inputs.batch(bucket, groups)
+            self._logits_SV[: bucket.samples].copy_(self._model.forward(batch, self._pools))
 
         def choose(chosen_R: torch.Tensor) -> None:
             self._chosen_R[:rows].copy_(chosen_R)
@@ -261,12 +204,12 @@ class CapturedSteps:
 
         def forward_and_choose() -> None:
             forward()
-            choose(self._argmax(self._logits_RV[:rows]))
+            choose(self._argmax(self._logits_SV[:rows]))
 
         def forward_and_draw() -> None:
             assert self._draw is not None
             forward()
-            logits_RV = self._logits_RV[:rows]
+            logits_RV = self._logits_SV[:rows]
             temperatures_R, uniforms_R, top_ps_R, min_ps_R = self._settings[:, :rows].unbind()
             drawn_R = self._draw(
                 logits_RV,
@@ -279,9 +222,11 @@ class CapturedSteps:
             choose(torch.where(temperatures_R > 0.0, drawn_R, self._argmax(logits_RV)))
 
         with torch.inference_mode():
-            return _Bucket(
+            chooses = not bucket.drafts
+            draws = chooses and self._draw is not None
+            return _Captured(
                 groups=groups,
                 forward=capture.record(forward),
-                forward_and_choose=capture.record(forward_and_choose),
-                forward_and_draw=capture.record(forward_and_draw) if self._draw else None,
+                forward_and_choose=capture.record(forward_and_choose) if chooses else None,
+                forward_and_draw=capture.record(forward_and_draw) if draws else None,
             )

@@ -46,6 +46,10 @@ def record_steps(
     if capture is not None and state_layers:
         _log.warning("steps run through Python: their states are kept for a head of drafts")
         return None
+    if capture is not None and model.ranks > 1:
+        # Ranks that follow would exchange as many rows as there are, and not a bucket's.
+        _log.warning("steps run through Python: the model is shared by %d ranks", model.ranks)
+        return None
     if capture is not None:
         try:
             return CapturedSteps(

@@ -111,6 +111,10 @@ class PagedRows:
             page * page_size + offset.
         page_size: token positions of a page, on this rank.
         share: which positions of a context the pages hold; None for all.
+        token_counts: int32 [R]; how many of each row's tokens count, at least one. Those behind
+            fill up a captured step: their KV is nowhere in the row's pages, so attention reads the
+            row's positions as if it ended with the last one that counts, and what it gives for
+            the others is any finite number. None where all tokens count.
     """
 
     query_starts: npt.NDArray[np.int32]
@@ -120,6 +124,7 @@ class PagedRows:
     kv_slots_T: torch.Tensor
     page_size: int
     share: ContextShare | None = None
+    token_counts: npt.NDArray[np.int32] | None = None
 
     def seen(self, window: int | None) -> npt.NDArray[np.int32]:
         """Of each token, the first and the end of the positions here that it sees, which are

@@ -285,4 +285,9 @@ def test_one_user_decodes_at_depth() -> None:
     found = one_user(CPU, sizes=SIZES, depth=130)
     assert found["tokens_per_s"] > 0
     assert found["size_bytes"] > 0
+    assert found["drafted_step_us"] > 0
+    assert found["drafted_step_through_python_us"] > 0
     assert decode_plan(1, 130, 0).groups[0].kv_slots.tolist() == [130]
+    drafted = decode_plan(4, 130, 0, drafted=2)
+    assert drafted.groups[0].kv_slots.tolist() == [130, 131, 132]
+    assert drafted.sample_positions.tolist() == [4, 5, 6]

@@ -167,6 +167,7 @@ class StepSchedules:
     def _schedules(self, rows: PagedRows) -> list[Schedule]:
         lengths_R = np.diff(rows.query_starts)
         short_R = self._short(lengths_R)
+        counts_R = rows.token_counts
         found = []
         for made in self._classes:
             of_R = short_R == made.short
@@ -181,6 +182,7 @@ class StepSchedules:
                     programs=made.programs,
                     window=self._geometry.window,
                     split=self._geometry.split,
+                    token_counts=None if counts_R is None else counts_R[of_R],
                 )
             )
         return found

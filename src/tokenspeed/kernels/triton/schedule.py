@@ -89,6 +89,7 @@ def make_schedule(
     programs: int,
     window: int | None,
     split: int | None,
+    token_counts: Ints | None = None,
 ) -> Schedule:
     """Work for some rows of a step.
 
@@ -101,6 +102,9 @@ def make_schedule(
         programs: how many there are for each block of heads.
         window: positions that a token sees, its own included; None for all.
         split: positions of a fixed piece, a multiple of the block; None for balanced pieces.
+        token_counts: int32 [R]; how many of each row's tokens count, where the others only fill it
+            up: no position behind those that count is read. A tile of none reads the last of them,
+            so that what it gives is finite.
     """
     tiles_R = -(-(query_ends - query_starts) // fold)
     row_N = np.repeat(np.arange(len(tiles_R)), tiles_R)
@@ -112,6 +116,9 @@ def make_schedule(
     begin_N = np.zeros_like(end_N)
     if window is not None:
         begin_N = np.maximum(0, position_N + 1 - window) // block * block
+    if token_counts is not None:
+        end_N = np.minimum(end_N, (context_lens + token_counts)[row_N])
+        begin_N = np.where(position_N < end_N, begin_N, (end_N - 1) // block * block)
     if split is None:
         tile_I, from_I, to_I, program_I = _balanced(begin_N, end_N, block, programs)
     else:
