@@ -69,9 +69,9 @@ class Scheduler:
             int,
             int,
             int,
-            npt.NDArray[np.int32],
-            npt.NDArray[np.int64],
-            list[tuple[int, tuple[int, int, int, int, int, int, int], npt.NDArray[np.int32]]],
+            bytearray,
+            bytearray,
+            list[tuple[int, tuple[int, int, int, int, int, int, int], bytearray]],
         ]
         | None
     ): ...
@@ -88,7 +88,7 @@ class Scheduler:
     ) -> None: ...
     def take_outcome(
         self,
-    ) -> tuple[int, int, int, npt.NDArray[np.int32], npt.NDArray[np.int64]]: ...
+    ) -> tuple[int, int, int, bytearray, bytearray]: ...
     def tokens(self, request: int) -> npt.NDArray[np.int32]: ...
     def stats(
         self,

@@ -12,6 +12,7 @@ from tokenspeed.core.stats import SchedulerStats
 from tokenspeed.core.step import (
     NO_CARGO,
     NO_COUNTS,
+    NO_IDS,
     NO_MOVES,
     NO_TRANSFERS,
     Cargo,
@@ -47,6 +48,10 @@ class CacheEvents:
     parents: Int64Array
     has_parent: npt.NDArray[np.bool_]
     tokens: Int32Array
+
+
+_NO_DRAFT_REPORTS: Int32Array = NO_COUNTS.reshape(0, 2)
+_NO_CACHE_REPORTS: Int32Array = NO_COUNTS.reshape(0, 5)
 
 
 class Scheduler:
@@ -159,8 +164,8 @@ class Scheduler:
             return None
         step, decode_count, rows, tokens, samples, counts, bound, transfers = planned[:8]
         parts, ids, groups = planned[8:]
-        take = _Reader(parts)
-        name = _Reader(ids)
+        take = _Reader(np.frombuffer(parts, dtype=np.int32))
+        name = _Reader(np.frombuffer(ids, dtype=np.int64) if ids else NO_IDS)
         return StepPlan(
             step=step,
             decode_count=decode_count,
@@ -171,7 +176,7 @@ class Scheduler:
             sample_rows=take(samples),
             sample_positions=take(samples),
             propose_counts=take(counts) if counts else NO_COUNTS,
-            bound_slots=take(bound),
+            bound_slots=take(bound) if bound else NO_COUNTS,
             bound_requests=name(bound),
             transfers=_transfers(transfers, name, take),
             groups=tuple([_group_plan(*group) for group in groups]),
@@ -212,7 +217,22 @@ class Scheduler:
 
     def take_outcome(self) -> StepOutcome:
         """What happened to requests since the last call."""
-        count, finished, admitted, parts, ids = self._native.take_outcome()
+        count, finished, admitted, in_parts, in_ids = self._native.take_outcome()
+        parts: Int32Array = np.frombuffer(in_parts, dtype=np.int32)
+        ids: Int64Array = np.frombuffer(in_ids, dtype=np.int64)
+        if not (finished or admitted):
+            return StepOutcome(
+                requests=ids,
+                tokens=parts[:count],
+                sample_indices=parts[count : 2 * count],
+                cached_counts=parts[2 * count :],
+                finished=NO_IDS,
+                admitted=NO_IDS,
+                reasons=NO_COUNTS,
+                retries_ms=NO_COUNTS,
+                draft_reports=_NO_DRAFT_REPORTS,
+                cache_reports=_NO_CACHE_REPORTS,
+            )
         ended = 3 * count + 2 * finished
         end = ended + 2 * finished
         return StepOutcome(
@@ -318,9 +338,19 @@ def _transfers(count: int, ids: _Reader, kinds: _Reader) -> Transfers:
 
 
 def _group_plan(
-    kind: int, counts: tuple[int, int, int, int, int, int, int], parts: Int32Array
+    kind: int, counts: tuple[int, int, int, int, int, int, int], buffer: bytearray
 ) -> GroupPlan:
     tokens, writes, stores, copies, saves, loads, handovers = counts
+    parts: Int32Array = np.frombuffer(buffer, dtype=np.int32)
+    if len(parts) == tokens:
+        # Most decode steps begin no page.
+        return GroupPlan(
+            kind=kind,
+            kv_slots=parts,
+            table_slots=NO_COUNTS,
+            table_indices=NO_COUNTS,
+            table_pages=NO_COUNTS,
+        )
     take = _Reader(parts)
 
     def moves(count: int) -> Moves:

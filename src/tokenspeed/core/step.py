@@ -17,6 +17,7 @@ __all__ = [
     "NO_CARGO",
     "NO_COUNTS",
     "NO_CUTS",
+    "NO_IDS",
     "NO_MOVES",
     "NO_TRANSFERS",
     "CacheReport",
@@ -121,6 +122,7 @@ def _nothing(dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 _INT32, _INT64, _FLOAT32 = _nothing(np.int32), _nothing(np.int64), _nothing(np.float32)
 NO_COUNTS = _INT32
+NO_IDS = _INT64
 NO_MOVES = Moves(sources=_INT32, targets=_INT32)
 NO_CARGO = Cargo(transfers=_INT32, elsewhere=_INT32, pages=_INT32)
 NO_TRANSFERS = Transfers(ids=_INT64, requests=_INT64, kinds=_INT32)
@@ -155,6 +157,11 @@ class GroupPlan:
     saves: Moves = NO_MOVES
     loads: Cargo = NO_CARGO
     handovers: Cargo = NO_CARGO
+
+    @property
+    def stays(self) -> bool:
+        """Whether no page leaves the device, or comes to it from the host."""
+        return not (len(self.stores.sources) or len(self.loads.pages))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +208,11 @@ class StepPlan:
     propose_counts: Int32Array = field(default_factory=lambda: NO_COUNTS)
     transfers: Transfers = NO_TRANSFERS
     groups: tuple[GroupPlan, ...]
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether a row has a draft."""
+        return int(self.query_starts[self.decode_count]) > self.decode_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

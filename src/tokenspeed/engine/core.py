@@ -24,7 +24,7 @@ from tokenspeed.core.step import (
 from tokenspeed.engine.facts import EngineInfo, StepTiming
 from tokenspeed.engine.ledger import Launched as BookedStep
 from tokenspeed.engine.ledger import Ledger, StepClock
-from tokenspeed.engine.wire import LogprobColumns, Refused, StepOutputs, Submit
+from tokenspeed.engine.wire import Refused, StepOutputs, Submit
 from tokenspeed.grammar import ConstraintCompiler, Grammar, Refusal
 
 __all__ = ["Engine", "EngineCore", "LaunchedStep", "StepRunner", "step_timing"]
@@ -331,19 +331,11 @@ class EngineCore:
         finished = outcome.finished.tolist()
         for request in finished:
             del self._live[request]
-        return StepOutputs(
-            requests=outcome.requests.tobytes(),
-            tokens=outcome.tokens.tobytes(),
-            cached_counts=outcome.cached_counts.tobytes(),
-            finished=outcome.finished.tobytes(),
-            reasons=outcome.reasons.tobytes(),
-            retries_ms=outcome.retries_ms.tobytes(),
-            draft_reports=outcome.draft_reports.tobytes(),
-            admitted=outcome.admitted.tobytes(),
-            cache_reports=outcome.cache_reports.tobytes(),
-            times=self.ledger.close(finished, _now_us()).tobytes(),
-            logprobs=None if logprobs is None else _columns(outcome, logprobs),
-            drafts=self.ledger.take_drafts().tobytes(),
+        return StepOutputs.of(
+            outcome,
+            times=self.ledger.close(finished, _now_us()) if finished else None,
+            drafts=self.ledger.take_drafts(),
+            logprobs=logprobs,
         )
 
 
@@ -378,22 +370,3 @@ def step_timing(core: EngineCore) -> StepTiming:
 
 def _now_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-def _columns(outcome: StepOutcome, logprobs: SampledLogprobs) -> LogprobColumns:
-    """The log-probabilities of the step's tokens that belong to an output, by token."""
-    # Both index arrays ascend; samples of requests that ended meanwhile have no token.
-    kept, entries, rows = np.intersect1d(
-        outcome.sample_indices, logprobs.sample_indices, assume_unique=True, return_indices=True
-    )
-    assert len(kept) == len(entries) == len(rows)
-    order = np.argsort(entries)
-    entries, rows = entries[order], rows[order]
-    return LogprobColumns(
-        entries=entries.astype(np.int32).tobytes(),
-        chosen=logprobs.chosen[rows].tobytes(),
-        top_token_ids=logprobs.top_token_ids[rows].tobytes(),
-        top_values=logprobs.top_values[rows].tobytes(),
-        top_counts=logprobs.top_counts[rows].tobytes(),
-        width=logprobs.top_token_ids.shape[1],
-    )

@@ -7,7 +7,7 @@ makes no Python object per request.
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from tokenspeed.core import errors
 from tokenspeed.core.errors import EngineError, TokenSpeedError
 from tokenspeed.core.records import Record, decoder, encode
 from tokenspeed.core.sampling import SamplingParams
+from tokenspeed.core.step import Int64Array, SampledLogprobs, StepOutcome
 from tokenspeed.engine.facts import EngineInfo, EngineStats, LiveRequest, RequestTimes
 from tokenspeed.engine.ledger import TIMES_COLUMNS
 
@@ -160,15 +161,50 @@ class StepOutputs(Record, frozen=True, tag="step", array_like=True):
     requests: bytes
     tokens: bytes
     cached_counts: bytes
-    finished: bytes
-    reasons: bytes
-    retries_ms: bytes
-    draft_reports: bytes
-    admitted: bytes
-    cache_reports: bytes
-    times: bytes
-    logprobs: LogprobColumns | None
+    finished: bytes = b""
+    reasons: bytes = b""
+    retries_ms: bytes = b""
+    draft_reports: bytes = b""
+    admitted: bytes = b""
+    cache_reports: bytes = b""
+    times: bytes = b""
+    logprobs: LogprobColumns | None = None
     drafts: bytes = b""
+
+    @classmethod
+    def of(
+        cls,
+        outcome: StepOutcome,
+        *,
+        times: Int64Array | None,
+        drafts: Int64Array | None,
+        logprobs: SampledLogprobs | None,
+    ) -> Self:
+        """What became of a step; `times` where a request ended, `drafts` where some had any."""
+        columns = None if logprobs is None else _columns(outcome, logprobs)
+        if times is None and not len(outcome.admitted):
+            # Nearly every step is one of these.
+            return cls(
+                requests=outcome.requests.tobytes(),
+                tokens=outcome.tokens.tobytes(),
+                cached_counts=outcome.cached_counts.tobytes(),
+                logprobs=columns,
+                drafts=b"" if drafts is None else drafts.tobytes(),
+            )
+        return cls(
+            requests=outcome.requests.tobytes(),
+            tokens=outcome.tokens.tobytes(),
+            cached_counts=outcome.cached_counts.tobytes(),
+            finished=outcome.finished.tobytes(),
+            reasons=outcome.reasons.tobytes(),
+            retries_ms=outcome.retries_ms.tobytes(),
+            draft_reports=outcome.draft_reports.tobytes(),
+            admitted=outcome.admitted.tobytes(),
+            cache_reports=outcome.cache_reports.tobytes(),
+            times=b"" if times is None else times.tobytes(),
+            logprobs=columns,
+            drafts=b"" if drafts is None else drafts.tobytes(),
+        )
 
 
 class CacheEventBatch(Record, frozen=True, tag="cache", array_like=True):
@@ -277,3 +313,22 @@ def error_of(kind: str, text: str) -> TokenSpeedError:
     if kind in errors.__all__:
         return getattr(errors, kind)(text)  # type: ignore[no-any-return]
     return EngineError(f"{kind}: {text}")
+
+
+def _columns(outcome: StepOutcome, logprobs: SampledLogprobs) -> LogprobColumns:
+    """The log-probabilities of the step's tokens that belong to an output, by token."""
+    # Both index arrays ascend; samples of requests that ended meanwhile have no token.
+    kept, entries, rows = np.intersect1d(
+        outcome.sample_indices, logprobs.sample_indices, assume_unique=True, return_indices=True
+    )
+    assert len(kept) == len(entries) == len(rows)
+    order = np.argsort(entries)
+    entries, rows = entries[order], rows[order]
+    return LogprobColumns(
+        entries=entries.astype(np.int32).tobytes(),
+        chosen=logprobs.chosen[rows].tobytes(),
+        top_token_ids=logprobs.top_token_ids[rows].tobytes(),
+        top_values=logprobs.top_values[rows].tobytes(),
+        top_counts=logprobs.top_counts[rows].tobytes(),
+        width=logprobs.top_token_ids.shape[1],
+    )

@@ -157,6 +157,11 @@ class Confinement:
         self._confined[slot] = confined
         self._begin(slot, confined, output)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no slot has a grammar."""
+        return not self._confined
+
     def free(self, slots_S: Int32Array) -> bool:
         """Whether none of the slots has a grammar."""
         return self._confined.keys().isdisjoint(slots_S.tolist())

@@ -2,7 +2,8 @@
 
 What it does to a row, and in which order, is that of `tokenspeed.execution.sampler`.
 
-Legend: S sampled rows, V vocabulary, X slots, W 32-bit words of V bits, L rows that report.
+Legend: S sampled rows, V vocabulary, X slots, W 32-bit words of V bits, L rows that report,
+R rows of a step.
 """
 
 from dataclasses import dataclass
@@ -153,9 +154,11 @@ class CpuSampler:
         """As `Sampler.one_by_one`."""
         return self._one_by_one_X[slots_S]
 
-    def reports(self, slots_S: Int32Array) -> Reports:
-        """Room for what the rows of a step report."""
-        return self._room(slots_S) if self._reporting else self._no_reports
+    def reports(self, slots_R: Int32Array, sample_rows: Int32Array | None = None) -> Reports:
+        """Room for what samples of a step report: of these rows [S], or of each where None."""
+        if not self._reporting:
+            return self._no_reports
+        return self._room(slots_R if sample_rows is None else slots_R[sample_rows])
 
     def _room(self, slots_S: Int32Array) -> Reports:
         rows = np.flatnonzero(self._reports_X[slots_S])

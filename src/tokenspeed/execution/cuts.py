@@ -18,7 +18,7 @@ __all__ = ["CutPlan", "drafts"]
 
 def drafts(plan: StepPlan) -> list[tuple[int, list[int]]]:
     """The slots of decode rows that have guesses, and these."""
-    if plan.query_starts[plan.decode_count] == plan.decode_count:
+    if not plan.has_drafts:
         return []
     starts = plan.query_starts[: plan.decode_count + 1]
     return [

@@ -249,7 +249,7 @@ class StepGraph:
         self, plan: StepPlan, sampler: CpuSampler
     ) -> tuple[Int32Array, SampledLogprobs | None]:
         """Compute a plan and choose its tokens, which are their slots' last from now on."""
-        reports = sampler.reports(plan.row_slots[plan.sample_rows])
+        reports = sampler.reports(plan.row_slots, plan.sample_rows)
         sampling = (
             sampler.native,
             plan.sample_positions,

@@ -2,8 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -84,10 +82,8 @@ class ForwardProfiler:
         """Whether forwards are to show their ops."""
         return self._profile is not None
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Count a forward, and end the recording after the last one asked for."""
-        yield
+    def stepped(self) -> None:
+        """Count a forward that ended, and end the recording after the last one asked for."""
         if self._profile is not None and self._steps_left is not None:
             self._steps_left -= 1
             if self._steps_left == 0:

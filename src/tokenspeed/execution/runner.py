@@ -43,7 +43,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Binding:
     """A request that takes a slot with the next launch."""
 
@@ -156,15 +156,7 @@ class Runner:
         """
         # A launched step may still sample for the slot's last owner.
         self._bindings.append(
-            _Binding(
-                slot=slot,
-                params=params,
-                seed=seed,
-                prompt_count=prompt_count,
-                tokens=tokens,
-                stop_token_ids=stop_token_ids,
-                grammar=grammar,
-            )
+            _Binding(slot, params, seed, prompt_count, tokens, stop_token_ids, grammar)
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -258,14 +250,15 @@ class Runner:
             for table, group in zip(self._tables, plan.groups, strict=True):
                 table.apply(group)
             return StepResult(tokens=np.zeros(0, dtype=np.int32), logprobs=None)
-        with self._profiler.step():
-            # Ranks that follow have the whole plan already.
-            cut = CutPlan.of(plan, self._confinement.taken) if self._model.ranks == 1 else None
-            if cut is None:
-                return self._compute_and_propose(plan)
-            result = self._compute_and_propose(cut.plan)
-            assert isinstance(result, StepResult), "what a grammar confines is chosen on the host"
-            return cut.whole(result)
+        # Ranks that follow have the whole plan already.
+        whole = self._model.ranks > 1 or not plan.has_drafts
+        cut = None if whole else CutPlan.of(plan, self._confinement.taken)
+        result = self._compute_and_propose(plan if cut is None else cut.plan)
+        self._profiler.stepped()
+        if cut is None:
+            return result
+        assert isinstance(result, StepResult), "what a grammar confines is chosen on the host"
+        return cut.whole(result)
 
     def _compute_and_propose(self, plan: StepPlan) -> StepResult | AwaitedTokens:
         result = self._compute(plan)
@@ -285,23 +278,26 @@ class Runner:
         )
 
     def _compute(self, plan: StepPlan) -> StepResult | AwaitedTokens:
-        samples = Samples.of(plan) if (guessed := drafts(plan)) else None
-        for slot, guesses in guessed:
+        samples = Samples.of(plan) if plan.has_drafts else None
+        for slot, guesses in drafts(plan) if samples else ():
             if not self._sampler.one_by_one(np.array([slot]))[0]:
                 self._confinement.foresee(slot, guesses)
         graph = self._steps.recorded
         if graph is None or self._profiler.recording or not graph.serves(plan):
             return self._forward(plan)
-        slots_S = plan.row_slots[plan.sample_rows]
         if (
             isinstance(graph, StepGraph)
             and isinstance(self._sampler, CpuSampler)
-            and (samples is None or not self._waiting(samples, slots_S).any())
+            and (samples is None or not self._waiting(samples, plan).any())
         ):
             chosen, logprobs = graph.sample(plan, self._sampler)
+            if self._confinement.idle:
+                return StepResult(tokens=chosen, logprobs=logprobs)
             counting_S = slice(None) if samples is None else samples.counting(chosen)
-            _, failures = self._confinement.advance(slots_S[counting_S], chosen[counting_S])
+            slots_S = plan.row_slots[plan.sample_rows][counting_S]
+            _, failures = self._confinement.advance(slots_S, chosen[counting_S])
             return StepResult(tokens=chosen, logprobs=logprobs, failures=failures)
+        slots_S = plan.row_slots[plan.sample_rows]
         free = self._confinement.free(slots_S)
         likeliest = free and self._sampler.takes_likeliest(slots_S)
         tokens: AwaitedTokens | Int32Array | None = None
@@ -316,6 +312,8 @@ class Runner:
         return StepResult(tokens=tokens, logprobs=None)
 
     def _move(self, plan: StepPlan) -> None:
+        if all(group.stays for group in plan.groups):
+            return
         pools = [*zip(self._pools.pools, plan.groups, strict=True)]
         if (drafting := self._drafting) is not None and drafting.groups:
             groups = [plan.groups[index] for index in drafting.groups]
@@ -348,7 +346,7 @@ class Runner:
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> StepResult:
         samples = Samples.of(plan)
         slots_S = plan.row_slots[plan.sample_rows]
-        waiting_S = self._waiting(samples, slots_S)
+        waiting_S = self._waiting(samples, plan)
         tokens_S = np.zeros(len(slots_S), dtype=np.int32)
         failures: dict[int, str] = {}
         logprobs = []
@@ -370,10 +368,11 @@ class Runner:
         self._steps.set_last_tokens(slots_S[lasts], tokens_S[lasts])
         return StepResult(tokens=tokens_S, logprobs=joined(logprobs), failures=failures)
 
-    def _waiting(self, samples: Samples, slots_S: Int32Array) -> npt.NDArray[np.bool_]:
+    def _waiting(self, samples: Samples, plan: StepPlan) -> npt.NDArray[np.bool_]:
         """What a request with a history may say next hangs on more than logits: behind a guess it
         is sampled once the guess has been found right."""
-        waiting_S: npt.NDArray[np.bool_] = samples.later_S & self._sampler.one_by_one(slots_S)
+        one_by_one_S = self._sampler.one_by_one(plan.row_slots[plan.sample_rows])
+        waiting_S: npt.NDArray[np.bool_] = samples.later_S & one_by_one_S
         return waiting_S
 
     def _confine(self, binding: _Binding) -> None:

@@ -59,6 +59,29 @@ def sampled(made: StepPlan) -> Int32Array:
     return np.full(len(made.sample_rows), 5, dtype=np.int32)
 
 
+def test_one_row_that_goes_on_is_booked_as_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def book() -> tuple[list[list[int]], list[int], int, int, list[int]]:
+        draw = random.Random(3)
+        ledger = Ledger(lambda context: 9_000.0 if context < 40 else 12_000.0)
+        ledger.open(1, prompt_count=5, at_us=0, constrained=False)
+        run(ledger, plan(0, prefills=(0,), bound={0: 1}), 100, 1_000)
+        now_us, step = 1_000, 1
+        for _ in range(100):
+            now_us += draw.choice((2_000, 5_000, 10_000, 11_000, 13_000, 200_000))
+            # Now and then it is left out of a step, and goes on behind it.
+            run(ledger, plan(step, decodes=(0,)), now_us - draw.choice((500, 2_000)), now_us)
+            step += draw.choice((1, 1, 1, 2))
+        spread = ledger.intervals.tolist()
+        live = ledger.live(now_us + 50).tolist()
+        (times,) = ledger.close([1], now_us + 90).tolist()
+        return live, spread, ledger.intervals_us, ledger.floor_violations, times
+
+    alone = book()
+    assert alone[3] > 0
+    monkeypatch.setattr(Ledger, "_goes_on", lambda ledger, plan, row: False)
+    assert book() == alone
+
+
 def test_each_stretch_of_a_request_s_time_is_booked_once_and_where_it_belongs() -> None:
     ledger = Ledger(lambda context: None)
     ledger.open(7, prompt_count=9, at_us=1_000, constrained=True)
