@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tokenspeed._cpu import WeightMemory
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.engine import ahead
 from tokenspeed.loader import ModelFiles
@@ -26,6 +28,17 @@ def test_memory_is_taken_for_as_much_as_the_file_has(files: ModelFiles) -> None:
         pass
     memory.give_back()
     assert memory.taken_size_bytes == 0
+
+
+def test_memory_that_is_given_back_is_the_system_s_again() -> None:
+    size_bytes = 256 << 20
+    process = psutil.Process()
+    memory = WeightMemory(size_bytes=size_bytes)
+    while memory.taken_size_bytes < size_bytes:
+        pass
+    taken = process.memory_info().rss
+    memory.give_back()
+    assert taken - process.memory_info().rss > 0.9 * size_bytes
 
 
 @pytest.mark.parametrize("options", [{"tp": 2}, {"cp": 2}, {"dp": 2}, {"device": "cuda"}])

@@ -9,7 +9,9 @@ import torch
 from tokenspeed import loader
 from tokenspeed.core.config import EngineConfig
 from tokenspeed.core.errors import ConfigError
+from tokenspeed.engine import build
 from tokenspeed.engine.build import build_engine
+from tokenspeed.kernels.cpu import WeightMemory
 
 SCRIPT = """
 import sys
@@ -37,6 +39,22 @@ def test_a_started_engine_has_no_compiler_loaded_and_no_file_mapped(
         check=True,
     )
     assert result.stdout.splitlines() == ["", "False"]
+
+
+def test_a_started_engine_gives_back_the_memory_that_its_weights_did_not_need(
+    smollm2: loader.ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[None] = []
+    monkeypatch.setattr(build, "give_back_memory", lambda: freed.append(None))
+    size_bytes = smollm2.path.stat().st_size
+    memory = WeightMemory(size_bytes=2 * size_bytes)
+    while memory.taken_size_bytes < 2 * size_bytes:
+        pass
+    config = EngineConfig(model=str(smollm2.path), max_context=64, kv_cache_size_bytes=1 << 26)
+    engine = build_engine(config, memory=memory, learn=False)
+    assert 0 < memory.taken_size_bytes < 1.2 * size_bytes
+    assert freed
+    engine.core.close()
 
 
 def test_a_gpu_that_is_not_there_is_told_before_anything_is_loaded(
