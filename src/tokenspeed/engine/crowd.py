@@ -25,9 +25,13 @@ def check_crowd(config: EngineConfig, *, ranks: int) -> None:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(cpus, _PROCESSES_ALWAYS)
     if config.dp * ranks > most:
+        ways_out = "lower them"
+        if config.dp == 1:
+            ways_out += (
+                ", or spread the ranks over hosts with torchrun or "
+                "--distributed-executor-backend ray"
+            )
         raise ConfigError(
             f"--tp {config.tp} --cp {config.cp} --dp {config.dp} makes {config.dp * ranks} "
-            f"processes on this host, which has {cpus} CPUs and is given {most} at most: lower "
-            "them, or spread the ranks over hosts with torchrun or "
-            "--distributed-executor-backend ray"
+            f"processes on this host, which has {cpus} CPUs and is given {most} at most: {ways_out}"
         )
