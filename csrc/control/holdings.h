@@ -9,10 +9,6 @@
 
 namespace tokenspeed::control {
 
-inline std::size_t size_of(TokenCount page_size) {
-    return static_cast<std::size_t>(page_size.value);
-}
-
 template <class G>
 void give_back(std::vector<FreePage<G>>&& promised, Store& store) noexcept {
     for (FreePage<G>& page : promised) store.index.give<G>(std::move(page));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <compare>
+#include <cstddef>
 #include <cstdint>
 
 namespace tokenspeed::control {
@@ -49,6 +50,10 @@ struct Count {
 
 using PageCount = Count<struct PagesTag>;
 using TokenCount = Count<struct TokensTag>;
+
+inline std::size_t size_of(TokenCount tokens) {
+    return static_cast<std::size_t>(tokens.value);
+}
 
 // Pages that hold `tokens` positions, the last one perhaps in part.
 constexpr PageCount pages_for(TokenCount tokens, TokenCount page_size) noexcept {

@@ -9,10 +9,6 @@ namespace tokenspeed::control {
 
 namespace {
 
-std::size_t size_of(TokenCount page_size) {
-    return static_cast<std::size_t>(page_size.value);
-}
-
 TokenCount clamp(std::int64_t count) {
     return TokenCount(static_cast<std::int32_t>(
         std::min<std::int64_t>(count, std::numeric_limits<std::int32_t>::max())));
