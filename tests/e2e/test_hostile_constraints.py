@@ -148,7 +148,7 @@ GRAMMARS = st.lists(RULES, max_size=16).map(lambda parts: "root ::= " + " ".join
 
 @pytest.mark.slow
 @settings(
-    max_examples=600,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -107,7 +107,7 @@ def test_without_restart_the_death_of_one_engine_ends_the_server(replicas: Repli
     # The last test of the server that those above share.
     second = replicas.engines()[1]
     second.send_signal(signal.SIGKILL)
-    assert replicas.server.process.wait(30) == 1
+    assert replicas.server.process.wait(60) == 1
     log = replicas.server.log.read_text()
     assert "of 2: the engine process" in log and "ended: killed by SIGKILL" in log
     assert "Serve with --restart" in log

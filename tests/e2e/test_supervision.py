@@ -60,7 +60,7 @@ def test_ctrl_c_ends_every_process_and_is_no_failure(smollm2: ModelFiles, tmp_pa
         assert len(family) == 3
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 0
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
 
 
@@ -88,42 +88,30 @@ def test_a_killed_engine_is_reported_to_clients_and_ends_the_server(
         log = server.log.read_text()
         assert "killed by SIGKILL" in log
         assert "Traceback" not in log
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
 
 
 @pytest.mark.slow
-def test_with_restart_a_killed_engine_serves_again(smollm2: ModelFiles, tmp_path: Path) -> None:
+def test_with_restart_an_engine_that_is_killed_or_hangs_is_replaced(
+    smollm2: ModelFiles, tmp_path: Path
+) -> None:
     with Serve(tmp_path / "log", "--restart") as server, ThreadPoolExecutor(4) as pool:
-        streams = under_load(server, pool)
-        killed = server.engine()
-        killed.kill()
-        assert all(stream.result(60) for stream in streams)
-        short = BODY | {"max_tokens": 4}
-        status, _ = wait_for(
-            lambda: server.post("/v1/chat/completions", short),
-            lambda answer: answer[0] == 200,
-            timeout_s=120,
-        )
-        assert status == 200
-        assert server.engine().pid != killed.pid
-
-
-@pytest.mark.slow
-def test_with_restart_an_engine_that_hangs_is_replaced(smollm2: ModelFiles, tmp_path: Path) -> None:
-    with Serve(tmp_path / "log", "--restart") as server, ThreadPoolExecutor(4) as pool:
-        streams = under_load(server, pool)
-        hung = server.engine()
-        hung.suspend()
-        assert all(stream.result(60) for stream in streams)
-        short = BODY | {"max_tokens": 4}
-        wait_for(
-            lambda: server.post("/v1/chat/completions", short),
-            lambda answer: answer[0] == 200,
-            timeout_s=120,
-        )
-        assert server.engine().pid != hung.pid
-        assert "does nothing" in server.log.read_text()
+        for lose, said in (
+            (psutil.Process.kill, "killed by SIGKILL"),
+            (psutil.Process.suspend, "does nothing"),
+        ):
+            streams = under_load(server, pool)
+            lost = server.engine()
+            lose(lost)
+            assert all(stream.result(60) for stream in streams)
+            wait_for(
+                lambda: server.post("/v1/chat/completions", BODY | {"max_tokens": 4}),
+                lambda answer: answer[0] == 200,
+                timeout_s=120,
+            )
+            assert server.engine().pid != lost.pid
+            assert said in server.log.read_text()
 
 
 @pytest.mark.slow
@@ -147,7 +135,7 @@ def test_sigterm_lets_streams_end_and_refuses_new_ones(smollm2: ModelFiles, tmp_
         assert resumed.status_code == 409, resumed.text
         assert [stream.result(60) for stream in streams] == [""] * 4
         assert server.process.wait(60) == 0
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
 
 
@@ -167,7 +155,7 @@ def test_a_second_sigterm_ends_all_at_once(smollm2: ModelFiles, tmp_path: Path) 
         )
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 130
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
         for stream in streams:
             stream.result(60)
@@ -179,7 +167,7 @@ def test_a_killed_supervisor_leaves_no_process(smollm2: ModelFiles, tmp_path: Pa
         family = server.family()
         server.process.kill()
         server.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=20)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
 
 

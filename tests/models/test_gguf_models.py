@@ -24,7 +24,7 @@ TEXT = '''def quicksort(items):
     pivot = items[len(items) // 2]
     return quicksort([x for x in items if x < pivot]) + [pivot]
 '''
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 REFERENCE = dict.fromkeys(registry.ops, "reference")
 NATIVE = {
     op: "cpu"
@@ -92,6 +92,7 @@ def test_logits_equal_those_of_transformers_on_the_same_weights(weights: Weights
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", MODELS[:1], indirect=True)
 def test_greedy_text_of_bfloat16_equals_that_of_float32(weights: Weights) -> None:
     prompts = [weights.tokenizer.encode(text) for text in PROMPTS]
     single, half = (
