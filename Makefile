@@ -36,8 +36,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
+# TESTS=... names some of them.
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 check: setup
 	$(BIN)/ruff check .

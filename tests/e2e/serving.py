@@ -155,7 +155,7 @@ def unused_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(read: Callable[[], T], fits: Callable[[T], bool], timeout_s: float = 60) -> T:
+def wait_for(read: Callable[[], T], fits: Callable[[T], bool], timeout_s: float = 120) -> T:
     """Read until the value fits."""
     deadline_s = time.monotonic() + timeout_s
     while not fits(value := read()):
