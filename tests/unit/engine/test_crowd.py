@@ -18,7 +18,7 @@ def test_more_processes_than_a_host_has_a_use_for_are_refused_with_their_flags()
 def test_ranks_of_one_engine_may_go_to_other_hosts_and_engines_may_not() -> None:
     with pytest.raises(ConfigError, match="spread the ranks over hosts"):
         check_crowd(EngineConfig(model="m", tp=100_000), ranks=100_000)
-    with pytest.raises(ConfigError, match="at most: lower them$"):
+    with pytest.raises(ConfigError, match=r"at most: lower them$"):
         check_crowd(EngineConfig(model="m", dp=100_000), ranks=1)
 
 
