@@ -97,6 +97,8 @@ def tokens_of(runner: Runner, params: Sequence[SamplingParams] = (GREEDY,) * 4) 
     run(requests[:3], [(requests[3], 9)])
     run(requests, [])
     run([requests[3], requests[1]], [])
+    # The row that fills up chooses for nobody, whoever was there before.
+    run(requests[:3], [])
     run(requests, [])
     runner.close()
     return found
@@ -110,7 +112,7 @@ def test_captured_steps_choose_the_tokens_of_others() -> None:
     capture.runs = 0
     assert tokens_of(runner) == tokens_of(runner_of(CONFIG))
     # Steps of decode rows alone.
-    assert capture.runs == 5
+    assert capture.runs == 6
 
 
 DRAWN = SamplingParams(temperature=0.8, top_k=20)
@@ -141,8 +143,8 @@ def test_draws_are_part_of_captured_steps_for_rows_of_any_settings(
         capture.runs = 0
         drawn.clear()
         assert tokens_of(runner, params) == tokens_of(runner_of(CONFIG), params)
-        assert capture.runs == 5
-        assert len(drawn) == 5
+        assert capture.runs == 6
+        assert len(drawn) == 6
 
 
 def test_rows_that_want_more_than_a_draw_are_sampled_from_a_captured_steps_logits() -> None:
