@@ -10,9 +10,13 @@ from tokenspeed.core.step import FinishReason
 from tokenspeed.engine.outputs import TextDelta
 from tokenspeed.loader import ModelFiles
 
+# More than run at once.
+PROMPTS, RUNNING = 8, 6
 
-def check(model: ModelFiles, count: int, cases: tuple[str, ...], ways: tuple[str, ...]) -> None:
-    found = list(compare(str(model.path), count=count, cases=cases, ways=ways))
+
+def check(model: ModelFiles, cases: tuple[str, ...], ways: tuple[str, ...]) -> None:
+    options = {"count": PROMPTS, "max_running": RUNNING}
+    found = list(compare(str(model.path), cases=cases, ways=ways, **options))
     assert [(way, case) for way, case, outcome in found if outcome.different] == []
     accepted = sum(outcome.accepted for _, _, outcome in found)
     drafted = sum(outcome.drafted for _, _, outcome in found)
@@ -22,13 +26,13 @@ def check(model: ModelFiles, count: int, cases: tuple[str, ...], ways: tuple[str
 
 
 def test_answers_are_those_without_drafts(smollm2: ModelFiles) -> None:
-    check(smollm2, 20, ("plain", "JSON schema", "stop strings"), ("together",))
+    check(smollm2, ("plain", "JSON schema", "stop strings"), ("together",))
 
 
 @pytest.mark.slow
 def test_answers_are_those_without_drafts_in_every_way(smollm2: ModelFiles) -> None:
     ways = ("together", "warm cache", "chunked", "retraction")
-    check(smollm2, 20, tuple(CASES), ways)
+    check(smollm2, tuple(CASES), ways)
 
 
 def test_an_answer_that_a_stop_string_ends_knows_its_guesses(smollm2: ModelFiles) -> None:

@@ -71,8 +71,8 @@ class Build:
         control: the folder of the control plane's sources, perhaps a mutated copy.
         compiler: its path.
         lumps: the control plane is compiled as so many units, each of several sources, which takes
-            a fraction of the time and leaves little to keep; each source is a unit of its own if
-            None.
+            less time and leaves little to keep; each source is a unit of its own if None. What
+            sources of a lump have in unnamed namespaces must differ in name, or none compiles.
     """
 
     flags: tuple[str, ...]
