@@ -212,9 +212,8 @@ void Proposer::ask(std::span<DraftSource::Ask> rows, const DraftSource::Step& st
                    const StepTimeModel& model) {
     if (!model.trusted()) return;
     // A step that takes prompts along runs anyhow: only its decode rows are spared.
-    const double saved_us =
-        model.predict_us(step.work) - (step.prompts ? model.predict_us(StepWork{}) : 0);
     const double step_us = model.predict_us(step.work);
+    const double saved_us = step_us - (step.prompts ? model.predict_us(StepWork{}) : 0);
     const Prices prices{
         .value_us = saved_us / static_cast<double>(step.work.decode_rows),
         .round_us = model.proposal_round_us(),
