@@ -37,12 +37,11 @@ from tests.support.fake_runner import FakeRunner, next_token  # noqa: E402
 
 from tokenspeed import SamplingParams, __version__  # noqa: E402
 from tokenspeed.control import Scheduler  # noqa: E402
-from tokenspeed.core.config import CacheGroup, SchedulerConfig  # noqa: E402
+from tokenspeed.core.config import STREAM_INTERVAL_MS, CacheGroup, SchedulerConfig  # noqa: E402
 from tokenspeed.core.step import StepPlan  # noqa: E402
 from tokenspeed.engine.core import EngineCore  # noqa: E402
 from tokenspeed.engine.ledger import Launched, Ledger  # noqa: E402
 from tokenspeed.engine.wire import Submit, encode  # noqa: E402
-from tokenspeed.entrypoint.ticks import STREAM_INTERVAL_MS  # noqa: E402
 
 CONTEXT_TOKENS = 50_000
 STEPS = 400

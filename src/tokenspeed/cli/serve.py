@@ -9,7 +9,7 @@ import typer
 
 from tokenspeed.cli.options import DEFAULT_MODEL, LogLevel, LogLevelOption, takes_engine_flags
 from tokenspeed.cli.reporting import reported
-from tokenspeed.core.config import EngineConfig
+from tokenspeed.core.config import STREAM_INTERVAL_MS, EngineConfig
 from tokenspeed.core.environment import quiet_grpc_forks, torchrun
 
 __all__ = ["serve"]
@@ -72,7 +72,7 @@ def serve(
             "more run, with fewer so much less, and a quarter of it as an answer begins; 0 sends "
             "each at once, more saves CPU time.",
         ),
-    ] = 400,
+    ] = STREAM_INTERVAL_MS,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start the engine again when it dies.")
     ] = False,

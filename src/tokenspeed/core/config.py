@@ -7,6 +7,7 @@ from typing import Any
 from tokenspeed.core.errors import ConfigError
 
 __all__ = [
+    "STREAM_INTERVAL_MS",
     "CacheGroup",
     "CacheGroupKind",
     "CachePolicy",
@@ -15,6 +16,8 @@ __all__ = [
     "SchedulerConfig",
 ]
 
+# The longest time that a token of a server's streams waits for others, unless it is told another.
+STREAM_INTERVAL_MS = 400
 
 _ELEMENT_SIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
 

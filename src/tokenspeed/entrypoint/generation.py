@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 
+from tokenspeed.core.config import STREAM_INTERVAL_MS
 from tokenspeed.core.errors import EngineError, InvalidParameter
 from tokenspeed.core.step import FinishReason
 from tokenspeed.entrypoint.chunks import ChunkCutter
@@ -22,7 +23,7 @@ from tokenspeed.entrypoint.sampling import (
     sampling_params_of,
     seeded,
 )
-from tokenspeed.entrypoint.ticks import STREAM_INTERVAL_MS, WriteTicks
+from tokenspeed.entrypoint.ticks import WriteTicks
 
 if TYPE_CHECKING:
     from tokenspeed.engine.client import EngineClient

@@ -16,6 +16,7 @@ from smg_grpc_proto.generated import common_pb2, tokenspeed_scheduler_pb2_grpc
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 
 from tokenspeed import __version__
+from tokenspeed.core.config import STREAM_INTERVAL_MS
 from tokenspeed.core.errors import EngineDead, InvalidParameter, Overloaded, TokenSpeedError
 from tokenspeed.entrypoint.cache_events import event_messages
 from tokenspeed.entrypoint.generation import Generation, GenerationTable, tenant_of
@@ -24,7 +25,6 @@ from tokenspeed.entrypoint.loads import loads_response
 from tokenspeed.entrypoint.operations.records import RequestBook
 from tokenspeed.entrypoint.spelling import TokenSpelling
 from tokenspeed.entrypoint.status import status_of
-from tokenspeed.entrypoint.ticks import STREAM_INTERVAL_MS
 from tokenspeed.entrypoint.tokenizer_archive import archive_chunks
 
 if TYPE_CHECKING:

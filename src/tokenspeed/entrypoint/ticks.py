@@ -1,16 +1,18 @@
-"""The common ticks of the clock at which streams write."""
+"""The common ticks of the clock at which streams write.
+
+A message costs servicer and gateway together some 60 to 100 µs of CPU, whatever it holds. Few
+streams get each token as it comes; with many, tokens share messages, so that streaming takes one or
+two hundredths of a core from the model and not a tenth.
+"""
 
 import asyncio
 from typing import Protocol
 
+from tokenspeed.core.config import STREAM_INTERVAL_MS
 from tokenspeed.engine.outbox import tick_s
 
-__all__ = ["STREAM_INTERVAL_MS", "WriteTicks"]
+__all__ = ["WriteTicks"]
 
-# A message costs servicer and gateway together some 60 to 100 µs of CPU, whatever it holds. Few
-# streams get each token as it comes; with many, tokens share messages, so that streaming takes one
-# or two hundredths of a core from the model and not a tenth.
-STREAM_INTERVAL_MS = 400
 # Whoever reads along is ever further behind a text that comes faster than people read, and an agent
 # acts on whole answers: no token waits for longer than this part of the time that its answer has
 # been coming, or for the next tick.
