@@ -79,6 +79,15 @@ def test_plain_steps_are_sent_together_at_the_last_one_before_the_tick() -> None
     assert box.step(7.110) not in box.sent
 
 
+def test_a_message_has_two_milliseconds_to_reach_the_client_before_the_tick() -> None:
+    # The step after it would end 3 ms before the tick at 7.1 s, and 1 ms before it.
+    for ended_s, sent in ((7.0535, False), (7.0545, True)):
+        box = Box()
+        box.steady()
+        outputs = box.step(ended_s)
+        assert (outputs in box.sent) is sent
+
+
 def test_what_missed_its_tick_goes_with_the_next_step() -> None:
     box = Box()
     box.steady()
