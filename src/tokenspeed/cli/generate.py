@@ -50,7 +50,7 @@ def generate(
     ] = False,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Complete a prompt as plain text, without the chat template, and print it as it comes."""
+    """Complete a prompt as plain text, without the chat template."""
     with reported(log_level):
         model, prompt = _model_and_prompt(words)
         overrides = sampling_overrides(

@@ -33,7 +33,10 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Print what a model's ranks would exchange and hold, without loading weights."""
+    """Print what a model's ranks would exchange and hold.
+
+    No weight is loaded.
+    """
     with reported(log_level):
         # Imported late: torch takes seconds, and `--help` should not.
         from tokenspeed.distributed import Mesh  # noqa: PLC0415

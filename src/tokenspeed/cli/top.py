@@ -34,7 +34,7 @@ def top(
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one look and end.")] = False,
 ) -> None:
-    """Watch a running server: sessions, tokens a second against the floor, the cache."""
+    """Watch a running server: sessions, their speed, the cache."""
     with reported(), _client(operations, api_key) as client:
         console = Console()
         view = frame(**_look(client, operations), width=console.width)
