@@ -67,11 +67,14 @@ class OfflinePlan:
         computes each token: prompts of random tokens are answered by repeating oneself, of which
         drafts would make more than they are worth to anybody."""
         longest = max(tokens for _, tokens, _ in self.works) + self.new_tokens
+        users = max(users for _, _, users in self.works)
         return dataclasses.replace(
             config,
             prefix_cache=False,
             speculate="off",
-            max_running=max(users for _, _, users in self.works),
+            max_running=users,
+            # A step has a token of each.
+            max_step_tokens=max(config.max_step_tokens, users),
             max_context=longest if config.max_context is None else config.max_context,
         )
 

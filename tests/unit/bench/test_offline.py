@@ -75,6 +75,9 @@ def test_an_engine_gets_room_for_the_plan_and_no_prefix_cache() -> None:
     config = plan.configure(EngineConfig(model="m", threads=2))
     assert (config.max_running, config.max_context, config.prefix_cache) == (8, 2058, False)
     assert config.threads == 2
+    assert config.max_step_tokens == EngineConfig(model="m").max_step_tokens
+    many = OfflinePlan(batch=(1000,)).configure(EngineConfig(model="m", max_step_tokens=512))
+    assert (many.max_running, many.max_step_tokens) == (1000, 1000)
     asked = dataclasses.replace(EngineConfig(model="m"), max_context=4096)
     assert plan.configure(asked).max_context == 4096
     with pytest.raises(ConfigError, match="--prefill"):
