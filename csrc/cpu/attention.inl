@@ -4,7 +4,7 @@
 //
 //     for each block of 256 positions, as far as the token sees:
 //         s = (q . k) * scale, over words of elements in their order
-//         m = max s;  p = 2^(s log2(e) - m), rounded to V's type;  l = sum of p
+//         m = max (s log2(e));  p = 2^(s log2(e) - m), rounded to V's type;  l = sum of p
 //         o = sum of p v, over pairs of positions in their order
 //     M, L, O = the blocks' m, l and o merged from the first to the last;  y = O / L
 // where a head with a sink begins with M = sink log2(e), L = 1 and O = 0.
@@ -32,6 +32,8 @@ namespace tokenspeed::cpu {
 namespace {
 
 constexpr float nothing_seen = -1e30f;
+// Ones of bfloat16, by which a sum of products is one of numbers.
+constexpr std::uint32_t one_and_one = 0x3f803f80;
 
 // Query rows of a part are worked on in the thread's scratch memory.
 constexpr int part_rows_max = 48;
@@ -274,41 +276,54 @@ void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, i
     float* const scores = scratch.scores[row];
     std::byte* const weights = scratch.weights[row];
     const float scale = rounded ? call.scale * scratch.query_scales[row] : call.scale;
-    const Floats factor = splat(call.soft_cap == 0.0f ? scale * log2_e : scale);
-    const auto load = [&](int at) {
-        Floats score = mul(load_floats(scores + at), factor);
-        if (call.soft_cap != 0.0f) {
-            const Floats curve = tanh(div(score, splat(call.soft_cap)));
-            score = mul(curve, splat(call.soft_cap * log2_e));
-        }
-        if (at >= seen_from && at + lanes <= seen_to) return score;
+    const bool capped = call.soft_cap != 0.0f;
+    for (int at = from; capped && at < to; at += lanes) {
+        const Floats score = mul(load_floats(scores + at), splat(scale));
+        const Floats curve = tanh(div(score, splat(call.soft_cap)));
+        store(mul(curve, splat(call.soft_cap * log2_e)), scores + at);
+    }
+    const float factor = capped ? 1.0f : scale * log2_e;
+    // Lanes that the row does not see become `other`.
+    const auto seen_of = [&](Floats a, int at, float other) TOKENSPEED_FLAT {
+        if (at >= seen_from && at + lanes <= seen_to) return a;
         const auto within = [&](int position) {
             const int lane = position - at;
             return lane < 0 ? 0 : lane > lanes ? lanes : lane;
         };
-        return keep(score, within(seen_from), within(seen_to), nothing_seen);
+        return keep(a, within(seen_from), within(seen_to), other);
     };
     Floats most = splat(nothing_seen);
     for (int at = from; at < to; at += lanes) {
-        const Floats score = load(at);
-        store(score, scores + at);
-        most = max(score, most);
+        const Floats score = mul(load_floats(scores + at), splat(factor));
+        most = max(seen_of(score, at, nothing_seen), most);
     }
     const float peak = largest(most);
     Floats sums = splat(0.0f);
-    const Floats peaks = splat(peak);
     Floats heaviest = splat(0.0f);
-    for (int at = from; at < to; at += lanes) {
-        const Floats p = exp2(sub(load_floats(scores + at), peaks));
-        if constexpr (rounded) {
-            const Floats weight = mul(p, load_floats(scratch.value_scales + at));
-            store(weight, scores + at);
-            heaviest = max(weight, heaviest);
+    const auto weigh_at = [&](int at) TOKENSPEED_FLAT {
+        const Floats power = fma(load_floats(scores + at), splat(factor), splat(-peak));
+        return seen_of(exp2_weight<format == KvFormat::bf16>(power), at, 0.0f);
+    };
+    if constexpr (format == KvFormat::bf16) {
+        // Wherever the span begins, a lane has the same positions of the block.
+        for (int at = from / (2 * lanes) * (2 * lanes); at < to; at += 2 * lanes) {
+            const Floats first_lanes = at < from ? splat(0.0f) : weigh_at(at);
+            const Floats second_lanes = at + lanes < to ? weigh_at(at + lanes) : splat(0.0f);
+            const Halves both = to_halves(first_lanes, second_lanes);
+            store(both, weights + at * V::weight_size_bytes);
+            sums = dot(sums, both, splat_halves(one_and_one));
+        }
+    } else {
+        for (int at = from; at < to; at += lanes) {
+            const Floats p = weigh_at(at);
             sums = add(sums, p);
-        } else {
-            std::byte* const to_weights = weights + at * V::weight_size_bytes;
-            V::store_weights(p, to_weights);
-            sums = add(sums, V::load_weights(to_weights));
+            if constexpr (rounded) {
+                const Floats weight = mul(p, load_floats(scratch.value_scales + at));
+                store(weight, scores + at);
+                heaviest = max(weight, heaviest);
+            } else {
+                store(p, reinterpret_cast<float*>(weights + at * V::weight_size_bytes));
+            }
         }
     }
     if constexpr (rounded) {

@@ -20,6 +20,29 @@ inline Floats exp2(Floats x) {
     return zero_below(x, -126.0f, times_power_of_two(power, whole));
 }
 
+// A whole number added to this stands in the lowest bits of the sum.
+constexpr float power_of_two_origin = 0x1.8p23f;
+
+// 2^x as a weight of attention: 0 where x is below -125; x is at most 1. The polynomial is chosen
+// as that of `exp2`; a coarse one is of degree 3, for weights that are rounded to bfloat16, by up
+// to 2e-3: its error is 1.0e-4.
+template <bool coarse>
+TOKENSPEED_INLINE Floats exp2_weight(Floats x) {
+    const Floats power = add(x, splat(power_of_two_origin));
+    const Floats rest = sub(x, sub(power, splat(power_of_two_origin)));
+    Floats part;
+    if constexpr (coarse) {
+        part = fma(splat(0.055008952f), rest, splat(0.24221101f));
+        part = fma(part, rest, splat(0.6932829f));
+    } else {
+        part = fma(splat(0.0013264727f), rest, splat(0.009671513f));
+        part = fma(part, rest, splat(0.055507336f));
+        part = fma(part, rest, splat(0.24022242f));
+        part = fma(part, rest, splat(0.693147f));
+    }
+    return times_power_or_zero(fma(part, rest, splat(1.0f)), power, x, -125.0f);
+}
+
 // 1 / (1 + e^-x)
 inline Floats sigmoid(Floats x) {
     const Floats power = min(mul(x, splat(-log2_e)), splat(127.0f));

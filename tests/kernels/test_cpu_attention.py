@@ -142,6 +142,31 @@ def test_a_token_gets_the_same_bits_however_its_row_is_cut(
             assert torch.equal(found[-1], whole[700])
 
 
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8"])
+def test_every_instruction_set_gives_the_same_bits_wherever_a_window_begins(kv: str) -> None:
+    """By how a row is cut, what it sees begins in one vector of a block or another."""
+    case = make_case(
+        [(0, 420)], heads=6, kv_heads=2, head_dim=64, page_size=32, dtype=torch.float32
+    )
+    # Weights farther apart than sums of them are exact.
+    case = replace(case, scale=0.6)
+    expected = None
+    for isa in supported_isas():
+        runtime = CpuRuntime(threads=1, isa=isa)
+        pools = interleave(case, runtime, kv=kv)
+        whole = attend(case, pools, runtime, window=100)
+        assert expected is None or torch.equal(whole, expected), isa
+        expected = whole
+        for start, end in ((380, 420), (139, 140), (130, 150)):
+            rows = replace(
+                case.rows,
+                query_starts=np.array([0, end - start], dtype=np.int32),
+                context_lens=np.array([start], dtype=np.int32),
+            )
+            part = replace(case, q=case.q[start:end], rows=rows)
+            assert torch.equal(attend(part, pools, runtime, window=100), whole[start:end]), isa
+
+
 def test_every_instruction_set_writes_and_reads_rounded_pages_alike() -> None:
     """The reference's pages, too, to the bit."""
     case = make_case(

@@ -89,6 +89,18 @@ inline __m256 times_power_of_two(__m256 a, __m256 n) {
 inline Floats times_power_of_two(Floats a, Floats n) {
     return {times_power_of_two(a.low, n.low), times_power_of_two(a.high, n.high)};
 }
+inline __m256 times_power_or_zero(__m256 a, __m256 power, __m256 x, float bound) {
+    const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(power), 23);
+    const __m256i product = _mm256_add_epi32(_mm256_castps_si256(a), exponents);
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_GE_OQ),
+                         _mm256_castsi256_ps(product));
+}
+// a times two to the power of a whole number that was added to `power_of_two_origin`, where x is
+// not below the bound, and 0 elsewhere.
+inline Floats times_power_or_zero(Floats a, Floats power, Floats x, float bound) {
+    return {times_power_or_zero(a.low, power.low, x.low, bound),
+            times_power_or_zero(a.high, power.high, x.high, bound)};
+}
 // a where x is not below the bound, and 0 elsewhere.
 inline Floats zero_below(Floats x, float bound, Floats a) {
     const __m256 least = _mm256_set1_ps(bound);
@@ -185,10 +197,13 @@ inline __m256i bf16_bits(__m256 a) {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
 }
+inline __m256i bf16_halves(Floats a) {
+    const __m256i mixed = _mm256_packus_epi32(bf16_bits(a.low), bf16_bits(a.high));
+    return _mm256_permute4x64_epi64(mixed, 0xd8);
+}
 // Rounded to the nearest, ties to even.
 inline void store_bf16(Floats a, void* at) {
-    const __m256i mixed = _mm256_packus_epi32(bf16_bits(a.low), bf16_bits(a.high));
-    _mm256_storeu_si256(static_cast<__m256i*>(at), _mm256_permute4x64_epi64(mixed, 0xd8));
+    _mm256_storeu_si256(static_cast<__m256i*>(at), bf16_halves(a));
 }
 // The same of numbers that are zero or normal.
 inline void store_bf16_normal(Floats a, void* at) {
@@ -399,6 +414,14 @@ inline void add_dot(Ints& sum, Bytes a, Bytes b) {
 inline Halves load_halves(const void* at) {
     const Ints loaded = load_ints(at);
     return {loaded.low, loaded.high};
+}
+// 16 numbers and then 16 others, each zero or normal, rounded to the nearest, ties to even.
+inline Halves to_halves(Floats a, Floats b) {
+    return {bf16_halves(a), bf16_halves(b)};
+}
+inline void store(Halves a, std::byte* at) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + 1, a.high);
 }
 // Halves of the first and of the second in turn, of the lower and of the upper four of each 8.
 inline Halves interleave_low(Halves a, Halves b) {

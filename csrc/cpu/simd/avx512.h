@@ -83,6 +83,13 @@ inline Floats round(Floats a) {
 inline Floats times_power_of_two(Floats a, Floats n) {
     return {_mm512_scalef_ps(a.v, n.v)};
 }
+// a times two to the power of a whole number that was added to `power_of_two_origin`, where x is
+// not below the bound, and 0 elsewhere.
+inline Floats times_power_or_zero(Floats a, Floats power, Floats x, float bound) {
+    const __mmask16 kept = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+    const __m512i exponents = _mm512_slli_epi32(_mm512_castps_si512(power.v), 23);
+    return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(a.v), exponents))};
+}
 // a where x is not below the bound, and 0 elsewhere.
 inline Floats zero_below(Floats x, float bound, Floats a) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ), a.v)};
@@ -341,6 +348,21 @@ inline Halves interleave_high(Halves a, Halves b) {
 }
 inline Halves splat_halves(std::uint32_t pair) {
     return {_mm512_set1_epi32(static_cast<std::int32_t>(pair))};
+}
+
+// 16 numbers and then 16 others, each zero or normal, rounded to the nearest, ties to even.
+inline Halves to_halves(Floats a, Floats b) {
+#if defined(__AVX512BF16__)
+    return {(__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)};
+#else
+    alignas(64) std::byte halves[4 * 16];
+    store_bf16(a, halves);
+    store_bf16(b, halves + 2 * 16);
+    return load_halves(halves);
+#endif
+}
+inline void store(Halves a, std::byte* at) {
+    _mm512_storeu_si512(at, a.v);
 }
 
 // sum + the lane's two products, the odd one first.

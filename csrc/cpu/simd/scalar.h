@@ -97,6 +97,14 @@ inline Floats times_power_of_two(const Floats& a, const Floats& n) {
         return a.v[i] * from_bits(static_cast<std::uint32_t>(static_cast<int>(n.v[i]) + 127) << 23);
     });
 }
+// a times two to the power of a whole number that was added to `power_of_two_origin`, where x is
+// not below the bound, and 0 elsewhere.
+inline Floats times_power_or_zero(const Floats& a, const Floats& power, const Floats& x,
+                                  float bound) {
+    return each<Floats>([&](int i) {
+        return x.v[i] >= bound ? from_bits(to_bits(a.v[i]) + (to_bits(power.v[i]) << 23)) : 0.0f;
+    });
+}
 // a where x is not below the bound, and 0 elsewhere.
 inline Floats zero_below(const Floats& x, float bound, const Floats& a) {
     return each<Floats>([&](int i) { return x.v[i] >= bound ? a.v[i] : 0.0f; });
@@ -323,6 +331,16 @@ inline Halves interleave_fours(const Halves& a, const Halves& b) {
         const int from = i / 4 * 8 + first + i % 4;
         return static_cast<std::uint32_t>(y[from]) << 16 | x[from];
     });
+}
+// 16 numbers and then 16 others, each zero or normal, rounded to the nearest, ties to even.
+inline Halves to_halves(const Floats& a, const Floats& b) {
+    std::uint16_t halves[2 * lanes];
+    store_bf16(a, halves);
+    store_bf16(b, halves + lanes);
+    return load_halves(halves);
+}
+inline void store(const Halves& a, std::byte* at) {
+    std::memcpy(at, a.v, sizeof a.v);
 }
 // Halves of the first and of the second in turn, of the lower and of the upper four of each 8.
 inline Halves interleave_low(const Halves& a, const Halves& b) {
