@@ -38,12 +38,6 @@ _FLAGS = (
     "-Wno-unused-variable",
     "-D_GLIBCXX_ASSERTIONS",
 )
-# GCC holds what a source keeps to itself for shared once another includes that source.
-_LUMP = """\
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wsubobject-linkage"
-#endif
-"""
 
 
 class BuildError(Exception):
@@ -70,23 +64,15 @@ class Build:
         flags: beside the standard ones: optimisation, sanitizers.
         control: the folder of the control plane's sources, perhaps a mutated copy.
         compiler: its path.
-        lumps: the control plane is compiled as so many units, each of several sources, which takes
-            less time and leaves little to keep; each source is a unit of its own if None. What
-            sources of a lump have in unnamed namespaces must differ in name, or none compiles.
     """
 
     flags: tuple[str, ...]
     control: Path = CONTROL
     compiler: str
-    lumps: int | None = None
 
     def program(self, name: str, each: Callable[..., Iterable[Path]] = map) -> Path:
         """Builds a driver and returns its path; `each` is `map` or an executor's."""
         control = sorted(self.control.glob("*.cpp"))
-        if self.lumps is not None:
-            control = [
-                self._lump(number, control[number :: self.lumps]) for number in range(self.lumps)
-            ]
         objects = list(each(self._object, [*control, *(HERE / unit for unit in DRIVERS[name])]))
         key = hashlib.sha256("\n".join(map(str, (*objects, *self.flags))).encode()).hexdigest()
         target = CACHE / "bin" / f"{name}-{key[:20]}"
@@ -105,15 +91,6 @@ class Build:
                 flags.append("-fsanitize=fuzzer-no-link")
             self._run(target, *flags, f"-I{self.control}", "-c", str(source))
         return target
-
-    def _lump(self, number: int, sources: Iterable[Path]) -> Path:
-        """A source that includes others."""
-        lump = CACHE / "lumps" / f"{number}_of_{self.lumps}.cpp"
-        text = _LUMP + "".join(f'#include "{source.name}"\n' for source in sources)
-        if not lump.exists() or lump.read_text() != text:
-            lump.parent.mkdir(parents=True, exist_ok=True)
-            lump.write_text(text)
-        return lump
 
     def _read_by(self, source: Path) -> set[Path]:
         """The source and every header of ours that it includes, however deep."""

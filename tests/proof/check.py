@@ -27,8 +27,6 @@ from tests.proof.mutations import BUGS, Bug, MovedOn, sow
 
 CORPUS = Path(__file__).parent / "corpus"
 THREADS = min(2, os.cpu_count() or 1)
-# Of a build in which no bug is sown no unit is compiled anew.
-LUMPS = 4
 # What does not end within so much of a core's time never will; drivers wait for nothing, so that
 # a busy machine does not count.
 HANG_CPU_S = 120
@@ -106,9 +104,9 @@ def check_misuses(quick: bool) -> str:
     return f"{len(found)} rejected for their reasons, {len(found)} twins accepted"
 
 
-def plain_build(*flags: str, lumps: int | None = None) -> Build:
+def plain_build(*flags: str) -> Build:
     compiler = find_compiler(os.environ.get("CXX", "g++"), "g++", "clang++")
-    return Build(flags=(*flags, "-g1"), compiler=compiler, lumps=lumps)
+    return Build(flags=(*flags, "-g1"), compiler=compiler)
 
 
 def watched_build() -> Build:
@@ -209,8 +207,7 @@ def check_bugs(quick: bool) -> str:
 
 
 def check_sanitizers(quick: bool) -> str:
-    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    build = plain_build(*flags, lumps=LUMPS)
+    build = plain_build("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     explore, random_runs, fuzz = build_all(
         build, "explore", "random_runs", "fuzz_replay", threads=THREADS
     )
@@ -221,8 +218,7 @@ def check_sanitizers(quick: bool) -> str:
     run(fuzz, *sorted(CORPUS.iterdir()), "--random", inputs, "1")
 
     # Several schedulers on several threads share nothing: what one thread does shows no race.
-    build = plain_build("-O1", "-fsanitize=thread", lumps=LUMPS)
-    (explore,) = build_all(build, "explore", threads=THREADS)
+    (explore,) = build_all(plain_build("-O1", "-fsanitize=thread"), "explore", threads=THREADS)
     thread = explored(run(explore, "host tier" if quick else "brief", "2"))
     return (
         f"ASan + UBSan clean ({address}; 2 random runs of {events} events; {inputs} random "
