@@ -93,6 +93,16 @@ def test_what_nobody_reads_any_more_gives_way_though_it_is_held() -> None:
     assert trial.planned().size_bytes == 4032
 
 
+def test_what_lies_behind_a_tensor_is_not_a_use_of_it() -> None:
+    trial = TrialMemory()
+    read = trial.tensor((4032,), torch.uint8)
+    trial.use(read.data_ptr())
+    trial.use(trial.tensor((4032,), torch.uint8).data_ptr())
+    trial.use(read.data_ptr() + read.nbytes)
+    del read
+    assert trial.planned().size_bytes == 4032
+
+
 def test_what_a_step_leaves_shares_its_place_with_what_came_before() -> None:
     trial = TrialMemory()
     trial.tensor((1000,), torch.uint8)
