@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.c' 'csrc/*.cpp' 'csrc/*.inl' 'tests/*.cpp' 2>/dev/null)
 MODEL ?= smollm2-135m
 
-.PHONY: setup build serve demo test test-all check check-control fuzz format bench bench-peers gpu-check clean
+.PHONY: setup build serve demo test test-all check check-control fuzz format bench bench-peers gateway-plugin gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -70,6 +70,11 @@ bench: setup
 bench-peers: setup
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/tokenspeed bench peers --output build/bench-peers
+
+# The gateway's plugin, which is part of the checkout: after an edit in csrc/gateway.
+gateway-plugin: setup
+	$(BIN)/python -m pip install --quiet ziglang==0.17.1 wasmtime==50.0.1
+	$(BIN)/python csrc/gateway/build.py
 
 clean:
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

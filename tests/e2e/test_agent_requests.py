@@ -11,9 +11,6 @@ from tokenspeed.loader import ModelFiles
 # What the gateway (SMG 1.13.0) refuses by itself, before anything of ours sees it.
 REFUSED = {
     "responses: local shell": 400,
-    "responses: reasoning without id": 400,
-    "responses: reasoning whose content is null": 400,
-    "responses: a search in the history": 400,
 }
 
 

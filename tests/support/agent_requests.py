@@ -280,6 +280,12 @@ _PLAN = {
         "additionalProperties": False,
     },
 }
+_AGENTS = {
+    "type": "namespace",
+    "name": "agents",
+    "description": "Agents beside this one.",
+    "tools": [_PLAN],
+}
 _PATCH = {
     "type": "custom",
     "name": "apply_patch",
@@ -312,6 +318,7 @@ def _codex(name: str, **fields: Any) -> AgentRequest:
         "store": False,
         "include": ["reasoning.encrypted_content"],
         "prompt_cache_key": "0199a213-81c0-7800-8aa1-bbab2a035a53",
+        "client_metadata": {"x-codex-installation-id": "0199a213-81c0-7800-8aa1-bbab2a035a54"},
         "max_output_tokens": 16,
     }
     dropped = [key for key, value in fields.items() if value is None]
@@ -404,6 +411,10 @@ def _responses() -> Iterator[AgentRequest]:
         ],
     )
     yield _codex("local shell", tools=[{"type": "local_shell"}])
+    yield _codex(
+        "tools in a namespace",
+        tools=[_SHELL, _AGENTS],
+    )
     yield _codex("web search", tools=[_SHELL, {"type": "web_search", "external_web_access": False}])
     for choice in ("none", "required", {"type": "function", "name": "shell"}):
         yield _codex(f"tool choice {choice}", tool_choice=choice)

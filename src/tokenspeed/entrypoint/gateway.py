@@ -4,15 +4,20 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import logging
 import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import httpx
 
 from tokenspeed.core.errors import ConfigError, EngineError
 from tokenspeed.entrypoint.parsers import Parsers
@@ -41,7 +46,11 @@ REQUESTS_MAX = 1024
 # A stream that says nothing carries a sign of life this often; HTTP clients of agents give up
 # after five seconds of silence at the earliest.
 _KEEPALIVE_S = 2
+# Made of `csrc/gateway` by `make gateway-plugin`.
+_PLUGIN = Path(__file__).with_name("gateway_requests.wasm")
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +117,7 @@ def gateway_arguments(config: GatewayConfig) -> list[str]:
         *("--sse-keepalive-secs", str(_KEEPALIVE_S)),
         *("--shutdown-grace-period-secs", str(config.shutdown_timeout_s)),
         *("--log-level", config.log_level),
+        "--enable-wasm",
     ]
     if config.encoding_cache:
         arguments.append("--tokenizer-cache-enable-l1")
@@ -229,12 +239,18 @@ class Gateway:
         Raises:
             EngineError: the gateway ended, or was not ready in time; with its last log lines.
         """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not self.exited.done():
-                    if await self._is_ready(model_name):
-                        return
-                    await asyncio.sleep(_POLL_INTERVAL_S)
+        headers = {}
+        if self._config.api_key is not None:
+            headers["Authorization"] = f"Bearer {self._config.api_key}"
+        async with httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False
+        ) as client:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while not self.exited.done():
+                        if await _is_ready(client, model_name):
+                            return await _add_plugin(client)
+                        await asyncio.sleep(_POLL_INTERVAL_S)
         raise EngineError(self.cause())
 
     async def stop(self, *, is_idle: Callable[[], bool]) -> None:
@@ -271,35 +287,6 @@ class Gateway:
         lines = [f"  {line}" for line in list(self._log)[-_CAUSE_LINES:]]
         return "\n".join([f"the gateway {state}; its last words:", *lines])
 
-    async def _is_ready(self, model_name: str) -> bool:
-        if await self._ask("GET /readiness") != 200:
-            return False
-        # The gateway lists a tokenizer before it has read it, and may call itself ready meanwhile:
-        # what counts is that it renders a conversation and encodes it.
-        message = {"role": "user", "content": "hello"}
-        asked = json.dumps({"model": model_name, "messages": [message]}).encode()
-        return await self._ask("POST /v1/messages/count_tokens", asked) == 200
-
-    async def _ask(self, call: str, body: bytes = b"") -> int:
-        """The status of a call, given as method and path; 0 while nobody answers."""
-        host = _reachable(self._config.host)
-        key = self._config.api_key
-        lines = [f"{call} HTTP/1.0", "Host: localhost"]
-        if body:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-        if key is not None:
-            lines.append(f"Authorization: Bearer {key}")
-        try:
-            reader, writer = await asyncio.open_connection(host, self._config.port)
-            try:
-                writer.write(("\r\n".join(lines) + "\r\n\r\n").encode() + body)
-                answer = await reader.read()
-            finally:
-                writer.close()
-        except OSError:
-            return 0
-        return int(answer.split(maxsplit=2)[1]) if answer else 0
-
     async def _read(self) -> None:
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
@@ -312,6 +299,40 @@ class Gateway:
         code = await self._process.wait()
         await self._reader
         return code
+
+
+async def _is_ready(client: httpx.AsyncClient, model_name: str) -> bool:
+    # The gateway lists a tokenizer before it has read it, and may call itself ready meanwhile:
+    # what counts is that it renders a conversation and encodes it.
+    message = {"role": "user", "content": "hello"}
+    asked = {"model": model_name, "messages": [message]}
+    try:
+        if not (await client.get("/readiness")).is_success:
+            return False
+        return (await client.post("/v1/messages/count_tokens", json=asked)).is_success
+    except httpx.TransportError:
+        return False
+
+
+async def _add_plugin(client: httpx.AsyncClient) -> None:
+    """Have requests of agents rewritten that the gateway would refuse (`csrc/gateway`)."""
+    # The gateway reads no plugin below /root and some other folders.
+    with tempfile.TemporaryDirectory(prefix="tokenspeed-", dir="/tmp") as folder:
+        copy = Path(shutil.copy(_PLUGIN, folder))
+        module = {
+            "name": copy.stem,
+            "file_path": str(copy),
+            "module_type": "Middleware",
+            "attach_points": [{"Middleware": "OnRequest"}],
+        }
+        try:
+            answer = await client.post("/wasm", json={"modules": [module]})
+        except httpx.TransportError as error:
+            said = str(error)
+        else:
+            said = answer.text
+    if '"Success"' not in said:
+        _log.warning("the gateway took no plugin, and will refuse what Codex sends: %s", said)
 
 
 def _reachable(host: str) -> str:
