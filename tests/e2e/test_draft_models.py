@@ -1,8 +1,10 @@
 """Answers with a draft model are those without, whatever they must follow or end at."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from unittest import mock
 
 import pytest
 
@@ -46,7 +48,13 @@ def answers(
 ) -> tuple[dict[str, list[tuple[list[int], str]]], SchedulerStats]:
     """Tokens and text of each prompt's answer, by how it was asked; and what the scheduler did."""
     sizes = {"max_context": 512, "kv_cache_size_bytes": 1 << 28, **options}
-    with LLM(model, speculate=speculate, seed=0, **sizes) as llm:
+    # All steps take the same time, whatever else the machine does: what is asked of the draft model
+    # follows from what steps cost.
+    clock = itertools.count(0, 10_000)
+    with (
+        mock.patch("tokenspeed.engine.core._now_us", lambda: next(clock)),
+        LLM(model, speculate=speculate, seed=0, **sizes) as llm,
+    ):
         # A model is no cheaper than itself, so that it would be left alone: let it look so.
         for drafted, proposed, read in [(0, 0, 0), (3, 0, 0), (0, 3, 1), (0, 3, 100)] * 100:
             work = StepWork(
