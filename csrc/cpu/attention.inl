@@ -10,8 +10,8 @@
 // where a head with a sink begins with M = sink log2(e), L = 1 and O = 0.
 //
 // Of rounded K and V (kv.inl) q is rounded as K is, and p times the scale of its position's V to
-// whole numbers of 32767ths of the largest of the block; l is the sum of p itself. Sums of products
-// are whole numbers then.
+// whole numbers of 32767ths of the largest such scale that the token sees in the block; l is the
+// sum of p itself. Sums of products are whole numbers then.
 //
 // Positions that a token does not see have p = 0, which changes no sum. So a token's result is the
 // same bits whether it is computed alone or among the tokens of a prompt, however that was cut, and
@@ -39,6 +39,12 @@ constexpr std::uint32_t one_and_one = 0x3f803f80;
 constexpr int part_rows_max = 48;
 // Positions of a vector of K, and how many such groups a block has.
 constexpr int block_groups = block_positions / lanes;
+
+// Which positions a query row sees: [from, to).
+struct Seen {
+    std::int64_t from, to;
+};
+
 struct AttentionScratch {
     std::byte queries[part_rows_max][head_dim_max * 4];
     float scores[part_rows_max][block_positions];
@@ -47,16 +53,17 @@ struct AttentionScratch {
     float outputs[part_rows_max][head_dim_max];
     float block_peaks[part_rows_max], block_sums[part_rows_max];
     float peaks[part_rows_max], sums[part_rows_max];
+    // Of a row's scores with the block, the largest of each lane.
+    float tops[part_rows_max][lanes];
+    Seen seen[part_rows_max];
     // Of i8: what a row's sums of products with K start from and are multiplied by, what its sums
-    // of products with V are multiplied by, and the scales of the block's K and V.
+    // of products with V are multiplied by, the scales of the block's K and V, and those of V over
+    // the largest.
     std::int32_t query_starts[part_rows_max];
     float query_scales[part_rows_max], weight_scales[part_rows_max];
     float key_scales[block_positions], value_scales[block_positions];
-};
-
-// Which positions a query row sees: [from, to).
-struct Seen {
-    std::int64_t from, to;
+    float value_parts[block_positions];
+    float value_scale_top;
 };
 
 // Where K and V of a block's groups of 16 positions lie.
@@ -194,11 +201,11 @@ TOKENSPEED_INLINE void each_cell(const F& f) {
     });
 }
 
-// Dot products of `rows` queries with `vectors` times 16 keys. Asks for lines of what is `ahead` of
-// each vector meanwhile.
-template <KvFormat format, int rows, int vectors>
+// Dot products of `rows` queries with `vectors` times 16 keys, which are the block's first or not.
+// The first tile that reads them `asks` for lines of what is `ahead` of each vector meanwhile.
+template <KvFormat format, bool asks, int rows, int vectors>
 void score_tile(AttentionScratch& scratch, std::int64_t row, int at, const std::byte* const* keys,
-                std::int64_t stride, std::int64_t words, const Stop* ahead) {
+                bool first, std::int64_t stride, std::int64_t words, const Stop* ahead) {
     using K = Keys<format>;
     typename K::Sum sums[rows][vectors];
     each_cell<rows, vectors>([&]<int m, int v>(Constant<m>, Constant<v>) TOKENSPEED_FLAT {
@@ -213,7 +220,7 @@ void score_tile(AttentionScratch& scratch, std::int64_t row, int at, const std::
         typename K::Vector k[vectors];
         unroll<vectors>([&]<int v>(Constant<v>) TOKENSPEED_FLAT {
             k[v] = K::load(keys[v] + word * stride);
-            __builtin_prefetch(ahead[v].at + word * ahead[v].step);
+            if constexpr (asks) __builtin_prefetch(ahead[v].at + word * ahead[v].step);
         });
         unroll<rows>([&]<int m>(Constant<m>) TOKENSPEED_FLAT {
             const auto q = K::splat_word(queries + m * head_dim_max * 4 + word * 4);
@@ -221,14 +228,21 @@ void score_tile(AttentionScratch& scratch, std::int64_t row, int at, const std::
                                 TOKENSPEED_FLAT { K::multiply_add(k[v], q, sums[m][v]); });
         });
     }
+    Floats tops[rows];
     each_cell<rows, vectors>([&]<int m, int v>(Constant<m>, Constant<v>) TOKENSPEED_FLAT {
-        float* const scores = scratch.scores[row + m] + at + v * lanes;
+        Floats scores;
         if constexpr (format == KvFormat::i8) {
             const Floats scales = load_floats(scratch.key_scales + at + v * lanes);
-            store(mul(to_floats(sums[m][v]), scales), scores);
+            scores = mul(to_floats(sums[m][v]), scales);
         } else {
-            store(sums[m][v], scores);
+            scores = sums[m][v];
         }
+        store(scores, scratch.scores[row + m] + at + v * lanes);
+        tops[m] = v == 0 ? scores : max(scores, tops[m]);
+    });
+    unroll<rows>([&]<int m>(Constant<m>) TOKENSPEED_FLAT {
+        float* const all = scratch.tops[row + m];
+        store(first ? tops[m] : max(tops[m], load_floats(all)), all);
     });
 }
 
@@ -253,96 +267,148 @@ void score_block(const AttentionView<format>& view, AttentionScratch& scratch, c
         for (std::int64_t row = 0; row < view.rows;) {
             const std::int64_t height = tile_height(view.rows - row, score_rows);
             with_count<score_rows>(height, [&]<int rows>(Constant<rows>) {
-                with_count<score_vectors>(left < score_vectors ? left : score_vectors,
-                                          [&]<int vectors>(Constant<vectors>) {
-                                              score_tile<format, rows, vectors>(
-                                                  scratch, row, at, places.keys + at / lanes,
-                                                  view.keys_stride(), words,
-                                                  path.ahead<format>(first));
-                                          });
+                with_count<score_vectors>(
+                    left < score_vectors ? left : score_vectors,
+                    [&]<int vectors>(Constant<vectors>) {
+                        const auto tile = row == 0 ? score_tile<format, true, rows, vectors>
+                                                   : score_tile<format, false, rows, vectors>;
+                        tile(scratch, row, at, places.keys + at / lanes, at == span.from,
+                             view.keys_stride(), words, path.ahead<format>(first));
+                    });
             });
             row += height;
         }
     }
 }
 
-// Weights of a row over lanes [from, to) of the block, of which it sees [seen_from, seen_to).
-template <KvFormat format>
-void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, int from, int to,
-           Seen seen) {
-    using V = Values<format>;
-    constexpr bool rounded = format == KvFormat::i8;
-    const int seen_from = static_cast<int>(seen.from), seen_to = static_cast<int>(seen.to);
-    float* const scores = scratch.scores[row];
-    std::byte* const weights = scratch.weights[row];
-    const float scale = rounded ? call.scale * scratch.query_scales[row] : call.scale;
-    const bool capped = call.soft_cap != 0.0f;
-    for (int at = from; capped && at < to; at += lanes) {
-        const Floats score = mul(load_floats(scores + at), splat(scale));
-        const Floats curve = tanh(div(score, splat(call.soft_cap)));
-        store(mul(curve, splat(call.soft_cap * log2_e)), scores + at);
-    }
-    const float factor = capped ? 1.0f : scale * log2_e;
-    // Lanes that the row does not see become `other`.
-    const auto seen_of = [&](Floats a, int at, float other) TOKENSPEED_FLAT {
-        if (at >= seen_from && at + lanes <= seen_to) return a;
+// What a row sees of a span, as positions of its block: [from, to).
+struct Lanes {
+    int from, to;
+
+    // Whether it is all of a vector.
+    TOKENSPEED_INLINE bool cover(int at) const { return from <= at && at + lanes <= to; }
+    // The vector with lanes that are not among them `other`.
+    TOKENSPEED_INLINE Floats keep_of(Floats a, int at, float other) const {
         const auto within = [&](int position) {
             const int lane = position - at;
             return lane < 0 ? 0 : lane > lanes ? lanes : lane;
         };
-        return keep(a, within(seen_from), within(seen_to), other);
-    };
+        return cover(at) ? a : keep(a, within(from), within(to), other);
+    }
+};
+
+// By what a row's sums of products are multiplied to be scores.
+template <KvFormat format>
+float score_scale(const Attention& call, const AttentionScratch& scratch, std::int64_t row) {
+    return format == KvFormat::i8 ? call.scale * scratch.query_scales[row] : call.scale;
+}
+
+// And by what to be logarithms of weights to base 2, which capped scores are.
+template <KvFormat format>
+float score_factor(const Attention& call, const AttentionScratch& scratch, std::int64_t row) {
+    return call.soft_cap != 0.0f ? 1.0f : score_scale<format>(call, scratch, row) * log2_e;
+}
+
+// Caps a row's scores and finds the largest weight's logarithm.
+template <KvFormat format>
+float find_peak(const Attention& call, AttentionScratch& scratch, std::int64_t row,
+                const Span& span, const Lanes& seen) {
+    float* const scores = scratch.scores[row];
+    const float factor = score_factor<format>(call, scratch, row);
+    const bool capped = call.soft_cap != 0.0f;
+    for (int at = span.from; capped && at < span.to; at += lanes) {
+        const Floats scale = splat(score_scale<format>(call, scratch, row));
+        const Floats score = mul(load_floats(scores + at), scale);
+        const Floats curve = tanh(div(score, splat(call.soft_cap)));
+        store(mul(curve, splat(call.soft_cap * log2_e)), scores + at);
+    }
+    // A factor that is not negative does not change which is the largest.
+    const bool ordered = factor >= 0.0f;
+    if (seen.from <= span.from && span.whole_to() <= seen.to && !capped && ordered) {
+        return largest(load_floats(scratch.tops[row])) * factor;
+    }
     Floats most = splat(nothing_seen);
-    for (int at = from; at < to; at += lanes) {
+    for (int at = span.from; at < span.to; at += lanes) {
         const Floats score = mul(load_floats(scores + at), splat(factor));
-        most = max(seen_of(score, at, nothing_seen), most);
+        most = max(seen.keep_of(score, at, nothing_seen), most);
     }
-    const float peak = largest(most);
-    Floats sums = splat(0.0f);
-    Floats heaviest = splat(0.0f);
-    const auto weigh_at = [&](int at) TOKENSPEED_FLAT {
-        const Floats power = fma(load_floats(scores + at), splat(factor), splat(-peak));
-        return seen_of(exp2_weight<format == KvFormat::bf16>(power), at, 0.0f);
+    return largest(most);
+}
+
+// Of rounded V: by what a weight is multiplied to be a whole number of a row whose largest scale of
+// V is `top`, before its position's own scale.
+TOKENSPEED_INLINE float weight_factor(float top) {
+    // Of less, the inverse would be infinite.
+    return top < 1e-30f ? 0.0f : weight_largest / top;
+}
+
+// Weights of a row over a span, of which it sees some positions, and their sum.
+template <KvFormat format>
+void weigh(const Attention& call, AttentionScratch& scratch, std::int64_t row, const Span& span,
+           const Lanes& seen) {
+    using V = Values<format>;
+    const float* const scores = scratch.scores[row];
+    std::byte* const weights = scratch.weights[row];
+    // Of powers in fixed point; scaling by a power of two rounds nothing.
+    const float unit = format == KvFormat::f32 ? 1.0f : fixed_point;
+    const Floats factor = splat(score_factor<format>(call, scratch, row) * unit);
+    const Floats down = splat(-scratch.block_peaks[row] * unit);
+    const auto weight_at = [&](int at) TOKENSPEED_FLAT {
+        const Floats power = fma(load_floats(scores + at), factor, down);
+        if constexpr (format == KvFormat::f32) return exp2(power);
+        return exp2_weight(power);
     };
+    const auto seen_at = [&](int at)
+                             TOKENSPEED_FLAT { return seen.keep_of(weight_at(at), at, 0.0f); };
+    Floats sums = splat(0.0f);
     if constexpr (format == KvFormat::bf16) {
-        // Wherever the span begins, a lane has the same positions of the block.
-        for (int at = from / (2 * lanes) * (2 * lanes); at < to; at += 2 * lanes) {
-            const Floats first_lanes = at < from ? splat(0.0f) : weigh_at(at);
-            const Floats second_lanes = at + lanes < to ? weigh_at(at + lanes) : splat(0.0f);
-            const Halves both = to_halves(first_lanes, second_lanes);
-            store(both, weights + at * V::weight_size_bytes);
-            sums = dot(sums, both, splat_halves(one_and_one));
-        }
-    } else {
-        for (int at = from; at < to; at += lanes) {
-            const Floats p = weigh_at(at);
-            sums = add(sums, p);
-            if constexpr (rounded) {
-                const Floats weight = mul(p, load_floats(scratch.value_scales + at));
-                store(weight, scores + at);
-                heaviest = max(weight, heaviest);
-            } else {
-                store(p, reinterpret_cast<float*>(weights + at * V::weight_size_bytes));
+        // Two vectors at a time. Wherever the span begins, a lane has the same positions.
+        constexpr int both = 2 * lanes;
+        const auto take = [&](int at, Floats first, Floats second) TOKENSPEED_FLAT {
+            const Halves halves = to_halves(first, second);
+            store(halves, weights + at * V::weight_size_bytes);
+            sums = dot(sums, halves, splat_halves(one_and_one));
+        };
+        for (int at = span.from / both * both; at < span.to; at += both) {
+            if (at >= span.from && seen.from <= at && at + both <= seen.to) {
+                take(at, weight_at(at), weight_at(at + lanes));
+                continue;
             }
+            const Floats first = at < span.from ? splat(0.0f) : seen_at(at);
+            take(at, first, at + lanes < span.to ? seen_at(at + lanes) : splat(0.0f));
+        }
+    } else if constexpr (format == KvFormat::i8) {
+        const bool whole = seen.from <= span.from && span.whole_to() <= seen.to;
+        float top = scratch.value_scale_top;
+        if (!whole) {
+            Floats tops = splat(0.0f);
+            for (int at = span.from; at < span.to; at += lanes) {
+                tops = max(seen.keep_of(load_floats(scratch.value_scales + at), at, 0.0f), tops);
+            }
+            top = largest(tops);
+        }
+        const Floats inverse = splat(weight_factor(top));
+        for (int at = span.from; at < span.to; at += lanes) {
+            const Floats p = whole ? weight_at(at) : seen_at(at);
+            const Floats part = whole ? load_floats(scratch.value_parts + at)
+                                      : mul(load_floats(scratch.value_scales + at), inverse);
+            sums = add(sums, p);
+            store_shorts(to_ints(mul(p, part)), weights + at * V::weight_size_bytes);
+        }
+        scratch.weight_scales[row] = top * (1.0f / weight_largest);
+    } else {
+        for (int at = span.from; at < span.to; at += lanes) {
+            const Floats p = seen_at(at);
+            sums = add(sums, p);
+            store(p, reinterpret_cast<float*>(weights + at * V::weight_size_bytes));
         }
     }
-    if constexpr (rounded) {
-        const float largest_weight = largest(heaviest);
-        // Of less, the inverse of the scale would be infinite.
-        const float inverse = largest_weight < 1e-30f ? 0.0f : weight_largest / largest_weight;
-        for (int at = from; at < to; at += lanes) {
-            store_shorts(to_ints(mul(load_floats(scores + at), splat(inverse))),
-                         weights + at * V::weight_size_bytes);
-        }
-        scratch.weight_scales[row] = largest_weight * (1.0f / weight_largest);
-    }
-    scratch.block_peaks[row] = peak;
     scratch.block_sums[row] = sum(sums);
 }
 
 // Sums of `rows` rows' weights times `vectors` vectors of V, over the positions of a span, whose
-// groups stand on the path from `stop` on.
-template <KvFormat format, int rows, int vectors>
+// groups stand on the path from `stop` on. Asks for what is ahead as a tile of scores does.
+template <KvFormat format, bool asks, int rows, int vectors>
 void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
                 const std::byte* const* values, std::int64_t first, std::int64_t dim,
                 const Path& path, int stop) {
@@ -356,14 +422,15 @@ void value_tile(AttentionScratch& scratch, std::int64_t row, const Span& span,
     for (int at = span.from; at < span.to; at += lanes) {
         const std::byte* value_at = values[at / lanes] + first * vector_size_bytes;
         const Stop ahead = *path.ahead<format>(stop);
-        path.touch(stop++);
+        if constexpr (asks) path.touch(stop);
+        ++stop;
         const int positions = span.to - at < lanes ? span.to - at : lanes;
         const int words = (positions + V::elements - 1) / V::elements;
         for (int word = 0; word < words; ++word) {
             typename V::Vector value[vectors];
             unroll<vectors>([&]<int v>(Constant<v>) TOKENSPEED_FLAT {
                 value[v] = V::load(value_at + v * vector_size_bytes);
-                if constexpr (v % line_vectors == 0) {
+                if constexpr (asks && v % line_vectors == 0) {
                     const std::int64_t line = (word * (dim / lanes) + first + v) / line_vectors;
                     __builtin_prefetch(ahead.at + line * ahead.step);
                 }
@@ -400,12 +467,13 @@ void sum_values(const AttentionView<format>& view, AttentionScratch& scratch, co
         with_count<value_rows>(height, [&]<int rows>(Constant<rows>) {
             for (std::int64_t v = 0; v < dim / lanes; v += value_vectors) {
                 const std::int64_t vectors = dim / lanes - v;
-                with_count<value_vectors>(vectors < value_vectors ? vectors : value_vectors,
-                                          [&]<int count_v>(Constant<count_v>) {
-                                              value_tile<format, rows, count_v>(scratch, row, span,
-                                                                                places.values, v,
-                                                                                dim, path, stop);
-                                          });
+                with_count<value_vectors>(
+                    vectors < value_vectors ? vectors : value_vectors,
+                    [&]<int count_v>(Constant<count_v>) {
+                        const auto tile = row == 0 ? value_tile<format, true, rows, count_v>
+                                                   : value_tile<format, false, rows, count_v>;
+                        tile(scratch, row, span, places.values, v, dim, path, stop);
+                    });
             }
         });
         row += height;
@@ -462,6 +530,7 @@ template <KvFormat format>
 void load_scales(AttentionScratch& scratch, const Span& span, const Places& places,
                  const Places& next) {
     if constexpr (format == KvFormat::i8) {
+        Floats tops = splat(0.0f);
         for (int at = span.from; at < span.to; at += lanes) {
             const int group = at / lanes;
             const auto load = [&](const std::byte* from) {
@@ -471,7 +540,14 @@ void load_scales(AttentionScratch& scratch, const Span& span, const Places& plac
             __builtin_prefetch(next.key_scales[group]);
             __builtin_prefetch(next.value_scales[group]);
             store(load(places.key_scales[group]), scratch.key_scales + at);
-            store(load(places.value_scales[group]), scratch.value_scales + at);
+            const Floats value_scales = load(places.value_scales[group]);
+            store(value_scales, scratch.value_scales + at);
+            tops = max(value_scales, tops);
+        }
+        scratch.value_scale_top = largest(tops);
+        const Floats inverse = splat(weight_factor(scratch.value_scale_top));
+        for (int at = span.from; at < span.to; at += lanes) {
+            store(mul(load_floats(scratch.value_scales + at), inverse), scratch.value_parts + at);
         }
     }
 }
@@ -500,10 +576,13 @@ template <KvFormat format>
 void attend(const Attention& call, const AttentionPart& part, AttentionScratch& scratch) {
     const AttentionView<format> view{call, part};
     const std::int64_t dim = call.kv.value_dim;
-    for (std::int64_t row = 0; row < view.rows; ++row) load_query(view, scratch, row);
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+        load_query(view, scratch, row);
+        scratch.seen[row] = view.seen(row);
+    }
     if (part.partials == nullptr) begin_rows(view, scratch);
     // Of all rows, the first position any of them sees, and the end of what the last one sees.
-    const Seen all{view.seen(0).from, view.seen(view.rows - 1).to};
+    const Seen all{scratch.seen[0].from, scratch.seen[view.rows - 1].to};
     const auto find = [&](std::int64_t block, Places& places) {
         const std::int64_t end = block + block_positions;
         view.find(block, all.from > block ? all.from : block, all.to < end ? all.to : end, places);
@@ -517,25 +596,31 @@ void attend(const Attention& call, const AttentionPart& part, AttentionScratch& 
         find(block + block_positions, next);
         const auto within = [&](std::int64_t position) {
             const std::int64_t at = position - block;
-            return at < 0 ? 0 : at > block_positions ? std::int64_t{block_positions} : at;
+            return static_cast<int>(at < 0 ? 0 : at > block_positions ? block_positions : at);
         };
-        const Span span{block, static_cast<int>(within(all.from) / lanes * lanes),
-                        static_cast<int>(within(all.to))};
+        const auto lanes_of = [&](std::int64_t row) {
+            const Seen& seen = scratch.seen[row];
+            return Lanes{within(seen.from), within(seen.to)};
+        };
+        const Span span{block, within(all.from) / lanes * lanes, within(all.to)};
         if (span.from < span.to) {
             load_scales<format>(scratch, span, places, next);
             Path path;
             lay(span, places, next, view.keys_stride(), path);
             score_block(view, scratch, span, places, path);
+            // One loop after the other, so that no row's weights wait for its peak.
             for (std::int64_t row = 0; row < view.rows; ++row) {
-                const Seen seen = view.seen(row);
-                weigh<format>(call, scratch, row, span.from, span.whole_to(),
-                              {within(seen.from), within(seen.to)});
+                scratch.block_peaks[row] =
+                    find_peak<format>(call, scratch, row, span, lanes_of(row));
+            }
+            for (std::int64_t row = 0; row < view.rows; ++row) {
+                weigh<format>(call, scratch, row, span, lanes_of(row));
             }
             sum_values(view, scratch, span, places, path);
         }
         for (std::int64_t row = 0; row < view.rows; ++row) {
-            const Seen seen = view.seen(row);
-            const bool sees = within(seen.from) < within(seen.to);
+            const Lanes seen = lanes_of(row);
+            const bool sees = seen.from < seen.to;
             if (part.partials != nullptr) {
                 float* const partial =
                     part.partials + ((index - part.block) * view.rows + row) * partial_floats(dim);

@@ -3,9 +3,13 @@
 // One cell of the result, y[m, o], is computed by one thread in one order, whatever surrounds it:
 //
 //     acc = 0
-//     for each step s of 32 inputs (for each half of 16, where a format has a scale for each):
+//     for each step s of 32 inputs:
 //         acc = fma(float(sum of q_w * q_x - zero_point * q_x), scale_w * scale_x, acc)
 //         acc = fma(minimum_w, scale_x * sum of q_x, acc)            where the format has minima
+//
+// and of a format that has a scale for each half of a step, with the halves' sums a and b,
+//
+//         acc = fma(fma(float(b), scale_w of b, float(a) * scale_w of a), scale_x, acc)
 //
 // The integer sums are exact and fit 24 bits, so how they are added up does not matter. Every path
 // below, for one row or for many, on any instruction set, runs this per cell; so results are equal
@@ -18,8 +22,8 @@
 // those inputs stays in its second cache.
 //
 // Bound for many rows: a CPU that starts two products a cycle starts dots, multiplications and fmas
-// on the same two ports, so a step takes 8 of 10 to 12 places there, 67% (w6_nested) to 80% (w4,
-// w5, w8) of its peak; conversions, additions and unpacking have ports of their own.
+// on the same two ports, so a step takes 8 of 10 or 11 places there, 73% (minima, w6_nested) or 80%
+// (w4, w5, w8) of its peak; conversions, additions and unpacking have ports of their own.
 
 #include "product.inl"
 
@@ -193,6 +197,7 @@ TOKENSPEED_INLINE void accumulate(const Source& source, const Inputs<rows>& x, s
             for (int p = 0; p < panels; ++p) source.prefetch(p, step);
         }
         Ints sums[rows][panels];
+        [[maybe_unused]] Floats first_half[rows][panels];
         unroll<step_quads>([&]<int quad>(Constant<quad>) __attribute__((always_inline)) {
             constexpr int half = halves ? quad / (step_quads / 2) : 0;
             if constexpr (quad == 0 || (halves && quad == step_quads / 2)) {
@@ -223,8 +228,16 @@ TOKENSPEED_INLINE void accumulate(const Source& source, const Inputs<rows>& x, s
                 for (int p = 0; p < panels; ++p) {
                     const Floats scale = source.template scale<half>(p, step);
                     for (int m = 0; m < rows; ++m) {
-                        const Floats both = mul(scale, splat(x.of(step, m).scale));
-                        acc[m][p] = fma(to_floats(sums[m][p]), both, acc[m][p]);
+                        const Floats whole = to_floats(sums[m][p]);
+                        const Floats of_inputs = splat(x.of(step, m).scale);
+                        if constexpr (!halves) {
+                            acc[m][p] = fma(whole, mul(scale, of_inputs), acc[m][p]);
+                        } else if constexpr (half == 0) {
+                            first_half[m][p] = mul(whole, scale);
+                        } else {
+                            const Floats both = fma(whole, scale, first_half[m][p]);
+                            acc[m][p] = fma(both, of_inputs, acc[m][p]);
+                        }
                     }
                 }
             }

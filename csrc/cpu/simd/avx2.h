@@ -89,18 +89,6 @@ inline __m256 times_power_of_two(__m256 a, __m256 n) {
 inline Floats times_power_of_two(Floats a, Floats n) {
     return {times_power_of_two(a.low, n.low), times_power_of_two(a.high, n.high)};
 }
-inline __m256 times_power_or_zero(__m256 a, __m256 power, __m256 x, float bound) {
-    const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(power), 23);
-    const __m256i product = _mm256_add_epi32(_mm256_castps_si256(a), exponents);
-    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_GE_OQ),
-                         _mm256_castsi256_ps(product));
-}
-// a times two to the power of a whole number that was added to `power_of_two_origin`, where x is
-// not below the bound, and 0 elsewhere.
-inline Floats times_power_or_zero(Floats a, Floats power, Floats x, float bound) {
-    return {times_power_or_zero(a.low, power.low, x.low, bound),
-            times_power_or_zero(a.high, power.high, x.high, bound)};
-}
 // a where x is not below the bound, and 0 elsewhere.
 inline Floats zero_below(Floats x, float bound, Floats a) {
     const __m256 least = _mm256_set1_ps(bound);
@@ -285,6 +273,23 @@ inline std::int32_t first(Ints a) {
 inline Ints bit_xor(Ints a, Ints b) {
     return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)};
 }
+// Of a fixed-point number with 23 binary places, 1 + what is behind the point.
+inline __m256 one_and_fraction(__m256i fixed) {
+    const __m256i fraction = _mm256_and_si256(fixed, _mm256_set1_epi32(0x007fffff));
+    return _mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3f800000)));
+}
+inline Floats one_and_fraction(Ints fixed) {
+    return {one_and_fraction(fixed.low), one_and_fraction(fixed.high)};
+}
+// a, from 1 to 2, times two to the power of what is before the point of such a number, rounded
+// down, which is at least -127; 0 if that is -127 and a is 1.
+inline __m256 times_power(__m256 a, __m256i fixed) {
+    const __m256i exponents = _mm256_andnot_si256(_mm256_set1_epi32(0x007fffff), fixed);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponents));
+}
+inline Floats times_power(Floats a, Ints fixed) {
+    return {times_power(a.low, fixed.low), times_power(a.high, fixed.high)};
+}
 inline Ints load_ints(const void* at) {
     const auto* halves = static_cast<const __m256i*>(at);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
@@ -415,9 +420,10 @@ inline Halves load_halves(const void* at) {
     const Ints loaded = load_ints(at);
     return {loaded.low, loaded.high};
 }
-// 16 numbers and then 16 others, each zero or normal, rounded to the nearest, ties to even.
+// 16 numbers and then 16 others, none of them negative, rounded to the nearest, ties to even; 0 for
+// those below the least normal one.
 inline Halves to_halves(Floats a, Floats b) {
-    return {bf16_halves(a), bf16_halves(b)};
+    return {bf16_halves(if_at_least(a, 0x1p-126f, a)), bf16_halves(if_at_least(b, 0x1p-126f, b))};
 }
 inline void store(Halves a, std::byte* at) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.low);

@@ -83,13 +83,6 @@ inline Floats round(Floats a) {
 inline Floats times_power_of_two(Floats a, Floats n) {
     return {_mm512_scalef_ps(a.v, n.v)};
 }
-// a times two to the power of a whole number that was added to `power_of_two_origin`, where x is
-// not below the bound, and 0 elsewhere.
-inline Floats times_power_or_zero(Floats a, Floats power, Floats x, float bound) {
-    const __mmask16 kept = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ);
-    const __m512i exponents = _mm512_slli_epi32(_mm512_castps_si512(power.v), 23);
-    return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(a.v), exponents))};
-}
 // a where x is not below the bound, and 0 elsewhere.
 inline Floats zero_below(Floats x, float bound, Floats a) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_GE_OQ), a.v)};
@@ -237,6 +230,18 @@ inline std::int32_t first(Ints a) {
 inline Ints bit_xor(Ints a, Ints b) {
     return {_mm512_xor_si512(a.v, b.v)};
 }
+// Of a fixed-point number with 23 binary places, 1 + what is behind the point.
+inline Floats one_and_fraction(Ints fixed) {
+    constexpr int a_and_b_or_c = 0xea;
+    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        fixed.v, _mm512_set1_epi32(0x007fffff), _mm512_set1_epi32(0x3f800000), a_and_b_or_c))};
+}
+// a, from 1 to 2, times two to the power of what is before the point of such a number, rounded
+// down, which is at least -127; 0 if that is -127 and a is 1.
+inline Floats times_power(Floats a, Ints fixed) {
+    const __m512i exponents = _mm512_andnot_si512(_mm512_set1_epi32(0x007fffff), fixed.v);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), exponents))};
+}
 inline Ints load_ints(const void* at) {
     return {_mm512_loadu_si512(at)};
 }
@@ -350,14 +355,15 @@ inline Halves splat_halves(std::uint32_t pair) {
     return {_mm512_set1_epi32(static_cast<std::int32_t>(pair))};
 }
 
-// 16 numbers and then 16 others, each zero or normal, rounded to the nearest, ties to even.
+// 16 numbers and then 16 others, none of them negative, rounded to the nearest, ties to even; 0 for
+// those below the least normal one.
 inline Halves to_halves(Floats a, Floats b) {
 #if defined(__AVX512BF16__)
     return {(__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)};
 #else
     alignas(64) std::byte halves[4 * 16];
-    store_bf16(a, halves);
-    store_bf16(b, halves + 2 * 16);
+    store_bf16(if_at_least(a, 0x1p-126f, a), halves);
+    store_bf16(if_at_least(b, 0x1p-126f, b), halves + 2 * 16);
     return load_halves(halves);
 #endif
 }

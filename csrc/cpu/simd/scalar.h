@@ -97,14 +97,6 @@ inline Floats times_power_of_two(const Floats& a, const Floats& n) {
         return a.v[i] * from_bits(static_cast<std::uint32_t>(static_cast<int>(n.v[i]) + 127) << 23);
     });
 }
-// a times two to the power of a whole number that was added to `power_of_two_origin`, where x is
-// not below the bound, and 0 elsewhere.
-inline Floats times_power_or_zero(const Floats& a, const Floats& power, const Floats& x,
-                                  float bound) {
-    return each<Floats>([&](int i) {
-        return x.v[i] >= bound ? from_bits(to_bits(a.v[i]) + (to_bits(power.v[i]) << 23)) : 0.0f;
-    });
-}
 // a where x is not below the bound, and 0 elsewhere.
 inline Floats zero_below(const Floats& x, float bound, const Floats& a) {
     return each<Floats>([&](int i) { return x.v[i] >= bound ? a.v[i] : 0.0f; });
@@ -223,6 +215,19 @@ inline std::int32_t first(const Ints& a) {
 inline Ints bit_xor(const Ints& a, const Ints& b) {
     return each<Ints>([&](int i) { return a.v[i] ^ b.v[i]; });
 }
+// Of a fixed-point number with 23 binary places, 1 + what is behind the point.
+inline Floats one_and_fraction(const Ints& fixed) {
+    return each<Floats>([&](int i) {
+        return from_bits((static_cast<std::uint32_t>(fixed.v[i]) & 0x007fffff) | 0x3f800000);
+    });
+}
+// a, from 1 to 2, times two to the power of what is before the point of such a number, rounded
+// down, which is at least -127; 0 if that is -127 and a is 1.
+inline Floats times_power(const Floats& a, const Ints& fixed) {
+    return each<Floats>([&](int i) {
+        return from_bits(to_bits(a.v[i]) + (static_cast<std::uint32_t>(fixed.v[i]) & 0xff800000));
+    });
+}
 inline Ints load_ints(const void* at) {
     Ints out;
     std::memcpy(&out, at, sizeof out);
@@ -332,11 +337,12 @@ inline Halves interleave_fours(const Halves& a, const Halves& b) {
         return static_cast<std::uint32_t>(y[from]) << 16 | x[from];
     });
 }
-// 16 numbers and then 16 others, each zero or normal, rounded to the nearest, ties to even.
+// 16 numbers and then 16 others, none of them negative, rounded to the nearest, ties to even; 0 for
+// those below the least normal one.
 inline Halves to_halves(const Floats& a, const Floats& b) {
     std::uint16_t halves[2 * lanes];
-    store_bf16(a, halves);
-    store_bf16(b, halves + lanes);
+    store_bf16(if_at_least(a, 0x1p-126f, a), halves);
+    store_bf16(if_at_least(b, 0x1p-126f, b), halves + lanes);
     return load_halves(halves);
 }
 inline void store(const Halves& a, std::byte* at) {
