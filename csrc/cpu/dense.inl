@@ -153,46 +153,45 @@ void multiply_dense_many(const Product& product, const Part& part, std::byte* sc
     constexpr std::int64_t step_size = dense_step_size_bytes<type>;
     const std::int64_t panels = (product.outputs + lanes - 1) / lanes;
     auto* const sums_start = reinterpret_cast<float*>(scratch);
-    for_each_chunk(part, chunks,
-                   [&](std::int64_t chunk, std::int64_t first_panel, std::int64_t next_chunk,
-                       std::int64_t next_panel) {
-                       const std::int64_t first = steps * chunk / chunks;
-                       const std::int64_t count = steps * (chunk + 1) / chunks - first;
-                       const std::byte* panel[tile_panels];
-                       Stretch next[tile_panels];
-                       for (int p = 0; p < tile_panels; ++p) {
-                           const std::int64_t index = first_panel + p < part.panel_end
-                                                          ? first_panel + p
-                                                          : part.panel_end - 1;
-                           panel[p] = product.weights + index * panel_size + first * step_size;
-                           const std::int64_t at = steps * next_chunk / chunks * step_size;
-                           const std::int64_t end = steps * (next_chunk + 1) / chunks * step_size;
-                           const bool some = next_panel + p < panels;
-                           next[p] = {product.weights + (next_panel + p) * panel_size + at,
-                                      some ? end - at : 0};
-                       }
-                       float* sums = sums_start +
-                                     (first_panel - part.panel) / tile_panels * tiles * tile_floats;
-                       for (std::int64_t tile = 0; tile < tiles; ++tile, sums += tile_floats) {
-                           const std::int64_t row = part.row + tile * dense_tile_rows;
-                           const std::byte* x[dense_tile_rows];
-                           dense_rows<type>(product, part, row, first, x);
-                           for (const Stretch& of_panel : next)
-                               prefetch_share(of_panel, tile, tiles);
-                           Floats acc[dense_tile_rows][tile_panels];
-                           if (chunk == 0) {
-                               clear(acc);
-                           } else {
-                               load_tile(sums, acc);
-                           }
-                           accumulate_dense<type, false>(panel, x, count, acc);
-                           if (chunk == chunks - 1) {
-                               write_tile(product, part, row, first_panel, acc);
-                           } else {
-                               store_tile(acc, sums);
-                           }
-                       }
-                   });
+    for_each_chunk(
+        part, chunks,
+        [&](std::int64_t chunk, std::int64_t first_panel, std::int64_t next_chunk,
+            std::int64_t next_panel) {
+            const std::int64_t first = steps * chunk / chunks;
+            const std::int64_t count = steps * (chunk + 1) / chunks - first;
+            const std::byte* panel[tile_panels];
+            Stretch next[tile_panels];
+            for (int p = 0; p < tile_panels; ++p) {
+                const std::int64_t index =
+                    first_panel + p < part.panel_end ? first_panel + p : part.panel_end - 1;
+                panel[p] = product.weights + index * panel_size + first * step_size;
+                const std::int64_t at = steps * next_chunk / chunks * step_size;
+                const std::int64_t end = steps * (next_chunk + 1) / chunks * step_size;
+                const bool some = next_panel + p < panels;
+                next[p] = stretch_of(product.weights + (next_panel + p) * panel_size + at,
+                                     some ? end - at : 0, tiles);
+            }
+            float* sums =
+                sums_start + (first_panel - part.panel) / tile_panels * tiles * tile_floats;
+            for (std::int64_t tile = 0; tile < tiles; ++tile, sums += tile_floats) {
+                const std::int64_t row = part.row + tile * dense_tile_rows;
+                const std::byte* x[dense_tile_rows];
+                dense_rows<type>(product, part, row, first, x);
+                for (const Stretch& of_panel : next) prefetch_share(of_panel, tile);
+                Floats acc[dense_tile_rows][tile_panels];
+                if (chunk == 0) {
+                    clear(acc);
+                } else {
+                    load_tile(sums, acc);
+                }
+                accumulate_dense<type, false>(panel, x, count, acc);
+                if (chunk == chunks - 1) {
+                    write_tile(product, part, row, first_panel, acc);
+                } else {
+                    store_tile(acc, sums);
+                }
+            }
+        });
 }
 
 template <Element type>

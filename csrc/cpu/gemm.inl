@@ -324,8 +324,8 @@ void multiply_many(const Product& product, const Part& part, std::byte* scratch)
                 const std::int64_t at = format.header_offset(steps * next_chunk / chunks);
                 const std::int64_t end = format.step_offset(steps * (next_chunk + 1) / chunks);
                 const bool some = next_panel + p < panels;
-                next[p] = {product.weights + (next_panel + p) * panel_size + at,
-                           some ? end - at : 0};
+                next[p] = stretch_of(product.weights + (next_panel + p) * panel_size + at,
+                                     some ? end - at : 0, tiles);
             }
             unpacked.fill(
                 packed_panels<format_index, tile_panels>(product, panel, 1, part.panel_end), first,
@@ -334,7 +334,7 @@ void multiply_many(const Product& product, const Part& part, std::byte* scratch)
             for (std::int64_t tile = 0; tile < tiles; ++tile, sums += tile_floats) {
                 const std::int64_t row = part.row + tile * tile_rows;
                 const Inputs<tile_rows> x(product, row, first);
-                for (const Stretch& of_panel : next) prefetch_share(of_panel, tile, tiles);
+                for (const Stretch& of_panel : next) prefetch_share(of_panel, tile);
                 Floats acc[tile_rows][tile_panels];
                 if (chunk == 0) {
                     clear(acc);

@@ -67,9 +67,7 @@ template <>
 struct Values<KvFormat::bf16> : Keys<KvFormat::bf16> {
     static constexpr std::int64_t word_size_bytes = 4;
     static constexpr std::int64_t weight_size_bytes = 2;
-    TOKENSPEED_INLINE static void store_weights(Floats p, std::byte* at) {
-        store_bf16_normal(p, at);
-    }
+    TOKENSPEED_INLINE static void store_weights(Floats p, std::byte* at) { store_bf16(p, at); }
     TOKENSPEED_INLINE static Floats load_weights(const std::byte* at) { return load_bf16(at); }
 };
 

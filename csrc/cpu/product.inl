@@ -33,18 +33,28 @@ TOKENSPEED_INLINE void write(const Product& product, std::int64_t row, std::int6
     store_part(acc, product.y, product.y_type, row * product.y_stride + output, count);
 }
 
-// What a panel's bytes are from one step on, for so many steps.
+// Bytes that the first tiles of some work ask for, each for as many lines: a loop whose length
+// changed from tile to tile would be one that the CPU guesses wrong.
 struct Stretch {
     const std::byte* at;
-    std::int64_t size_bytes;
+    std::int64_t lines_per_tile;
+    std::int64_t tiles;
 };
 
-// Asks for a share of the bytes, as large as one tile's share of `tiles` tiles' work.
-TOKENSPEED_INLINE void prefetch_share(const Stretch& bytes, std::int64_t tile, std::int64_t tiles) {
-    const std::int64_t lines = (bytes.size_bytes + 63) / 64;
-    for (std::int64_t line = lines * tile / tiles; line < lines * (tile + 1) / tiles; ++line) {
+// What a panel's bytes are from one step on, shared out to so many tiles.
+TOKENSPEED_INLINE Stretch stretch_of(const std::byte* at, std::int64_t size_bytes,
+                                     std::int64_t tiles) {
+    const std::int64_t lines = (size_bytes + 63) / 64;
+    const std::int64_t each = (lines + tiles - 1) / tiles;
+    return {at, each, each == 0 ? 0 : (lines + each - 1) / each};
+}
+
+TOKENSPEED_INLINE void prefetch_share(const Stretch& bytes, std::int64_t tile) {
+    if (tile >= bytes.tiles) return;
+    const std::byte* at = bytes.at + tile * bytes.lines_per_tile * 64;
+    for (std::int64_t line = 0; line < bytes.lines_per_tile; ++line, at += 64) {
         constexpr int read = 0, second_cache = 2;
-        __builtin_prefetch(bytes.at + line * 64, read, second_cache);
+        __builtin_prefetch(at, read, second_cache);
     }
 }
 

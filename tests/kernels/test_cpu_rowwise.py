@@ -36,6 +36,23 @@ def test_gelu_and_mul(dtype: torch.dtype, runtime: CpuRuntime) -> None:
     assert compare("x", ours, exact, dtype).error <= allowed
 
 
+def test_numbers_are_rounded_to_bfloat16_alike_everywhere(runtime: CpuRuntime) -> None:
+    """To the nearest, ties to even; those below the least normal number to zero of their sign."""
+    least = torch.finfo(torch.float32).tiny
+    edges = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, least, 0.99 * least, 1e-45, 3e38, torch.inf])
+    numbers = torch.cat(
+        (edges, -edges, 1e3 * noise(17, dtype=torch.float32), edges.new_tensor([torch.nan]))
+    )
+    # Pairs of a number and 0, turned by nothing.
+    x = torch.cat((numbers, torch.zeros_like(numbers)))[None, None]
+    turned = torch.empty_like(x, dtype=torch.bfloat16)
+    _cpu.rotate(runtime, x, torch.ones(1, 32), torch.zeros(1, 32), turned)
+    exact = torch.where(numbers.abs() < least, numbers * 0, numbers).bfloat16()
+    found = turned[0, 0, :32]
+    assert found[:-1].view(torch.int16).tolist() == exact[:-1].view(torch.int16).tolist()
+    assert found[-1].isnan()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_the_same_bits_everywhere(dtype: torch.dtype) -> None:
     x, weight = noise(97, 2 * 331, dtype=dtype), noise(2 * 331, dtype=dtype, seed=1)

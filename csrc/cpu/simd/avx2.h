@@ -177,7 +177,11 @@ inline Floats load_bf16(const void* at) {
     return {load_bf16_half(at), load_bf16_half(static_cast<const __m128i*>(at) + 1)};
 }
 inline __m256i bf16_bits(__m256 a) {
-    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i given = _mm256_castps_si256(a);
+    const __m256i exponent = _mm256_and_si256(given, _mm256_set1_epi32(0x7f800000));
+    const __m256i below = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    const __m256i dropped = _mm256_and_si256(below, _mm256_set1_epi32(0x7fffffff));
+    const __m256i bits = _mm256_andnot_si256(dropped, given);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded =
         _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
@@ -189,13 +193,10 @@ inline __m256i bf16_halves(Floats a) {
     const __m256i mixed = _mm256_packus_epi32(bf16_bits(a.low), bf16_bits(a.high));
     return _mm256_permute4x64_epi64(mixed, 0xd8);
 }
-// Rounded to the nearest, ties to even.
+// Rounded to the nearest, ties to even; zero for numbers below the least normal one, as where the
+// CPU does it.
 inline void store_bf16(Floats a, void* at) {
     _mm256_storeu_si256(static_cast<__m256i*>(at), bf16_halves(a));
-}
-// The same of numbers that are zero or normal.
-inline void store_bf16_normal(Floats a, void* at) {
-    store_bf16(a, at);
 }
 inline __m256 if_at_least(__m256 a, float least, __m256 value) {
     return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_set1_ps(least), _CMP_GE_OQ), value);
@@ -420,10 +421,9 @@ inline Halves load_halves(const void* at) {
     const Ints loaded = load_ints(at);
     return {loaded.low, loaded.high};
 }
-// 16 numbers and then 16 others, none of them negative, rounded to the nearest, ties to even; 0 for
-// those below the least normal one.
+// 16 numbers and then 16 others, rounded as `store_bf16` does.
 inline Halves to_halves(Floats a, Floats b) {
-    return {bf16_halves(if_at_least(a, 0x1p-126f, a)), bf16_halves(if_at_least(b, 0x1p-126f, b))};
+    return {bf16_halves(a), bf16_halves(b)};
 }
 inline void store(Halves a, std::byte* at) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.low);

@@ -145,9 +145,16 @@ inline Floats load_bf16(const void* at) {
     const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(at));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
-// Rounded to the nearest, ties to even. Not the CPU's own conversion, which loses subnormals.
+// Rounded to the nearest, ties to even; zero for numbers below the least normal one, as where the
+// CPU does it.
 inline void store_bf16(Floats a, void* at) {
-    const __m512i bits = _mm512_castps_si512(a.v);
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(static_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(a.v));
+#else
+    const __m512i given = _mm512_castps_si512(a.v);
+    const __mmask16 below = _mm512_testn_epi32_mask(given, _mm512_set1_epi32(0x7f800000));
+    const __m512i sign = _mm512_set1_epi32(static_cast<std::int32_t>(0x80000000));
+    const __m512i bits = _mm512_mask_and_epi32(given, below, given, sign);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -155,13 +162,6 @@ inline void store_bf16(Floats a, void* at) {
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
     _mm256_storeu_si256(static_cast<__m256i*>(at), _mm512_cvtepi32_epi16(high));
-}
-// The same of numbers that are zero or normal, where the CPU's own conversion does it.
-inline void store_bf16_normal(Floats a, void* at) {
-#if defined(__AVX512BF16__)
-    _mm256_storeu_si256(static_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(a.v));
-#else
-    store_bf16(a, at);
 #endif
 }
 // The value where a is at least so much, or else 0.
@@ -355,15 +355,14 @@ inline Halves splat_halves(std::uint32_t pair) {
     return {_mm512_set1_epi32(static_cast<std::int32_t>(pair))};
 }
 
-// 16 numbers and then 16 others, none of them negative, rounded to the nearest, ties to even; 0 for
-// those below the least normal one.
+// 16 numbers and then 16 others, rounded as `store_bf16` does.
 inline Halves to_halves(Floats a, Floats b) {
 #if defined(__AVX512BF16__)
     return {(__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)};
 #else
     alignas(64) std::byte halves[4 * 16];
-    store_bf16(if_at_least(a, 0x1p-126f, a), halves);
-    store_bf16(if_at_least(b, 0x1p-126f, b), halves + 2 * 16);
+    store_bf16(a, halves);
+    store_bf16(b, halves + 2 * 16);
     return load_halves(halves);
 #endif
 }

@@ -153,15 +153,15 @@ inline Floats load_bf16(const void* at) {
     std::memcpy(halves, at, sizeof halves);
     return each<Floats>([&](int i) { return bf16_to_f32(halves[i]); });
 }
-// Rounded to the nearest, ties to even.
+// Rounded to the nearest, ties to even; zero for numbers below the least normal one, as where the
+// CPU does it.
 inline void store_bf16(const Floats& a, void* at) {
     std::uint16_t halves[lanes];
-    for (int i = 0; i < lanes; ++i) halves[i] = f32_to_bf16(a.v[i]);
+    for (int i = 0; i < lanes; ++i) {
+        const std::uint32_t bits = to_bits(a.v[i]);
+        halves[i] = f32_to_bf16(bits & 0x7f800000 ? a.v[i] : from_bits(bits & 0x80000000));
+    }
     std::memcpy(at, halves, sizeof halves);
-}
-// The same of numbers that are zero or normal.
-inline void store_bf16_normal(const Floats& a, void* at) {
-    store_bf16(a, at);
 }
 // The value where a is at least so much, or else 0.
 inline Floats if_at_least(const Floats& a, float least, const Floats& value) {
@@ -337,12 +337,11 @@ inline Halves interleave_fours(const Halves& a, const Halves& b) {
         return static_cast<std::uint32_t>(y[from]) << 16 | x[from];
     });
 }
-// 16 numbers and then 16 others, none of them negative, rounded to the nearest, ties to even; 0 for
-// those below the least normal one.
+// 16 numbers and then 16 others, rounded as `store_bf16` does.
 inline Halves to_halves(const Floats& a, const Floats& b) {
     std::uint16_t halves[2 * lanes];
-    store_bf16(if_at_least(a, 0x1p-126f, a), halves);
-    store_bf16(if_at_least(b, 0x1p-126f, b), halves + lanes);
+    store_bf16(a, halves);
+    store_bf16(b, halves + lanes);
     return load_halves(halves);
 }
 inline void store(const Halves& a, std::byte* at) {
