@@ -203,10 +203,11 @@ def _device(config: EngineConfig, place: Place) -> torch.device:
     gpus = torch.cuda.device_count()
     wanted = 0 if place.store is None else place.device_index
     if wanted >= gpus:
+        fewer = ", or lower --tp and --cp" if gpus else ""
         raise ConfigError(
             f"--device cuda needs {wanted + 1} GPU{'s' if wanted else ''} here, but PyTorch "
             f"{torch.__version__} finds {gpus}: choose --device cpu, install a PyTorch for your "
-            "driver, or lower --tp and --cp"
+            f"driver{fewer}"
         )
     if place.store is None:
         return torch.device(config.device)
