@@ -32,8 +32,9 @@ POOL_CONTEXTS_MAX = 32
 # Beyond some guesses for each of a few requests more cost more than they bring; and logits of each
 # take up to a megabyte.
 STEP_DRAFTS_MAX = 64
-# A chain of guesses of a model is hardly ever right for longer.
-PROPOSAL_LENGTH_MAX = 8
+# A chain of guesses of a model is hardly ever right for longer; with the token before it, it is a
+# row as long as those that GPUs have captured steps for.
+PROPOSAL_LENGTH_MAX = 7
 # Tokens of a request that a draft model reads before it proposes. What comes next mostly follows
 # from what stands close by, and where it is quoted from farther off drafts out of text know it.
 PROPOSAL_WINDOW = 512

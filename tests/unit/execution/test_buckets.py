@@ -6,7 +6,8 @@ import pytest
 
 from tests.unit.execution.tiny import Planner, Request, config_of
 from tokenspeed.core.step import StepPlan
-from tokenspeed.execution.buckets import DRAFT_TOKENS_MAX, bucket_for, buckets_of
+from tokenspeed.engine.sizing import PROPOSAL_LENGTH_MAX
+from tokenspeed.execution.buckets import DRAFT_TOKENS_MAX, DRAFT_WIDTHS, bucket_for, buckets_of
 
 
 def plan_of(lengths: Sequence[int], *, prompt: int = 0) -> StepPlan:
@@ -83,3 +84,7 @@ def test_steps_with_drafts_are_captured_as_often_as_pays() -> None:
     # No draft is longer than all drafts of a step.
     assert {bucket.width for bucket in buckets_of(4, 1)} == {1, 2}
     assert {bucket.width for bucket in buckets_of(4, 3)} == {1, 2, 4}
+
+
+def test_what_a_draft_model_proposes_fits_a_captured_row() -> None:
+    assert DRAFT_WIDTHS[-1] == 1 + PROPOSAL_LENGTH_MAX
