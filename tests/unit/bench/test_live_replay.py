@@ -136,7 +136,8 @@ def test_a_new_pass_over_the_sessions_has_another_salt() -> None:
     heads = [served.body["messages"][0]["content"].split()[0] for served in server.served]
     assert {"[s]", "[s-1]"} <= set(heads)
     assert {answer.session for answer in found.answers} >= {"a", "b", "a#1"}
-    assert all(answer.sent_us <= 2_000_000 for answer in found.answers)
+    # A user may look at the clock just before the end, and send just behind it, but once.
+    assert sum(answer.sent_us > 2_000_000 for answer in found.answers) <= 2
 
 
 def test_no_tool_outlasts_the_run() -> None:
